@@ -1,0 +1,59 @@
+# make demo shows the finding, make test checks everything; both first set up what they need in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.longva
+NEED := longva needs Python 3.11 or newer
+HOW := install one, or name one: make PYTHON=/path/to/python3.12 $(or $(MAKECMDGOALS),env)
+
+export GRADIO_ANALYTICS_ENABLED := False
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help env demo test app lab export notebooks readme clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+env: $(STAMP)  ## the environment .venv, with the versions of constraints.txt
+
+# The stamp holds the folder it was made in: a .venv that was moved or copied still points to the old place.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+$(STAMP): settings.ini setup.py pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "$(NEED), and there is no $(PYTHON) here: $(HOW)"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(NEED), and $(PYTHON) is older: $(HOW)"; exit 1; }
+	@[ ! -f $@ ] || [ "$$(cat $@)" = "$(CURDIR)" ] || rm -rf .venv
+	@$(BIN)/python -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear .venv || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt-get install python3-venv)."; exit 1; }
+	@echo "Setting up .venv: a minute or more, the first time only."
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools
+	$(BIN)/python -m pip install --no-compile -c constraints.txt --no-build-isolation -e ".[dev,lab,apps]"
+	@printf '%s' "$(CURDIR)" > $@
+
+demo: $(STAMP)  ## the paper's Figure 4 in miniature, on two CPU cores
+	$(BIN)/longva demo
+
+test: $(STAMP)  ## tree, notebooks, tests, lint: what CI runs
+	$(BIN)/python tools/check_tree.py
+	$(BIN)/ruff check
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+
+app: $(STAMP)  ## the needle app on 127.0.0.1
+	$(BIN)/python apps/needle/app.py
+
+lab: $(STAMP)  ## JupyterLab on the notebooks; what it saves is clean
+	$(BIN)/jupyter lab --config=tools/jupyter_config.py nbs
+
+export: $(STAMP)  ## notebooks -> modules, and clean the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+notebooks: $(STAMP)  ## run notebooks again and save their outputs; NB="nbs/a.ipynb nbs/b.ipynb" for some
+	$(BIN)/python tools/run_notebooks.py $(NB)
+
+readme: $(STAMP)  ## nbs/index.ipynb -> README.md
+	$(BIN)/python tools/readme.py
+
+clean:  ## caches and build leftovers; .venv and runs/ stay
+	rm -rf build dist _proc _docs _site_src *.egg-info .pytest_cache .ruff_cache .gradio
+	find . -path ./.venv -prune -o -path ./runs -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,155 @@
+"""The real command in fresh processes: what it refuses, what it keeps when it is stopped, and that it is quick to say no."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longva.mini.world import write_film, write_needles
+from longva.needle.trials import key, read_trials
+from longva.vision.video import write_video
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, "-c", "from longva.cli import app; app()"]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def longva(*words, cwd, **more):
+    return subprocess.run([*COMMAND, *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300, **more)
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory):
+    "A film of 300 frames, two needles, and things that are neither."
+    folder = tmp_path_factory.mktemp("things")
+    film = write_film(folder / "film.mp4", 300, seed=3, side=56)
+    write_needles(folder / "needles", 2, seed=3)
+    (folder / "empty.mp4").touch()
+    (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20_000))
+    (folder / "torn.mp4").write_bytes(film.read_bytes()[:9000])
+    write_video(np.zeros((9, 16, 16, 3), np.uint8), folder / "short.mp4")
+    shutil.copytree(folder / "needles", folder / "lost")
+    next((folder / "lost").glob("01*.png")).unlink()
+    (folder / "a file").write_text("not a folder")
+    (folder / "original").mkdir()
+    (folder / "original" / "config.json").write_text('{"model_type": "llava_qwen"}')
+    return folder
+
+
+def test_it_is_installed_and_quick_to_help(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = longva("--help", cwd=tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "vniah" in done.stdout and "demo" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # processor time: other work on the machine doesn't count
+    script = Path(sys.executable).with_name("longva")
+    assert subprocess.run([script, "--version"], capture_output=True, text=True).stdout.startswith("longva ")
+
+
+@pytest.mark.parametrize("change, code, words", [
+    (dict(haystack="nowhere.mp4"), 1, "no file nowhere.mp4"),
+    (dict(haystack="empty.mp4"), 1, "empty.mp4 is empty"),
+    (dict(haystack="noise.mp4"), 1, "noise.mp4 cannot be read as a video"),
+    (dict(haystack="torn.mp4"), 1, "torn.mp4"),
+    (dict(haystack="needles"), 1, "is a folder, not a video"),
+    (dict(haystack="short.mp4"), 1, "holds 9 frames at 1 per second, and 16 are wanted"),
+    (dict(fps="0"), 1, "must be above 0"),
+    (dict(needles="lost"), 1, "its picture 01_"),
+    (dict(needles="original"), 1, "no needles.json"),
+    (dict(needles="nowhere"), 1, "no needle folder nowhere"),
+    (dict(model="mini-lonva"), 2, "no miniature called mini-lonva: choose one of mini-longva"),
+    (dict(model="original"), 2, "type llava_qwen, not longva"),
+    (dict(model="needles"), 2, "no config.json"),
+    (dict(frames="4,eight"), 2, "--frames takes whole numbers"),
+    (dict(depths="0;1"), 2, "--depths takes numbers"),
+    (dict(depths="0,1.5"), 1, "not at 1.5"),
+    (dict(frames="0"), 1, "at least 1, not 0"),
+    ({"rope-base": "0.5"}, 2, "--rope-base: The base theta must be greater than 1"),
+    (dict(out="a file"), 1, "a file, and the results need a folder"),
+    (dict(out="a file/results"), 1, "a file/results cannot be used"),
+], ids=lambda x: " ".join(f"{k} {v}" for k, v in x.items()) if isinstance(x, dict) else "")
+def test_one_sentence_and_nothing_written(things, change, code, words):
+    given = dict(model="mini-longva", haystack="film.mp4", needles="needles", frames="4,16", depths="0,1", out="out") | change
+    before = sorted(p for p in things.rglob("*"))
+    done = longva("vniah", *(w for k, v in given.items() for w in (f"--{k}", v)), cwd=things)
+    lines = done.stderr.splitlines()
+    assert done.returncode == code and done.stdout == "", (done.returncode, done.stdout, done.stderr)
+    assert len(lines) == 1 and words in lines[0] and lines[0].endswith("."), done.stderr
+    assert sorted(p for p in things.rglob("*")) == before
+
+
+def test_missing_option(things):
+    done = longva("vniah", "--model", "mini-longva", cwd=things)
+    assert done.returncode == 2 and "'--haystack'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_real_video_of_any_size(shared_data, things, tmp_path):
+    done = longva("vniah", "--model", "mini-longva", "--haystack", shared_data / "data" / "media" / "jobs.mp4", "--needles", things / "needles",
+                  "--frames", "4,8", "--depths", "0,1", "--fps", "1", "--out", "results", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {"trials.jsonl", "settings.json", "all_accuracies.json", "avg_accuracy.txt", "heatmap.html", "heatmap.png"}
+    assert {p.name for p in (tmp_path / "results").iterdir()} == names
+    assert len(read_trials(tmp_path / "results" / "trials.jsonl")) == 8
+    assert "4/4" in done.stdout or "/4 " in done.stdout, done.stdout
+    assert "Loading weights" not in done.stderr and "results/heatmap.html" in done.stdout
+
+
+def start(*words, cwd):
+    "A command that is meant to be stopped, in a process group of its own, as a terminal would start it."
+    return subprocess.Popen([*COMMAND, *map(str, words)], cwd=cwd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(process, log, lines):
+    limit = time.time() + 200
+    while time.time() < limit and process.poll() is None:
+        if log.exists() and log.read_bytes().count(b"\n") >= lines: return
+        time.sleep(0.01)
+    pytest.fail(f"it ended before it could be stopped: {process.communicate()}")
+
+
+def test_killed_then_stopped_then_finished(things, tmp_path):
+    words = ["vniah", "--model", "mini-longva", "--haystack", things / "film.mp4", "--frames", "256,300", "--depths", "0,0.5,1", "--out", tmp_path / "out"]
+    log = tmp_path / "out" / "trials.jsonl"
+    process = start(*words, cwd=tmp_path)
+    wait_for(process, log, 3)
+    process.kill()
+    process.communicate()
+    process = start(*words, cwd=tmp_path)
+    wait_for(process, log, 20)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.count("Stopped") == 1 and "run the same command again to go on." in errors and "Traceback" not in errors, errors
+    assert 20 <= len(read_trials(log)) < 120
+    done = longva(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(read_trials(log)) == 120 and set(Counter(map(key, read_trials(log))).values()) == {1}
+    assert len(json.loads((tmp_path / "out" / "all_accuracies.json").read_text())) == 6
+    assert len(list((tmp_path / "out" / "needles").glob("*.png"))) == 20
+    other = longva(*words, "--rope-base", "5e5", "--name", "mini-longva", cwd=tmp_path)
+    assert other.returncode == 1 and "holds trials of another test (different: weights)" in other.stderr
+    assert len(read_trials(log)) == 120
+
+
+def test_full_disk(things, tmp_path):
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # no file may grow beyond 12 kB
+    words = ["vniah", "--model", "mini-longva", "--haystack", things / "film.mp4", "--needles", things / "needles", "--frames", "4,8,16,32", "--depths", "0,.2,.4,.6,.8"]
+    done = longva(*words, "--out", "out", cwd=tmp_path, preexec_fn=small)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1] == "out cannot be used (file too large): check the folder, its permissions and the space on the disk."
+    assert longva(*words, "--out", "out", cwd=tmp_path).returncode == 0  # when there is room again
+    assert len(read_trials(tmp_path / "out" / "trials.jsonl")) == 40
+
+
+def test_mini_list(tmp_path):
+    done = longva("mini", "list", cwd=tmp_path)
+    assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == ["mini-longva", "mini-anyres", "mini-short"]

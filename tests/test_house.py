@@ -1,0 +1,197 @@
+"""The house keeps itself in order: each kind of disorder is made in a small copy, and the right tool says so."""
+import configparser
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import longva
+
+root = Path(__file__).resolve().parents[1]
+settings = configparser.ConfigParser(delimiters=["="], interpolation=None)
+settings.read(root / "settings.ini", encoding="utf-8")
+
+
+def run(*args, cwd, **env):
+    return subprocess.run(list(map(str, args)), cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=120)
+
+
+def write_notebook(path, title, *code):
+    "A clean notebook: a title and code cells."
+    cells = [{"cell_type": "markdown", "id": "cell0", "metadata": {}, "source": [f"# {title}\n", "> for tests"]}]
+    for number, text in enumerate(code, 1):
+        cells.append({"cell_type": "code", "id": f"cell{number}", "metadata": {}, "execution_count": None, "outputs": [], "source": text.splitlines(True)})
+    write_json(path, {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+
+
+def write_json(path, notebook):
+    path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def change_cell(path, **fields):
+    "Change the first code cell of a notebook, as an editor would."
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook["cells"][1].update(fields)
+    write_json(path, notebook)
+
+
+def printed(text):
+    return [{"name": "stdout", "output_type": "stream", "text": [text]}]
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    "A small house in order: the real tools and settings, two notebooks of its own, and a path with odd characters."
+    house = tmp_path_factory.mktemp("houses") / "it's a hoüse"
+    for name in ("tools", "tests"):
+        shutil.copytree(root / name, house / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "pyproject.toml", "setup.py", "constraints.txt", "Makefile"):
+        shutil.copy(root / name, house / name)
+    (house / "nbs").mkdir()
+    (house / "longva").mkdir()
+    shutil.copy(root / "longva" / "__init__.py", house / "longva" / "__init__.py")
+    write_notebook(house / "nbs" / "index.ipynb", "House", "import longva\nlongva.__version__")
+    write_notebook(house / "nbs" / "10_room.thing.ipynb", "Thing", "#| default_exp room.thing", "#| export\ndef twice(x): return 2*x", "assert twice(2) == 4")
+    done = run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house)
+    assert done.returncode == 0, done.stderr
+    done = run(sys.executable, "tools/readme.py", cwd=house)
+    assert done.returncode == 0, done.stderr
+    done = run(sys.executable, "tools/check_tree.py", cwd=house)
+    assert done.returncode == 0, done.stderr
+    return house
+
+
+@pytest.fixture
+def house(pristine, tmp_path):
+    return Path(shutil.copytree(pristine, tmp_path / pristine.name))
+
+
+def edit_module(house):
+    module = house / "longva" / "room" / "thing.py"
+    module.write_text(module.read_text().replace("2*x", "x+x"))
+
+
+def rename_notebook(house):
+    old = house / "nbs" / "10_room.thing.ipynb"
+    old.write_text(old.read_text().replace("room.thing", "room.other"))
+    old.rename(house / "nbs" / "10_room.other.ipynb")
+    run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house)
+
+
+def forget_export(house):
+    write_notebook(house / "nbs" / "11_room.new.ipynb", "New", "#| default_exp room.new", "#| export\ny = 1")
+
+
+def soil_notebook(house):
+    change_cell(house / "nbs" / "10_room.thing.ipynb", execution_count=7)
+
+
+def swell_notebook(house):
+    change_cell(house / "nbs" / "10_room.thing.ipynb", outputs=printed("x" * 310 * 1024))
+
+
+def show_path(house):
+    change_cell(house / "nbs" / "10_room.thing.ipynb", outputs=printed("saved in /home/me/longva/runs/x.html\n"))
+
+
+def edit_readme(house):
+    (house / "README.md").write_text("# Another house\n")
+
+
+def break_export(house):
+    change_cell(house / "nbs" / "10_room.thing.ipynb", source=["#| default_exp room.thing\n", "#| export nowhere at all"])
+    (house / "nbs" / "12_torn.ipynb").write_text('{"cells": [')
+
+
+disorders = [
+    (edit_module, "longva/room/thing.py is not what nbs/10_room.thing.ipynb exports"),
+    (rename_notebook, "longva/room/thing.py is stale, no notebook exports it"),
+    (forget_export, "longva/room/new.py is missing, a notebook exports it: run `make export`"),
+    (soil_notebook, "nbs/10_room.thing.ipynb is not clean: run `make export`"),
+    (swell_notebook, "nbs/10_room.thing.ipynb has 31"),
+    (show_path, "nbs/10_room.thing.ipynb shows a path of this machine in the output of cell 1 (/home/me/longva"),
+    (edit_readme, "README.md is out of step with nbs/index.ipynb: run `make readme`"),
+    (break_export, "nbdev_export fails"),
+]
+
+
+@pytest.mark.parametrize("disorder, sentence", disorders, ids=[disorder.__name__ for disorder, _ in disorders])
+def test_check_tree_finds(house, disorder, sentence):
+    disorder(house)
+    before = {p: p.read_bytes() for p in house.rglob("*") if p.suffix in (".py", ".ipynb", ".md")}
+    done = run(sys.executable, "tools/check_tree.py", cwd=house)
+    assert done.returncode == 1
+    assert sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert before == {p: p.read_bytes() for p in house.rglob("*") if p.suffix in (".py", ".ipynb", ".md")}, "the check wrote into the tree"
+
+
+def test_notebooks_that_fail_or_test_nothing(house):
+    write_notebook(house / "nbs" / "20_wrong.ipynb", "Wrong", "assert 1 + 1 == 3, 'sums are off'")
+    write_notebook(house / "nbs" / "21_skipped.ipynb", "Skipped", "#| gpu\nassert False", "#| slow\nassert False")
+    done = run(sys.executable, "-m", "pytest", "tests/test_notebooks.py", "-p", "no:anyio", cwd=house)
+    assert done.returncode == 1 and "2 failed, 2 passed" in done.stdout, done.stdout
+    assert "20_wrong.ipynb fails" in done.stdout and "sums are off" in done.stdout
+    assert "21_skipped.ipynb tests nothing: every code cell is skipped" in done.stdout
+
+
+def test_run_notebooks(house):
+    path = house / "nbs" / "20_run.ipynb"
+    write_notebook(path, "Run", "import sys; print('to stderr', file=sys.stderr); 6 * 7", "#| slow\n1 / 0")
+    tool = [sys.executable, "tools/run_notebooks.py", path]
+    done = run(*tool, "--check", cwd=house)
+    assert done.returncode == 1 and "not what the code prints today in cells [1]" in done.stderr, done.stderr
+    assert run(*tool, cwd=house).returncode == 0
+    outputs = json.loads(path.read_text())["cells"][1]["outputs"]
+    assert [out["data"]["text/plain"] for out in outputs] == [["42"]]
+    assert run(*tool, "--check", cwd=house).returncode == 0
+    saved = path.read_bytes()
+    done = run(*tool, "--flags", "slow", cwd=house)
+    assert done.returncode == 1 and "20_run.ipynb fails in cell 2 and was left as it was" in done.stderr
+    assert path.read_bytes() == saved
+
+
+def test_import_is_light():
+    code = "import sys, time; t = time.perf_counter(); import longva; print(time.perf_counter() - t, *{'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    seconds, *heavy = run(sys.executable, "-c", code, cwd=root).stdout.split()
+    assert float(seconds) < 1 and not heavy
+
+
+def test_version_and_names():
+    assert longva.__version__ == settings["DEFAULT"]["version"]
+    assert {"LongVA", "extend_rope", "read_frames"} <= set(dir(longva))
+    with pytest.raises(AttributeError, match="module 'longva' has no attribute 'nonsense'"):
+        longva.nonsense
+
+
+def test_requirements_and_pins(tmp_path):
+    done = run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, cwd=root)
+    assert done.returncode == 0, done.stderr
+    extras, name = {"": []}, ""
+    for line in (tmp_path / "longva.egg-info" / "requires.txt").read_text().splitlines():
+        if line.startswith("["):
+            name = line.strip("[]").partition(":")[0]
+            extras.setdefault(name, [])
+        elif line:
+            extras[name].append(Requirement(line))
+    assert set(extras) == {"", "lab", "apps", "gpu", "dev"}
+    pins = dict(line.split("==") for line in (root / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    for need in (need for name, needs in extras.items() if name != "gpu" for need in needs):
+        assert pins[canonicalize_name(need.name)] in need.specifier, f"constraints.txt does not pin {need}"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make on this system")
+def test_make_without_a_python(pristine, tmp_path):
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    for python, sentence in [("no-such-python", "there is no no-such-python here"), (old, "is older")]:
+        done = run("make", "env", f"PYTHON={python}", cwd=pristine)
+        assert done.returncode == 2 and "longva needs Python 3.11 or newer" in done.stdout and sentence in done.stdout, done.stdout
+        assert not (pristine / ".venv").exists()

@@ -1,0 +1,236 @@
+"""Needle folders, haystack files and result folders that are broken, busy or about something else."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from longva.needle.haystack import Needle, NeedleError, load_haystack, load_needles, save_needles
+from longva.needle.heatmap import figure4, heat_map, save_figure4, save_html, save_png
+from longva.needle.trials import Trial, TrialLog, by_frames, cells, parse_trials, read_trials, save_accuracies, wilson
+from longva.needle.vniah import check_grid, same_settings
+from longva.vision.video import VideoError, write_video
+
+
+def trial(**changes):
+    base = dict(model="m", needle="a", frames=8, depth=0.5, insert=4, answer_ids=[1], argmax_ids=[1], correct=True, margin=1.0, seconds=0.1)
+    return Trial(**(base | changes))
+
+
+def is_one_sentence(error):
+    text = str(error.value)
+    return text.endswith(".") and "\n" not in text and "Traceback" not in text
+
+
+# --- needle folders
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_needles([Needle("a", Image.new("RGB", (20, 10), "red"), "Which colour?", "Red")], tmp_path / "needles")
+
+
+def refused(folder, text=None, word=""):
+    if text is not None:
+        (folder / "needles.json").write_text(text if isinstance(text, str) else json.dumps(text))
+    with pytest.raises(NeedleError) as error:
+        load_needles(folder)
+    assert is_one_sentence(error) and word in str(error.value), str(error.value)
+
+
+ROW = dict(image="a.png", question="Which colour?", answer="Red")
+
+
+@pytest.mark.parametrize("text, word", [
+    ('[{"image": "a.png",\n"question": }]', "line 2"),
+    ("", "line 1"),
+    ("[]", "at least one"),
+    ("{}", "at least one"),
+    ("7", "at least one"),
+    (["a.png"], "no image"),
+    ([{k: v for k, v in ROW.items() if k != "question"}], "no question"),
+    ([ROW, ROW | {"answer": 200}], "Needle 2"),
+    ([ROW | {"answer": "  "}], "no answer"),
+    ([ROW | {"image": "gone.png"}], "gone.png is not there"),
+    ([ROW | {"image": "."}], "not there"),
+])
+def test_bad_lists(folder, text, word):
+    refused(folder, text, word)
+
+
+def test_bad_pictures(folder):
+    whole = (folder / "a.png").read_bytes()
+    for content in (b"", b"hello", whole[: len(whole) // 2]):
+        (folder / "a.png").write_bytes(content)
+        refused(folder, [ROW], "a.png is not a readable picture")
+
+
+def test_list_that_is_not_text(folder):
+    (folder / "needles.json").write_bytes(b"\xff\xfe\x00[")
+    refused(folder, word="UTF-8")
+
+
+def test_missing_folder_and_list(folder, tmp_path):
+    refused(tmp_path / "nowhere", word="no needle folder")
+    (folder / "needles.json").unlink()
+    refused(folder, word="no needles.json")
+
+
+def test_pictures_of_every_mode_become_rgb(folder):
+    for mode in ("1", "L", "P", "RGBA", "LA", "I;16"):
+        Image.new(mode, (9, 7)).save(folder / "a.png")
+        assert load_needles(folder)[0].image.mode == "RGB"
+
+
+# --- haystack files
+
+@pytest.fixture
+def film(tmp_path):
+    frames = np.repeat(np.arange(0, 240, 20, dtype=np.uint8), 16 * 16 * 3).reshape(12, 16, 16, 3)
+    return write_video(frames, tmp_path / "film.mp4", fps=2, scale=2)
+
+
+def test_haystack_is_a_prefix(film):
+    long, short = load_haystack(film, 12), load_haystack(film, 5)
+    assert len(long.array) == 12 and (long.array[:5] == short.array).all()
+    assert len(load_haystack(film, 6, fps=1).array) == 6
+
+
+@pytest.mark.parametrize("n, fps", [(13, None), (7, 1), (500, 1), (30, 4)])
+def test_haystack_too_short(film, n, fps):
+    with pytest.raises(NeedleError) as error:
+        load_haystack(film, n, fps=fps)
+    assert is_one_sentence(error) and "film.mp4" in str(error.value) and str(n) in str(error.value), str(error.value)
+
+
+def test_haystack_unreadable(tmp_path):
+    (tmp_path / "x.mp4").write_bytes(b"not a film" * 50)
+    for name in ("x.mp4", "missing.mp4", "."):
+        with pytest.raises((NeedleError, VideoError)) as error:
+            load_haystack(tmp_path / name, 4)
+        assert is_one_sentence(error)
+
+
+# --- the log
+
+def test_log_cut_at_every_byte(tmp_path):
+    trials = [trial(needle=n) for n in "äbc"]
+    with TrialLog(tmp_path / "full.jsonl") as log:
+        log.append(*trials)
+    data = (tmp_path / "full.jsonl").read_bytes()
+    for cut in range(len(data) + 1):
+        path = tmp_path / "t.jsonl"
+        path.write_bytes(data[:cut])
+        before = read_trials(path)
+        with TrialLog(path) as log:
+            assert log.trials == before == trials[: data[:cut].count(b"\n")]
+            log.append(*trials[len(log):])
+        assert path.read_bytes() == data
+
+
+def test_log_damaged_in_the_middle(tmp_path):
+    line = json.dumps(asdict(trial())).encode() + b"\n"
+    for bad in (b"{\n", b"[1]\n", b'{"model": 1}\n', b"\n"):
+        (tmp_path / "t.jsonl").write_bytes(line + bad + line)
+        with pytest.raises(NeedleError, match="Line 2 of t.jsonl") as error:
+            TrialLog(tmp_path / "t.jsonl")
+        assert is_one_sentence(error)
+        assert (tmp_path / "t.jsonl").read_bytes() == line + bad + line  # left as it was
+    assert parse_trials(b"", "t") == ([], 0)
+
+
+def test_log_note_on_a_torn_line(tmp_path, caplog):
+    (tmp_path / "t.jsonl").write_bytes(b'{"model"')
+    with TrialLog(tmp_path / "t.jsonl"):
+        pass
+    assert "half a line" in caplog.text and (tmp_path / "t.jsonl").read_bytes() == b""
+
+
+def test_log_has_one_writer(tmp_path):
+    with TrialLog(tmp_path / "t.jsonl") as log:
+        with pytest.raises(NeedleError, match="Another run"):
+            TrialLog(tmp_path / "t.jsonl")
+        log.append(trial())
+        assert read_trials(tmp_path / "t.jsonl") == [trial()]  # readers are welcome
+    TrialLog(tmp_path / "t.jsonl").close()
+
+
+def test_log_in_a_file(tmp_path):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(NeedleError, match="need a folder"):
+        TrialLog(tmp_path / "x" / "trials.jsonl")
+
+
+# --- settings and grids
+
+def test_settings_of_another_test(tmp_path):
+    same_settings(tmp_path, dict(model="a", seed=0), started=False)
+    same_settings(tmp_path, dict(model="a", seed=0), started=True)
+    same_settings(tmp_path, dict(model="b", seed=0), started=False)  # nothing was tested yet: free to change
+    with pytest.raises(NeedleError, match="different: model, fit") as error:
+        same_settings(tmp_path, dict(model="a", seed=0, fit="pad"), started=True)
+    assert is_one_sentence(error)
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(NeedleError, match="settings.json"):
+        same_settings(tmp_path, dict(model="b", seed=0), started=True)
+
+
+@pytest.mark.parametrize("frames, depths", [([], [0]), ([4], []), ([0], [0]), ([-3], [0]), ([2.5], [0]), ([4], [-0.1]), ([4], [1.01]), ([4], [float("nan")]), ([float("nan")], [0]), (["x"], [0]), ([4], ["x"])])
+def test_bad_grids(frames, depths):
+    with pytest.raises(NeedleError) as error:
+        check_grid(frames, depths)
+    assert is_one_sentence(error)
+
+
+# --- counts and pictures
+
+def test_wilson_against_its_definition():
+    for k, n in [(0, 10), (1, 10), (5, 10), (99, 100), (3, 3)]:
+        for p in wilson(k, n):  # the ends are where the share lies exactly z standard errors away
+            if 0 < p < 1:
+                assert abs((k / n - p) ** 2 - 1.96**2 * p * (1 - p) / n) < 1e-12
+
+
+def test_counts_and_originals_files(tmp_path):
+    trials = [trial(depth=d, needle=n, correct=c) for d, n, c in [(0.25, "a", True), (0.25, "b", False), (0.75, "a", True), (0, "a", True)]]
+    assert cells(trials) == {(8, 0): (1, 1), (8, 0.25): (1, 2), (8, 0.75): (1, 1)} and by_frames(trials) == {8: (3, 4)}
+    assert save_accuracies(trials, tmp_path) == pytest.approx(2.5 / 3)
+    rows = json.loads((tmp_path / "all_accuracies.json").read_text())
+    assert [r["Frame Depth"] for r in rows] == [0, 20, 80] and [r["Score"] for r in rows] == [1, 0.5, 1]
+    assert (tmp_path / "avg_accuracy.txt").read_text().startswith("Average Accuracy: 0.83333")
+
+
+def test_pictures_of_odd_tables(tmp_path):
+    one, uneven = [trial()], [trial(), trial(frames=16, depth=1.0), trial(frames=2048, depth=0.0, needle="<b>&")]
+    for trials in (one, uneven):
+        assert Image.open(save_png(trials, tmp_path / "x.png", train_frames=9)).size[0] > 300
+        assert "<script src" not in save_html(heat_map(trials, train_frames=9), tmp_path / "x.html").read_text()
+    names = {"one": one, "nothing yet": [], "uneven": uneven}
+    assert len(figure4(names, train_frames={"one": 8}).data) == 3
+    Image.open(save_figure4(names, tmp_path / "f.png", palette="cividis"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_heat_map_opens_without_a_network(tmp_path):
+    import shutil
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no Chromium on this machine: the heat map page was not opened")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the heat map page was not opened")
+    trials = [trial(frames=n, depth=d, correct=n < 16, margin=16.0 - n) for n in (8, 16, 32) for d in (0, 0.5, 1)]
+    page_file = save_html(heat_map(trials, "a model", train_frames=16), tmp_path / "heatmap.html")
+    with sync_api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page, asked = browser.new_page(viewport=dict(width=900, height=480)), []
+        page.on("request", lambda r: asked.append(r.url))
+        page.goto(page_file.as_uri())
+        page.wait_for_selector(".heatmaplayer image, .hm image")
+        box = page.locator(".plotly .bglayer .bg, .nsewdrag").first.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.wait_for_selector(".hoverlayer text")
+        text = page.locator(".hoverlayer").text_content()
+        page.screenshot(path=tmp_path / "heatmap.png")
+        browser.close()
+    assert [u for u in asked if not u.startswith(("file:", "data:", "blob:"))] == []
+    assert "16 frames, depth 50%" in text and "0 of 1 right" in text and "a: margin" in text

@@ -1,0 +1,189 @@
+"""Model and processor together, where notebooks are the wrong place: other processes, real vocabulary sizes, random batches, training."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from longva.model.modeling import LongVA, longva_7b, mini_config
+from longva.model.processing import LongVAProcessor
+from longva.vision.video import VideoError
+
+SPECIAL = ["<pad>", "<eos>", "<unk>", "<image>", "<video>", "<|im_start|>", "<|im_end|>"]
+
+
+def word_tokenizer(words, special):
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", extra_special_tokens=special)
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer(SPECIAL + [f"w{i}" for i in range(40)], SPECIAL[3:])
+
+
+@pytest.fixture(params=["unires", "anyres"])
+def pair(request, tokenizer):
+    torch.manual_seed(0)
+    config = mini_config(len(tokenizer), 3, 4, eos_token_id=1, max_grids=9, encoding=request.param)
+    return LongVA(config).eval(), LongVAProcessor.from_config(config, tokenizer)
+
+
+def picture(rng):
+    return Image.fromarray(rng.integers(0, 256, (*rng.integers(5, 120, 2), 3), dtype=np.uint8))
+
+
+def film(rng):
+    return rng.integers(0, 256, (rng.integers(1, 5), 20, 31, 3), dtype=np.uint8)
+
+
+def prompt(rng):
+    """A random text with its pictures and films."""
+    words, images, videos = [], [], []
+    for _ in range(rng.integers(2, 9)):
+        kind = rng.integers(0, 4)
+        words.append(f"w{rng.integers(40)}" if kind > 1 else "<image>" if kind else "<video>")
+        if kind == 1:
+            images.append(picture(rng))
+        if kind == 0:
+            videos.append(film(rng))
+    return " ".join(["w0", *words]), images, videos
+
+
+def test_a_qwen2_vocabulary_keeps_its_size():
+    words = [f"w{i}" for i in range(151641)] + ["<unk>", "<pad>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = word_tokenizer(words, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    assert len(tokenizer) == 151646
+    config = longva_7b()
+    processor = LongVAProcessor.from_config(config, tokenizer)
+    assert (processor.image_token_id, processor.video_token_id) == (151646, 151647)
+    assert len(tokenizer) <= config.text_config.vocab_size
+    ids = processor(text="w1 <video> w2", videos=np.zeros((2, 40, 60, 3), np.uint8))["input_ids"][0]
+    assert ids.tolist() == [1] + [151647] * 288 + [2]
+
+
+def test_random_batches_equal_their_rows(pair):
+    model, processor = pair
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        texts, images, videos = zip(*(prompt(rng) for _ in range(3)))
+        batch = processor(text=list(texts), images=list(images), videos=list(videos))
+        with torch.no_grad():
+            logits = model(**batch).logits
+            for row, (text, pictures, films) in enumerate(zip(texts, images, videos)):
+                alone = processor(text=text, images=pictures, videos=films)
+                keep = batch["attention_mask"][row].bool()
+                assert torch.equal(batch["input_ids"][row][keep], alone["input_ids"][0])
+                torch.testing.assert_close(logits[row][keep], model(**alone).logits[0], atol=2e-5, rtol=1e-4)
+
+
+def test_padded_generation_equals_generation_alone(pair):
+    model, processor = pair
+    processor.tokenizer.padding_side = "left"
+    rng = np.random.default_rng(1)
+    texts, images, videos = zip(*(prompt(rng) for _ in range(3)))
+    how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    together = model.generate(**processor(text=list(texts), images=list(images), videos=list(videos)), **how)[:, -5:]
+    for row, (text, pictures, films) in enumerate(zip(texts, images, videos)):
+        assert torch.equal(together[row], model.generate(**processor(text=text, images=pictures, videos=films), **how)[0, -5:])
+
+
+def test_a_thumbnail_is_counted_only_for_anyres(pair):
+    model, processor = pair
+    batch = processor(text="<image>", images=Image.new("RGB", (84, 84)))
+    thumbnail = model.config.encoding == "anyres"
+    columns, rows = batch["image_layouts"][0].tolist()
+    assert len(batch["pixel_values"]) == columns * rows + thumbnail
+    assert batch["input_ids"].shape[1] == 4 * (columns * rows + thumbnail)
+
+
+def test_a_fresh_process_gives_the_same_numbers(pair, tmp_path):
+    model, processor = pair
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    rng = np.random.default_rng(2)
+    pixels, frames = np.asarray(picture(rng)), film(rng)
+    np.savez(tmp_path / "seen.npz", pixels=pixels, frames=frames)
+    code = f"""
+import numpy as np, torch
+import longva.model.processing
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder = {str(tmp_path)!r}
+seen = np.load(folder + "/seen.npz")
+model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+batch = processor(text="w1 <image> w2 <video> w3", images=seen["pixels"], videos=seen["frames"])
+with torch.no_grad(): save_file({{"logits": model(**batch).logits}}, folder + "/logits.safetensors")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with torch.no_grad():
+        here = model(**processor(text="w1 <image> w2 <video> w3", images=pixels, videos=frames)).logits
+    torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], here, atol=1e-6, rtol=0)
+
+
+def test_sixteen_bits_keep_the_frequencies(pair, tmp_path):
+    model, processor = pair
+    model.save_pretrained(tmp_path)
+    half = LongVA.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert half.dtype == torch.bfloat16 and half.model.rotary_emb.inv_freq.dtype == torch.float32
+    with torch.no_grad():
+        logits = half(**processor(text="w1 <video>", videos=np.zeros((3, 30, 30, 3), np.uint8))).logits
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
+def test_attention_is_chosen_for_both_parts(pair, tmp_path):
+    model, processor = pair
+    model.save_pretrained(tmp_path)
+    eager = LongVA.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    tower = eager.model.vision_tower["vision_tower"]["vision_model"]
+    assert eager.model.config._attn_implementation == tower.config._attn_implementation == "eager"
+    batch = processor(text="w1 <image> w2", images=Image.new("RGB", (50, 70), "teal"))
+    with torch.no_grad():
+        torch.testing.assert_close(eager(**batch).logits, model(**batch).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_reaches_every_part(pair, checkpointing):
+    model, processor = pair
+    model.train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    batch = processor(text="w1 <image> w2 w3", images=Image.new("RGB", (50, 70), "teal"))
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100
+    model(**batch, labels=labels).loss.backward()
+    dead = {name for name, p in model.named_parameters() if p.grad is None}
+    # CLIP's last layer and last norm lie behind the layer that is read
+    assert dead == {n for n, _ in model.named_parameters() if "encoder.layers.2." in n or "post_layernorm" in n}
+
+
+def test_wrong_numbers_are_one_sentence(pair, tmp_path):
+    model, processor = pair
+    broken = tmp_path / "film.mp4"
+    broken.write_bytes(b"this is no film")
+    with pytest.raises(VideoError):
+        processor(text="<video>", videos=broken)
+    batch = processor(text="w1 <image> w2", images=Image.new("RGB", (50, 70)))
+    cut = batch["input_ids"][:, :5]
+    with pytest.raises(ValueError, match="The text has 4 image placeholders, but the images give"):
+        model(input_ids=cut, pixel_values=batch["pixel_values"], image_layouts=batch["image_layouts"])
+    with pytest.raises(ValueError, match="must be normalised floats of shape"):
+        model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"].movedim(1, -1), image_layouts=batch["image_layouts"])
+
+
+def test_three_thousand_frames_of_placeholders(tokenizer):
+    """The text of the longest film of the paper, without its pixels."""
+    from longva.model.processing import expand_placeholders
+
+    text = expand_placeholders(["w1 <video> w2"], "<video>", [3000 * 144])
+    LongVAProcessor.from_config(mini_config(len(tokenizer), 3, 4), tokenizer)
+    assert len(tokenizer(text)["input_ids"][0]) == 432_002
