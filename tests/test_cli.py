@@ -72,9 +72,7 @@ def test_it_is_installed_and_quick_to_help(tmp_path):
     (dict(frames="4,eight"), 2, "--frames takes whole numbers"),
     (dict(depths="0;1"), 2, "--depths takes numbers"),
     (dict(depths="0,1.5"), 1, "not at 1.5"),
-    (dict(frames="0"), 1, "at least 1, not 0"),
     ({"rope-base": "0.5"}, 2, "--rope-base: The base theta must be greater than 1"),
-    (dict(out="a file"), 1, "a file, and the results need a folder"),
     (dict(out="a file/results"), 1, "a file/results cannot be used"),
 ], ids=lambda x: " ".join(f"{k} {v}" for k, v in x.items()) if isinstance(x, dict) else "")
 def test_one_sentence_and_nothing_written(things, change, code, words):
@@ -135,9 +133,6 @@ def test_killed_then_stopped_then_finished(things, tmp_path):
     assert len(read_trials(log)) == 120 and set(Counter(map(key, read_trials(log))).values()) == {1}
     assert len(json.loads((tmp_path / "out" / "all_accuracies.json").read_text())) == 6
     assert len(list((tmp_path / "out" / "needles").glob("*.png"))) == 20
-    other = longva(*words, "--rope-base", "5e5", "--name", "mini-longva", cwd=tmp_path)
-    assert other.returncode == 1 and "holds trials of another test (different: weights)" in other.stderr
-    assert len(read_trials(log)) == 120
 
 
 def test_full_disk(things, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 root = Path(__file__).resolve().parents[1]
 app = root / "apps" / "needle" / "app.py"
 flags = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-patience = 120  # seconds; for a machine with other things to do
+patience = 180  # seconds; for a machine with other things to do
 
 
 def free_port():
@@ -41,20 +41,23 @@ def wait_for(process, word):
 
 
 @pytest.fixture(scope="module")
-def address(chromium):
+def process(chromium):
     pytest.importorskip("gradio", reason="gradio is not installed, so the needle app is not tested (make env)")
     process = start("--port", free_port())
-    try:
-        yield wait_for(process, "http://").split()[1].rstrip("/")
-    finally:
-        process.terminate()
-        process.wait(30)
+    yield process
+    process.terminate()
+    process.wait(30)
 
 
 @pytest.fixture(scope="module")
-def bench(address):
+def bench(process):  # made while the app starts
     from longva.lab.bench import mini_bench
     return mini_bench("mini-longva")
+
+
+@pytest.fixture(scope="module")
+def address(process, bench):
+    return wait_for(process, "http://").split()[1].rstrip("/")
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def card(answer):
 <tr><td class="pale">Should be</td><td>{escape(answer.right)}</td></tr>
 <tr><td class="pale">Margin</td><td><b class="margin">{f"{t.margin:+.2f}".replace("-", "−")}</b> logits: {why}
 <div class="scale"><span class="bar {kind}" style="left:{left:.1f}%;width:{length:.1f}%"></span><i></i></div></td></tr>
-<tr><td class="pale">Place</td><td>before frame <b class="insert">{t.insert}</b> of {t.frames}, at {t.depth * 100:.4g}% of the film</td></tr>
+<tr><td class="pale">Place</td><td>behind <b class="insert">{t.insert}</b> of {t.frames} frames, {t.depth * 100:.4g}% deep</td></tr>
 <tr><td class="pale">Time</td><td>{t.seconds * 1000:.0f} ms</td></tr></table>
 <div class="small pale">As in the paper, each word is judged with the right words before it, and the answer is right if every word comes first.
 The margin is the smallest lead of a right word over all others.</div></div>"""

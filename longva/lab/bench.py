@@ -20,7 +20,8 @@ import plotly.graph_objects as go
 import torch
 from PIL import Image
 
-from .demo import DEPTHS, FRAMES, load_quietly
+from .demo import DEPTHS, FRAMES
+from ..mini import load
 from ..mini.world import film_frames, write_needles
 from ..needle.haystack import load_needles
 from ..needle.heatmap import border, heat_map, short_number, table
@@ -151,7 +152,7 @@ def mini_bench(
     seed: int = 0,
 ) -> NeedleBench:
     "A miniature in front of its film."
-    model, processor = load_quietly(name)
+    model, processor = load(name)
     film, needles = mini_film(frames, seed)
     return NeedleBench(model, processor, film, needles, Path(name).name, seed)
 

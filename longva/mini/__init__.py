@@ -6,6 +6,7 @@
 __all__ = ['NAMES', 'UnknownModel', 'folder', 'load']
 
 # %% ../../nbs/72_mini.ipynb #00553273
+from importlib.resources import files
 from pathlib import Path
 
 # %% ../../nbs/72_mini.ipynb #457025d7
@@ -19,15 +20,21 @@ def folder(
 ) -> Path: # where the package keeps it
     "The checkpoint folder of a shipped miniature."
     if name not in NAMES: raise UnknownModel(f"There is no miniature called {name}: choose one of {', '.join(NAMES)}.")
-    return Path(__file__).parent / "weights" / name
+    return Path(str(files("longva.mini"))) / "weights" / name
 
 # %% ../../nbs/72_mini.ipynb #6a0a23b6
 def load(
     name: str, # one of `NAMES`, or a folder that `longva mini train` wrote
 ) -> tuple: # (LongVA in evaluation mode, LongVAProcessor)
     "A miniature and its processor."
+    from transformers.utils import logging
+
     from longva.model.modeling import LongVA  # here, so that naming the miniatures does not load torch
     from longva.model.processing import LongVAProcessor
     where = Path(name) if name not in NAMES and (Path(name) / "config.json").exists() else folder(name)
-    if not (where / "model.safetensors").exists(): raise UnknownModel(f"The weights of {name} are missing in {where.name}: install the package again, or train them with `longva mini train`.")
-    return LongVA.from_pretrained(where, local_files_only=True).eval(), LongVAProcessor.from_pretrained(where, local_files_only=True)
+    if not (where / "model.safetensors").exists(): raise UnknownModel(f"{where.name} holds no model.safetensors: install the package again, or train it with `longva mini train`.")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # two megabytes need no bar
+    try: return LongVA.from_pretrained(where, local_files_only=True).eval(), LongVAProcessor.from_pretrained(where, local_files_only=True)
+    finally:
+        if shown: logging.enable_progress_bar()

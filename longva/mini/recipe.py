@@ -13,6 +13,7 @@ __all__ = ['SHORT_BASE', 'LONG_BASE', 'SHORT_CONTEXT', 'LONG_CONTEXT', 'MEAN', '
 import json
 import math
 import os
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
@@ -335,10 +337,13 @@ def train(
 ) -> Path: # the folder, with one checkpoint per model
     "All stages, all three models."
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    mark = out / "chain.json"
-    if mark.exists() and json.loads(mark.read_text())["seed"] != seed:
-        raise ValueError(f"{out} holds a chain of seed {json.loads(mark.read_text())['seed']}, not {seed}: choose another folder.")
-    mark.write_text(json.dumps({"seed": seed, "torch": torch.__version__, "numpy": np.__version__}))
-    _together([(learn_text, out, seed), (learn_to_see, out, seed)], workers)
-    _together([(align, out, name, seed) for name in RECIPES], workers)
+    mark, about, start = out / "chain.json", {"seed": seed, "seconds": 0}, time.time()
+    if mark.exists(): about = json.loads(mark.read_text())
+    if about["seed"] != seed: raise ValueError(f"{out} holds a chain of seed {about['seed']}, not {seed}: choose another folder.")
+    try:
+        _together([(learn_text, out, seed), (learn_to_see, out, seed)], workers)
+        _together([(align, out, name, seed) for name in RECIPES], workers)
+    finally:
+        spent = round(about["seconds"] + time.time() - start)
+        mark.write_text(json.dumps({"seed": seed, "seconds": spent, "torch": torch.__version__, "numpy": np.__version__}))
     return out

@@ -17,8 +17,11 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-try: import fcntl
-except ImportError: fcntl = None  # Windows has no flock; the log works there without a lock
+# %% ../../nbs/40_needle.trials.ipynb #d492a58a
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows has no flock; the log works there without a lock
 
 # %% ../../nbs/40_needle.trials.ipynb #cc0f6604
 class NeedleError(ValueError):
