@@ -222,4 +222,8 @@ def train_command(
     "Train the three miniatures from scratch, or go on with it; under an hour on two cores."
     with one_sentence(out):
         from longva.mini.recipe import train
-        train(seed, out)
+        try: train(seed, out)
+        except ValueError as e:
+            if not str(e).startswith(str(out)): raise  # not about the folder, so not a sentence for the user
+            raise Usage(str(e)) from None
+    typer.echo(f"Done. Try one: longva vniah --model {out / 'mini-longva'} --haystack runs/demo/haystack.mp4 --needles runs/demo/needles")

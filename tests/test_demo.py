@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,10 +69,18 @@ def test_stopped_killed_and_finished(tmp_path):
     assert json.loads((folder / "demo.json").read_text()) == about
 
 
-def test_two_processes_decide_as_one(tmp_path):
-    one, two = demo(tmp_path / "one", workers=1, **SMALL), demo(tmp_path / "two", workers=2, **SMALL)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A small demo, done in one process."
+    folder = tmp_path_factory.mktemp("demos") / "one"
+    demo(folder, workers=1, **SMALL)
+    return folder
+
+
+def test_two_processes_decide_as_one(finished, tmp_path):
+    one, two = demo(finished, **SMALL), demo(tmp_path / "two", workers=2, **SMALL)
     plain = lambda folder: {task: sorted((key(t), t.argmax_ids, t.correct) for t in trials) for task, trials in logs(folder).items()}
-    assert plain(tmp_path / "one") == plain(tmp_path / "two")
+    assert plain(finished) == plain(tmp_path / "two")
     assert one["panels"] == two["panels"] and one["best_base"] == two["best_base"] and list(one["panels"]) == list(PANELS)
     stamp = (tmp_path / "two" / "mini-longva" / "trials.jsonl").stat().st_mtime_ns
     start = time.process_time()
@@ -79,8 +88,8 @@ def test_two_processes_decide_as_one(tmp_path):
     assert time.process_time() - start < 5 and (tmp_path / "two" / "mini-longva" / "trials.jsonl").stat().st_mtime_ns == stamp
 
 
-def test_an_error_in_a_worker_is_raised_here(tmp_path):
-    demo(tmp_path, workers=1, **SMALL)
+def test_an_error_in_a_worker_is_raised_here(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for task in TASKS[:2]:
         file = tmp_path / task / "settings.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"weights": "others"}))

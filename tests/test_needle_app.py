@@ -128,21 +128,24 @@ def test_click_slider_and_model(page, bench, tmp_path):
     assert outside(page.asked) == [] and page.broken == []
 
 
-def test_short_twin_and_heat_map(page, bench):
-    from longva.lab.bench import mini_bench
-    page.locator("#model label", has_text="mini-short").click()
-    page.wait_for_function("document.querySelector('.js-plotly-plot .annotation-text').textContent.includes('mini-short')")
-    shows(page, mini_bench("mini-short").ask(0, 256, 0.5))
-
-    count = "document.querySelector('.js-plotly-plot').data[0].z.flat().filter(v => v !== null).length"
-    page.locator("#model label", has_text="mini-longva").click()
-    page.wait_for_function("document.querySelector('.js-plotly-plot .annotation-text').textContent.includes('mini-longva')")
+def test_heat_map_and_short_twin(page, bench):
+    from longva.lab.bench import fill, mini_bench
+    from longva.needle.trials import cells
+    cell = "document.querySelector('.js-plotly-plot').data[0].z"
+    title = "document.querySelector('.js-plotly-plot .annotation-text').textContent"
     page.click("#fill")
-    page.wait_for_function("document.querySelector('.js-plotly-plot .annotation-text').textContent.includes('filled here')")
+    page.wait_for_function(f"{title}.includes('filled here') && {cell}[0][0] !== null")
     page.click('#strip button[data-index="20"]')  # the needle can be moved while the map grows
     shows(page, bench.ask(0, 256, 1.0))
-    page.wait_for_function(f"{count} === 30")
+    page.wait_for_function(f"{cell}[4][0] !== null")
     assert ring(page) == [4, 4]
+    counts = cells(list(fill(bench, frames=(16,)))[-1])
+    assert [page.evaluate(f"{cell}[{row}][0]") for row in range(5)] == [counts[16, d][0] / 10 for d in (0, 0.25, 0.5, 0.75, 1)]
+
+    page.locator("#model label", has_text="mini-short").click()
+    page.wait_for_function(f"{title}.includes('mini-short')")
+    shows(page, mini_bench("mini-short").ask(0, 256, 1.0))
+    assert page.evaluate(f"{cell}.flat().every(v => v === null) && {title}.includes('mini-short')"), "the other model's map went on growing"
     assert outside(page.asked) == [] and page.broken == []
 
 

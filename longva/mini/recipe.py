@@ -6,8 +6,8 @@
 __all__ = ['SHORT_BASE', 'LONG_BASE', 'SHORT_CONTEXT', 'LONG_CONTEXT', 'MEAN', 'STD', 'SHORT_TEXT', 'LONG_TEXT', 'REPEATS_FIRST',
            'NEEDLES_FIRST', 'NEEDLES_ONLY', 'TOWER', 'LAYOUTS', 'POOL', 'TOKENS', 'QUESTIONS', 'STAGE_1', 'STAGE_2',
            'REPLAY', 'RECIPES', 'blank', 'processor_of', 'look_back', 'Phase', 'rate', 'fit', 'text_loss', 'text_step',
-           'learn_text', 'tower_of', 'features', 'tower_step', 'learn_to_see', 'FramePool', 'image_loss', 'image_step',
-           'load_text', 'align', 'train']
+           'learn_text', 'tower_of', 'features', 'captions', 'tower_step', 'learn_to_see', 'FramePool', 'image_loss',
+           'image_step', 'load_text', 'align', 'train']
 
 # %% ../../nbs/71_mini.recipe.ipynb #9b950dca
 import json
@@ -164,7 +164,7 @@ def learn_text(
     train("long-text", 1.5e-3, LONG_TEXT, NEEDLES_ONLY)
 
 # %% ../../nbs/71_mini.recipe.ipynb #c2341abe
-TOWER = [Phase((160, 1), 2200)]
+TOWER = [Phase((160, 1), 1000)]
 
 def tower_of(model: LongVA): return model.model.vision_tower["vision_tower"]["vision_model"]
 
@@ -172,15 +172,18 @@ def features(model: LongVA, frames: torch.Tensor) -> torch.Tensor: # [N,28,28,3]
     "What the tower gives to the projector."
     return tower_of(model).features(normalize(frames, MEAN, STD), model.config.vision_feature_layer)
 
+def captions(scenes: torch.Tensor) -> torch.Tensor: # [N,3] numbers -> [N,4] ids
+    "The four words of each frame."
+    return torch.tensor([W.scene_ids(*scene) for scene in scenes.tolist()])
+
 def tower_step(model, head, bank):
-    "A step function for `fit`: three words from each patch."
+    "A step function for `fit`: the words of a frame from its pooled tokens."
     def step(phase, rng):
         scenes = torch.from_numpy(W.random_scenes(phase.size[0], rng))
-        guesses = head(features(model, bank(scenes, int(rng.integers(2**31))))).flatten(0, 1).split((32, 8, 8), -1)
-        wanted = scenes.repeat_interleave(16, 0)
-        loss = sum(cross_entropy(g, wanted[:, k]) for k, g in enumerate(guesses))
+        guesses, words = head(pool_patches(features(model, bank(scenes, int(rng.integers(2**31)))))), captions(scenes)
+        loss = 4 * cross_entropy(guesses.flatten(0, 1), words.flatten())
         loss.backward()
-        return dict(loss=loss.item(), object=(guesses[0].argmax(-1) == wanted[:, 0]).float().mean().item())
+        return dict(loss=loss.item(), object=(guesses[:, 0].argmax(-1) == words[:, 0]).float().mean().item())
     return step
 
 def learn_to_see(
@@ -189,7 +192,7 @@ def learn_to_see(
 ) -> None: # leaves tower.pt
     "The tower stage."
     model = blank(seed)
-    head = torch.nn.Linear(model.config.vision_config.hidden_size, 48)
+    head = torch.nn.Linear(model.config.vision_config.hidden_size, len(W.VOCABULARY))
     groups = [dict(params=[*tower_of(model).parameters(), *head.parameters()], lr=8e-3)]
     fit("tower", groups, TOWER, tower_step(model, head, W.FrameBank(1000 + seed)), {"tower": tower_of(model), "head": head}, folder, seed)
 
@@ -259,7 +262,7 @@ POOL = 12000 # frames to build images from
 TOKENS = 2048 # positions in one batch
 QUESTIONS = 6 # 24 grids and 6 questions fill the short context: 4 * 24 + 5 * 6 = 126
 STAGE_1 = [Phase((2, 4), 60)]
-STAGE_2 = [Phase((2, 8), 200), Phase((2, 16), 250), Phase((8, 24), 450)]
+STAGE_2 = [Phase((2, 8), 150), Phase((2, 16), 150), Phase((8, 24), 200)]
 REPLAY = 10 # about every tenth step of stage 2 adds a batch of text
 
 def image_step(model, pool, text_length=None):
