@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'mini_app', 'Usage', 'one_sentence', 'numbers', 'demo_command', 'model_folder', 'load_model', 'check',
-           'stretch', 'own_needles', 'vniah_command', 'show_rows', 'list_command', 'train_command']
+           'stretch', 'own_needles', 'vniah_command', 'show_rows', 'reading_model', 'show_perplexity', 'niah_command',
+           'plan_command', 'extend_command', 'list_command', 'train_command']
 
 # %% ../nbs/80_cli.ipynb #93388f10
 import json
 import logging
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
@@ -29,6 +31,11 @@ def _disk(error, out):
     reason = str(error.strerror or error)
     return f"{error.filename or out} cannot be used ({reason[:1].lower()}{reason[1:]}): check the folder, its permissions and the space on the disk."
 
+def _training_errors():
+    "Errors of training that are sentences; a module that was not loaded has raised none."
+    homes = {"longva.train.data": "CorpusError", "longva.train.loop": "TrainError", "longva.context.plan": "PlanError"}
+    return [getattr(sys.modules[home], name) for home, name in homes.items() if home in sys.modules]
+
 @contextmanager
 def one_sentence(
     # the results folder
@@ -46,7 +53,7 @@ def one_sentence(
         from longva.mini import UnknownModel
         from longva.needle.trials import NeedleError
         from longva.vision.video import VideoError
-        if not isinstance(error, (Usage, UnknownModel, NeedleError, VideoError)): raise
+        if not isinstance(error, (Usage, UnknownModel, NeedleError, VideoError, *_training_errors())): raise
         _say(str(error))
         raise typer.Exit(2 if isinstance(error, (Usage, UnknownModel)) else 1) from None
 
@@ -194,15 +201,143 @@ def show_rows(
     trials: list,
     # the results folder
     out: Path,
+    # "frames" or "tokens"
+    unit: str = "frames",
 ):
     "Print the shares by length, with intervals, and the files."
     from longva.needle.trials import by_frames, wilson
-    typer.echo(f"\n{'frames':>6}  {'right':>9}  share  95% interval")
+    typer.echo(f"\n{unit:>6}  {'right':>9}  share  95% interval")
     for n, (right, of) in by_frames(trials).items():
         low, high = wilson(right, of)
         typer.echo(f"{n:>6}  {f'{right}/{of}':>9}  {right / of:>5.2f}  {low:.2f} to {high:.2f}")
     typer.echo(f"\nOpen {out / 'heatmap.html'} (point at a cell to see its trials) or {out / 'heatmap.png'}.")
     typer.echo(f"Every trial is a line of {out / 'trials.jsonl'}; the scores as the original writes them are in {out / 'all_accuracies.json'}.")
+
+# %% ../nbs/80_cli.ipynb #ff9eaca8
+def reading_model(
+    # a miniature, a folder, or a name on the hub
+    name: str,
+    # another RoPE base, or None
+    rope_base,
+) -> tuple: # (model, tokenizer)
+    "A language model, or why there is none."
+    import transformers
+
+    from longva.mini import NAMES, folder
+    from longva.needle.niah import load
+    from longva.needle.trials import NeedleError
+    transformers.utils.logging.disable_progress_bar()
+    try: net, tokenizer = load(folder(name) if name in NAMES else name)
+    except NeedleError as e: raise Usage(str(e)) from None
+    if rope_base is not None: stretch(net, rope_base)
+    return net, tokenizer
+
+def show_perplexity(
+    # see `longva.needle.niah.perplexity`
+    rows: list,
+    # the results folder
+    out: Path,
+):
+    "Print the table and keep it as JSON."
+    from dataclasses import asdict
+
+    from longva.needle.trials import write_whole
+    typer.echo(f"\n{'tokens':>6}  perplexity")
+    for r in rows: typer.echo(f"{r.length:>6}  {r.perplexity:>10.3f}")
+    typer.echo(f"\nKept in {write_whole(out / 'perplexity.json', json.dumps([asdict(r) for r in rows], indent=2))}.")
+
+# %% ../nbs/80_cli.ipynb #78a5195b
+@app.command("niah")
+def niah_command(
+    model: Annotated[str, typer.Option(help="A folder with a language model, or its name on the Hugging Face hub.")],
+    haystack: Annotated[Path, typer.Option(help="A folder of .txt or .md files: the book.")],
+    lengths: Annotated[str, typer.Option(help="How many of the book's tokens, for each column.")] = "1000,2000,4000,8000",
+    depths: Annotated[str, typer.Option(help="How deep, from 0 (the start) to 1 (the end).")] = "0,0.25,0.5,0.75,1",
+    distractors: Annotated[str, typer.Option(help="Other cities' numbers in the book; the paper takes 0,3,5.")] = "0",
+    hidden: Annotated[int, typer.Option("--numbers", help="Numbers to find, one at a time, in each cell.")] = 5,
+    out: Annotated[Optional[Path], typer.Option(help="Results folder; by default runs/niah/MODEL_BOOK.")] = None,
+    train_length: Annotated[Optional[int], typer.Option(help="Length of the model's text training, for the dotted line.")] = None,
+    rope_base: Annotated[Optional[float], typer.Option(help="Another RoPE base, without training.")] = None,
+    repeat: Annotated[bool, typer.Option("--repeat", help="Start the book again where it is too short.")] = False,
+    perplexity: Annotated[bool, typer.Option("--perplexity", help="Also measure perplexity against length on the book.")] = False,
+    name: Annotated[Optional[str], typer.Option(help="What to call the model in the results.")] = None,
+):
+    "Hide numbers in a book and ask for them (the paper's text needle test)."
+    name = name or Path(model).name + (f" base {rope_base:g}" if rope_base else "")
+    out = out or Path("runs") / "niah" / f"{name}_{haystack.stem}"
+    with one_sentence(out):
+        grid = numbers(lengths, int, "--lengths"), numbers(depths, float, "--depths")
+        others = numbers(distractors, int, "--distractors")
+        from longva.needle.book import text_files
+        text_files(haystack)
+        _one_voice()
+        from longva.needle import niah
+        net, tokenizer = reading_model(model, rope_base)
+        for k in others:
+            where = out / f"distractors_{k}"
+            trials = niah.run(net, tokenizer, haystack, *grid, where, hidden, k, name=name, repeat=repeat, train_length=train_length)
+            typer.echo(f"\n{k} distractors")
+            show_rows(trials, where, "tokens")
+        if perplexity: show_perplexity(niah.perplexity(net, tokenizer, haystack, grid[0]), out)
+
+# %% ../nbs/80_cli.ipynb #75bbcb19
+@app.command("plan")
+def plan_command(
+    model: Annotated[str, typer.Option(help="qwen2-7b, qwen2-0.5b, llama3-8b, or a folder with config.json.")],
+    length: Annotated[int, typer.Option(help="Tokens of the sequence.")],
+    gpus: Annotated[int, typer.Option(help="How many, all nodes together.")] = 1,
+    gpu_gib: Annotated[float, typer.Option(help="Memory of one GPU.")] = 80,
+    host_gib: Annotated[float, typer.Option(help="Memory of the host, all nodes together.")] = 0,
+    context: Annotated[Optional[int], typer.Option(help="GPUs that share one sequence; by default all.")] = None,
+    checkpoints: Annotated[str, typer.Option(help="none, gpu, host, recurrent or recurrent-host.")] = "gpu",
+    offload: Annotated[str, typer.Option(help="What goes to the host: none, optimizer or all.")] = "none",
+    tiled_mlp: Annotated[bool, typer.Option(help="The MLP in tiles over tokens.")] = False,
+    head_groups: Annotated[bool, typer.Option(help="Attention in groups of heads.")] = False,
+    save_attention: Annotated[bool, typer.Option(help="Keep attention's output rather than recompute it.")] = False,
+    optimizer_bytes: Annotated[float, typer.Option(help="Of one parameter: 12 for float32, 6 for bfloat16.")] = 12,
+    kind: Annotated[str, typer.Option(help="all_gather or ring.")] = "all_gather",
+    tflops: Annotated[float, typer.Option(help="Peak of one GPU: 989 for H100 and H200, 312 for A100.")] = 989,
+    efficiency: Annotated[float, typer.Option(help="Share of the peak that is reached.")] = 0.4,
+):
+    "Bytes, operations, seconds of a training step at a length; what limits, and which switch helps next."
+    settings = dict(locals())
+    with one_sentence("."):
+        from longva.context.plan import PlanError, plan
+        try: made = plan(settings.pop("model"), **settings)
+        except PlanError as e: raise Usage(str(e)) from None
+        typer.echo(f"{made.table}\n")
+        if made.fits: return typer.echo(made.limit)
+        _say(made.limit)
+        raise typer.Exit(1)
+
+# %% ../nbs/80_cli.ipynb #156ee2e2
+@app.command("extend")
+def extend_command(
+    preset: Annotated[str, typer.Option(help="paper or mini.")],
+    text: Annotated[Optional[str], typer.Option(help="Folder of .txt and .jsonl files, name of a dataset at the Hugging Face hub, or a prepared corpus.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the run; by default runs/extend/PRESET.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="Folder or hub name of the model to start from, if not the preset's.")] = None,
+    theta: Annotated[Optional[float], typer.Option(help="The new RoPE base.")] = None,
+    length: Annotated[Optional[int], typer.Option(min=2, help="Tokens of a sequence.")] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Optimizer steps.")] = None,
+    rows: Annotated[Optional[int], typer.Option(min=1, help="Sequences of a step.")] = None,
+    cp: Annotated[Optional[int], typer.Option(min=1, help="Ranks that share a sequence.")] = None,
+    engine: Annotated[Optional[str], typer.Option(help="plain or deepspeed.")] = None,
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Decides the order of the text.")] = None,
+):
+    "Raise the RoPE base and train on long text (the paper's first step), or go on with it."
+    out = out or Path("runs") / "extend" / preset
+    changes = {k: v for k, v in dict(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed).items() if v is not None}
+    with one_sentence(out):
+        if engine not in (None, "plain", "deepspeed"): raise Usage(f"--engine is plain or deepspeed, and not {engine!r}.")
+        from longva.train.extend import extend, named_preset
+        named_preset(preset)
+        if preset == "mini" and text is None and model is None:
+            from longva.mini.reader import extend_reader
+            made = extend_reader(out, **changes)[1]
+        elif text is None: raise Usage("Say with --text on which text to train.")
+        else: made = extend(preset, text, out, model=model, theta=theta, length=length, **changes)
+    typer.echo(f"Done. The extended model is in {made}.")
 
 # %% ../nbs/80_cli.ipynb #17340621
 @mini_app.command("list")

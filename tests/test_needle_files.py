@@ -9,8 +9,8 @@ from PIL import Image
 
 from longva.needle.haystack import Needle, NeedleError, load_haystack, load_needles, save_needles
 from longva.needle.heatmap import figure4, heat_map, save_figure4, save_html, save_png
+from longva.needle.sweep import check_grid, same_settings
 from longva.needle.trials import Trial, TrialLog, by_frames, cells, parse_trials, read_trials, save_accuracies, wilson
-from longva.needle.vniah import check_grid, same_settings
 from longva.vision.video import VideoError, write_video
 
 

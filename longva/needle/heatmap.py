@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
-from .trials import cells, wilson, write_whole
+from .trials import UNITS, cells, wilson, write_whole
 
 # %% ../../nbs/40a_needle.heatmap.ipynb #2921dda3
 PALETTES = {
@@ -65,29 +65,31 @@ def hover_text(
     trials: list,
     # needles listed before "and more"
     most: int = 24,
+    # what a length is counted in
+    unit: str = "frames",
 ) -> str: # lines for plotly
     "A cell in words: its count, its interval, and each needle with its margin, the worst first."
     k, n = sum(t.correct for t in trials), len(trials)
     low, high = wilson(k, n)
-    head = [f"<b>{trials[0].frames} frames, depth {trials[0].depth:.0%}</b>", f"{k} of {n} right, interval {low:.2f} to {high:.2f}"]
+    head = [f"<b>{trials[0].frames} {unit}, depth {trials[0].depth:.0%}</b>", f"{k} of {n} right, interval {low:.2f} to {high:.2f}"]
     worst = sorted(trials, key=lambda t: t.margin)
     rows = [f"{'✓' if t.correct else '✗'} {t.needle}: margin {t.margin:+.2f}" for t in worst[:most]]
     return "<br>".join(head + rows + ([f"and {n - most} more"] if n > most else []))
 
 # %% ../../nbs/40a_needle.heatmap.ipynb #10326a9a
-def _trace(trials, palette):
+def _trace(trials, palette, unit):
     frames, depths, scores = table(trials)
     groups = {}
     for t in trials: groups.setdefault((t.frames, t.depth), []).append(t)
-    text = [[hover_text(groups[n, d]) if (n, d) in groups else "not run" for n in frames] for d in depths]
+    text = [[hover_text(groups[n, d], unit=unit) if (n, d) in groups else "not run" for n in frames] for d in depths]
     scale, last = colours(palette), len(colours(palette)) - 1
     return go.Heatmap(
         z=scores, x=list(range(len(frames))), y=list(range(len(depths))), text=text, hovertemplate="%{text}<extra></extra>",
         zmin=0, zmax=1, xgap=1.5, ygap=1.5, colorscale=[[i / last, c] for i, c in enumerate(scale)], colorbar=dict(title="Score"))
 
-def _dress(figure, trials, train_frames, column=1):
+def _dress(figure, trials, train_frames, column, unit):
     frames, depths, _ = table(trials)
-    figure.update_xaxes(title="Num. of Frames", tickvals=list(range(len(frames))), ticktext=[short_number(n) for n in frames],
+    figure.update_xaxes(title=UNITS[unit][2], tickvals=list(range(len(frames))), ticktext=[short_number(n) for n in frames],
         tickangle=-45, showgrid=False, zeroline=False, row=1, col=column)
     figure.update_yaxes(tickvals=list(range(len(depths))), ticktext=[f"{d * 100:.3g}" for d in depths],
         autorange="reversed", showgrid=False, zeroline=False, row=1, col=column)
@@ -109,13 +111,15 @@ def figure4(
     train_frames=None,
     # "field" or "cividis"
     palette: str = "field",
+    # "frames", or "tokens" for a haystack of text
+    unit: str = "frames",
 ) -> go.Figure:
     "Several heat maps side by side, as the paper's Figure 4."
     titles = [f"{name}<br><sup>mean {mean_score(trials):.2f}</sup>" for name, trials in panels.items()]
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=titles, horizontal_spacing=min(0.06, 0.2 / len(panels)))
     for column, (name, trials) in enumerate(panels.items(), 1):
-        figure.add_trace(_trace(trials, palette), row=1, col=column)
-        _dress(figure, trials, train_frames.get(name) if isinstance(train_frames, dict) else train_frames, column)
+        figure.add_trace(_trace(trials, palette, unit), row=1, col=column)
+        _dress(figure, trials, train_frames.get(name) if isinstance(train_frames, dict) else train_frames, column, unit)
     figure.update_traces(showscale=False)
     figure.data[-1].showscale = True
     figure.update_yaxes(title="Depth Percent", row=1, col=1)
@@ -130,9 +134,11 @@ def heat_map(
     train_frames: int = None,
     # "field" or "cividis"
     palette: str = "field",
+    # "frames", or "tokens" for a haystack of text
+    unit: str = "frames",
 ) -> go.Figure:
     "The heat map of one model."
-    return figure4({title or (trials[0].model if trials else ""): trials}, train_frames, palette)
+    return figure4({title or (trials[0].model if trials else ""): trials}, train_frames, palette, unit)
 
 # %% ../../nbs/40a_needle.heatmap.ipynb #ea4f0e8f
 def save_html(
@@ -144,7 +150,7 @@ def save_html(
     return write_whole(path, figure.to_html(include_plotlyjs=True, full_html=True))
 
 # %% ../../nbs/40a_needle.heatmap.ipynb #ef612663
-def _draw(axis, trials, title, train_frames, colour_map):
+def _draw(axis, trials, title, train_frames, colour_map, unit):
     frames, depths, scores = table(trials)
     values = [[math.nan if s is None else s for s in row] for row in scores]
     axis.set_title(f"{title}\nmean {mean_score(trials):.2f}")
@@ -154,7 +160,7 @@ def _draw(axis, trials, title, train_frames, colour_map):
     axis.set_xticks([i + 0.5 for i in range(len(frames))], [short_number(n) for n in frames], rotation=45)
     axis.set_yticks([i + 0.5 for i in range(len(depths))], [f"{d * 100:.3g}" for d in depths])
     axis.invert_yaxis()  # depth 0 on top
-    axis.set_xlabel("Num. of Frames")
+    axis.set_xlabel(UNITS[unit][2])
     line = border(frames, train_frames)
     if line is not None: axis.axvline(line + 0.5, color="black", linestyle=":", linewidth=2, clip_on=False)
     return mesh
@@ -168,6 +174,8 @@ def save_figure4(
     train_frames=None,
     # "field" or "cividis"
     palette: str = "field",
+    # "frames", or "tokens" for a haystack of text
+    unit: str = "frames",
 ): # the file
     "Several heat maps side by side as a PNG."
     widths = [max(3.5, 0.9 * len({t.frames for t in trials})) for trials in panels.values()]
@@ -178,7 +186,7 @@ def save_figure4(
     meshes = []
     for axis, (name, trials) in zip(axes, panels.items()):
         line = train_frames.get(name) if isinstance(train_frames, dict) else train_frames
-        meshes.append(_draw(axis, trials, name, line, colour_map))
+        meshes.append(_draw(axis, trials, name, line, colour_map, unit))
     axes[0].set_ylabel("Depth Percent")
     meshes = [m for m in meshes if m is not None]
     if meshes: figure.colorbar(meshes[-1], ax=list(axes), label="Score", pad=0.01)
@@ -197,6 +205,8 @@ def save_png(
     train_frames: int = None,
     # "field" or "cividis"
     palette: str = "field",
+    # "frames", or "tokens" for a haystack of text
+    unit: str = "frames",
 ): # the file
     "The heat map of one model as a PNG."
-    return save_figure4({title or (trials[0].model if trials else ""): trials}, path, train_frames, palette)
+    return save_figure4({title or (trials[0].model if trials else ""): trials}, path, train_frames, palette, unit)
