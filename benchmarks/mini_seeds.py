@@ -39,7 +39,7 @@ def main():
     ask = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ask.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     ask.add_argument("--chains", type=Path, default=Path("runs/mini-seeds"), help="where the chains are trained")
-    ask.add_argument("--film-seed", type=int, default=31337, help="of the evaluation")
+    ask.add_argument("--film-seed", type=int, default=271828, help="of the evaluation")
     ask.add_argument("--json", type=Path)
     given = ask.parse_args()
     from rich.console import Console

@@ -351,14 +351,12 @@ def list_command():
 
 @mini_app.command("train")
 def train_command(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and models.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and models.")] = Path("runs/mini"),
     seed: Annotated[int, typer.Option(min=0, help="Decides weights and data.")] = 0,
 ):
     "Train the three miniatures from scratch, or go on with it; under an hour on two cores."
     with one_sentence(out):
-        from longva.mini.recipe import train
+        from longva.mini.recipe import ChainError, train
         try: train(seed, out)
-        except ValueError as e:
-            if not str(e).startswith(str(out)): raise  # not about the folder, so not a sentence for the user
-            raise Usage(str(e)) from None
+        except ChainError as e: raise Usage(str(e)) from None
     typer.echo(f"Done. Try one: longva vniah --model {out / 'mini-longva'} --haystack runs/demo/haystack.mp4 --needles runs/demo/needles")

@@ -41,9 +41,9 @@ def wait_for(process, word):
 
 
 @pytest.fixture(scope="module")
-def process(chromium):
+def process(chromium, tmp_path_factory):
     pytest.importorskip("gradio", reason="gradio is not installed, so the needle app is not tested (make env)")
-    process = start("--port", free_port())
+    process = start("--port", free_port(), "--demo", tmp_path_factory.mktemp("none"))  # whatever runs/demo holds, the maps begin empty
     yield process
     process.terminate()
     process.wait(30)

@@ -1,6 +1,6 @@
 """Hide a needle in a film, move it about, and watch a miniature find it or lose it.
 
-    python apps/needle/app.py [--model mini-longva] [--host 127.0.0.1] [--port 7860] [--share]
+    python apps/needle/app.py [--model mini-longva] [--demo runs/demo] [--host 127.0.0.1] [--port 7860] [--share]
 """
 import argparse
 import base64
@@ -114,31 +114,31 @@ def card(answer):
 The margin is the smallest lead of a right word over all others.</div></div>"""
 
 
-def picture_of(model, spot):
+def picture_of(model, spot, demo):
     "The heat map: of a demo run with these weights, or of what was filled here."
     from longva.lab.bench import growing_map, recorded
     from longva.lab.demo import TRAIN_FRAMES
     trials, source = list(bench(model).kept.values()), "filled here"
-    if not trials: trials, source = recorded(bench(model), DEMO / model), "from the demo"
+    if not trials: trials, source = recorded(bench(model), demo / model), "from the demo"
     figure = growing_map(trials, f"{model}, {source}" if trials else model, train_frames=TRAIN_FRAMES.get(model), spot=spot)
     return figure.update_layout(height=290, margin=dict(l=55, r=10, t=45, b=55))
 
 
-def look(place):
+def look(place, demo):
     "Everything that follows from where the needle is."
     from longva.lab.bench import strip
     here, where = bench(place["model"]), (place["needle"], place["frames"], place["depth"])
     answer = here.ask(*where)
-    return strip_html(strip(here, *where), place["frames"]), needles_html(here.needles, place["needle"]), card(answer), picture_of(place["model"], where[1:])
+    return strip_html(strip(here, *where), place["frames"]), needles_html(here.needles, place["needle"]), card(answer), picture_of(place["model"], where[1:], demo)
 
 
-def build(gr, first):
+def build(gr, first, demo):
     "The page."
     from longva.lab.bench import FRAMES, NEEDLES, fill, strip
     from longva.needle.trials import NeedleError
 
     def shown(place):
-        try: return look(place)
+        try: return look(place, demo)
         except (NeedleError, mini.UnknownModel) as error: raise gr.Error(str(error)) from None
 
     def move(place, model, frames, percent):
@@ -158,7 +158,7 @@ def build(gr, first):
         # `place` is the session's own: while the map grows, the ring follows the needle, and another model ends it
         for _ in fill(bench(model)):
             if place["model"] != model: return
-            yield picture_of(model, (place["frames"], place["depth"]))
+            yield picture_of(model, (place["frames"], place["depth"]), demo)
 
     with gr.Blocks(title="Needle in a haystack", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         place = gr.State(dict(model=first, needle=0, frames=256, depth=0.5))
@@ -194,6 +194,7 @@ def port(text):
 def options():
     parser = argparse.ArgumentParser(description="The needle app.")
     parser.add_argument("--model", default="mini-longva", help=f"the first to be shown: {', '.join(mini.NAMES)}")
+    parser.add_argument("--demo", type=Path, default=DEMO, help="results of `longva demo`, for the heat maps")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=port, default=7860)
     parser.add_argument("--share", action="store_true", help="a public address through Gradio's servers")
@@ -220,7 +221,7 @@ def main():
     logging.disable_progress_bar()
     try: bench(asked.model)
     except mini.UnknownModel as error: sys.exit(str(error))
-    page = build(gr, asked.model)
+    page = build(gr, asked.model, asked.demo)
     try:
         page.launch(server_name=asked.host, server_port=asked.port, share=asked.share, quiet=True, prevent_thread_lock=True, ssr_mode=False,
                     run_history=False, footer_links=[], css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))

@@ -145,11 +145,13 @@ class FrameBank:
     "Fresh 28-pixel frames, fast: stored masks and textures, new paint and noise each time."
     def __init__(self,
         seed: int, # banks of different seeds share no mask and no texture
-        variants: int = 96, # masks per object and textures per ground
+        variants: int = 384, # masks per object and textures per ground
         side: int = 28, # frame side in pixels
     ):
         rng = np.random.default_rng(seed)
-        stack = lambda draw, names: torch.from_numpy(np.stack([[draw(n, side, rng) for _ in range(variants)] for n in names]))
+        shrink = lambda drawn: np.asarray(Image.fromarray(drawn).resize((side, side), Image.Resampling.BICUBIC))
+        one = lambda draw, name, v: draw(name, side, rng) if v % 2 else shrink(draw(name, 4 * side, rng))
+        stack = lambda draw, names: torch.from_numpy(np.stack([[one(draw, name, v) for v in range(variants)] for name in names]))
         self.masks, self.textures = stack(shape_mask, OBJECTS), stack(ground_texture, GROUNDS)
         self.paints = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
 
