@@ -1,5 +1,6 @@
 # make demo shows the finding, make test checks everything; both first set up what they need in .venv.
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.longva
 NEED := longva needs Python 3.11 or newer
@@ -27,7 +28,7 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear .venv || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt-get install python3-venv)."; exit 1; }
 	@echo "Setting up .venv: a minute or more, the first time only."
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools
-	$(BIN)/python -m pip install --no-compile -c constraints.txt --no-build-isolation -e ".[dev,lab,apps]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt --no-build-isolation -e ".[dev,lab,apps,train]"
 	@printf '%s' "$(CURDIR)" > $@
 
 demo: $(STAMP)  ## the paper's Figure 4 in miniature, on two CPU cores
@@ -36,7 +37,7 @@ demo: $(STAMP)  ## the paper's Figure 4 in miniature, on two CPU cores
 test: $(STAMP)  ## tree, notebooks, tests, lint: what CI runs
 	$(BIN)/python tools/check_tree.py
 	$(BIN)/ruff check
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 app: $(STAMP)  ## the needle app on 127.0.0.1
 	$(BIN)/python apps/needle/app.py

@@ -14,6 +14,7 @@ _homes = {
     "LongVAImageProcessor": "longva.model.processing",
     "LongVAProcessor": "longva.model.processing",
     "extend_rope": "longva.context.rope",
+    "exact_rope": "longva.context.rope",
     "rope_report": "longva.context.rope",
     "choose_grid": "longva.vision.unires",
     "read_frames": "longva.vision.video",

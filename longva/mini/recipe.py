@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHORT_BASE', 'LONG_BASE', 'SHORT_CONTEXT', 'LONG_CONTEXT', 'MEAN', 'STD', 'REPEATS_FIRST', 'NEEDLES_FIRST',
            'NEEDLES_ONLY', 'LAYOUTS', 'TOKENS', 'QUESTIONS', 'REPLAY', 'MODELS', 'blank', 'processor_of', 'look_back',
-           'Phase', 'Recipe', 'rate', 'fit', 'text_loss', 'text_step', 'learn_text', 'tower_of', 'features', 'captions',
-           'tower_step', 'learn_to_see', 'FramePool', 'image_loss', 'image_step', 'load_text', 'align', 'ChainError',
-           'train']
+           'Phase', 'Recipe', 'rate', 'ChainError', 'fit', 'text_loss', 'text_step', 'learn_text', 'tower_of',
+           'features', 'captions', 'tower_step', 'learn_to_see', 'FramePool', 'image_loss', 'image_step', 'load_text',
+           'align', 'train']
 
 # %% ../../nbs/71_mini.recipe.ipynb #9b950dca
 import json
@@ -98,7 +98,9 @@ def _write(path, save):
     part = path.with_suffix(".part")
     save(part); os.replace(part, path)
 
-# %% ../../nbs/71_mini.recipe.ipynb #61583837
+class ChainError(ValueError):
+    "A folder that holds another chain, or a broken one."
+
 def fit(
     name: str, # of the stage, for progress and files
     groups: list, # AdamW's parameter groups
@@ -115,7 +117,8 @@ def fit(
     plan = [p for p in phases for _ in range(p.steps)]
     first = 0
     if file.exists():
-        saved = torch.load(file, weights_only=True)
+        try: saved = torch.load(file, weights_only=True)
+        except Exception: raise ChainError(f"{file} cannot be read: delete it, and its stage begins anew.") from None
         first = saved["step"]; optimizer.load_state_dict(saved["optimizer"])
         for key, module in state.items(): module.load_state_dict(saved[key])
     highest = [g["lr"] for g in groups] if not first else saved["highest"]
@@ -343,9 +346,6 @@ def _together(jobs: list, workers: int):
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/71_mini.recipe.ipynb #810228de
-class ChainError(ValueError):
-    "A folder that holds another chain."
-
 def train(
     seed: int = 0,
     out: str | Path = "runs/mini", # made if it is not there; an unfinished chain in it is gone on with
@@ -357,9 +357,10 @@ def train(
     mark, start, spent = out / "chain.json", time.time(), 0
     about = {"seed": seed, "recipe": json.loads(json.dumps(asdict(recipe))), "torch": torch.__version__, "numpy": np.__version__}
     if mark.exists():
-        before = json.loads(mark.read_text()); spent = before.pop("seconds", 0)
-        other = [key for key in about if before.get(key) != about[key]]
-        if other: raise ChainError(f"{out} holds a chain with another {' and '.join(other)} ({other[0]}: {before.get(other[0])}): choose another folder.")
+        try: before = dict(json.loads(mark.read_text()))
+        except (ValueError, TypeError): raise ChainError(f"{mark} cannot be read: choose another folder, or delete this one.") from None
+        spent, other = before.get("seconds", 0), [key for key in about if before.get(key) != about[key]]
+        if other: raise ChainError(f"{out} holds a chain with another {' and '.join(other)}: choose another folder, or delete this one.")
     try:
         _together([(learn_text, out, seed, recipe), (learn_to_see, out, seed, recipe)], workers)
         _together([(align, out, name, seed, recipe) for name in MODELS], workers)
