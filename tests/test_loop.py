@@ -1,5 +1,6 @@
 """The training loop with several processes: exact resume, other numbers of ranks, lost ranks, signals."""
 import json
+import shutil
 import signal
 import time
 
@@ -91,10 +92,14 @@ def test_context_parallel_equals_one_rank(tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def zero3(tmp_path_factory):
-    "An unbroken run of two ranks under ZeRO-3 with offload."
+    "Two ranks under ZeRO-3 with offload: a run to its end, and one that was killed in its fourth step."
     pytest.importorskip("deepspeed")
-    out = tmp_path_factory.mktemp("runs") / "zero3"
-    return out, toy.run(out, 2, steps=6, save_every=2, engine="deepspeed")
+    out = tmp_path_factory.mktemp("runs")
+    losses = toy.run(out / "whole", 2, steps=6, save_every=2, keep=3, engine="deepspeed")
+    processes = toy.start(out / "killed", 2, steps=6, save_every=2, engine="deepspeed", die=3, timeout=20)
+    assert {code for code, _ in toy.wait(processes)} == {1, -signal.SIGKILL}
+    assert [p.name for p in (out / "killed").glob("step-*")] == ["step-000002"]
+    return out, losses
 
 
 def test_zero3_equals_plain(zero3, unbroken):
@@ -104,11 +109,21 @@ def test_zero3_equals_plain(zero3, unbroken):
 @pytest.mark.parametrize("world, engine", [(2, "deepspeed"), (1, "deepspeed"), (1, "plain")])
 def test_killed_zero3_goes_on(zero3, tmp_path, world, engine):
     "Bit for bit on the same ranks, to rounding on others, also with the other engine."
-    out = tmp_path / "killed"
-    processes = toy.start(out, 2, steps=6, save_every=2, engine="deepspeed", die=3, timeout=20)
-    assert {code for code, _ in toy.wait(processes)} == {1, -signal.SIGKILL}
+    out = shutil.copytree(zero3[0] / "killed", tmp_path / "killed")
     losses = toy.run(out, world, steps=6, save_every=2, engine=engine)
     assert max(abs(a - b) for a, b in zip(losses, zero3[1], strict=True)) < 1e-4
     if (world, engine) == (2, "deepspeed"):
         assert losses == zero3[1]
-        assert equal(toy.weights(out / "step-000006"), toy.weights(zero3[0] / "step-000006"))
+        for step in ("step-000004", "step-000006"):
+            assert equal(toy.weights(out / step), toy.weights(zero3[0] / "whole" / step))
+
+
+def test_zero3_in_bfloat16_goes_on_bit_for_bit(zero3, tmp_path):
+    "As at full size: the layers compute with a rounded copy, which must follow the restored weights from the first step on."
+    settings = dict(save_every=2, keep=9, engine="deepspeed", precision="bf16")
+    losses = toy.run(tmp_path / "whole", 2, steps=4, **settings)
+    shutil.copytree(tmp_path / "whole/step-000002", tmp_path / "stopped/step-000002")
+    (tmp_path / "stopped/metrics.jsonl").write_text("".join((tmp_path / "whole/metrics.jsonl").read_text().splitlines(keepends=True)[:3]))  # the third is made again
+    assert toy.run(tmp_path / "stopped", 2, steps=4, **settings) == losses
+    assert equal(toy.weights(tmp_path / "stopped/step-000004"), toy.weights(tmp_path / "whole/step-000004"))
+    assert max(abs(a - b) for a, b in zip(losses, zero3[1])) < 0.05

@@ -28,6 +28,14 @@ def _field(row: dict, name: str):
         row = row.get(part) if isinstance(row, dict) else None
     return row
 
+def _document(row, text: str, domain: str, default: str, where: str) -> tuple:
+    "(domain, text) of a row, or a sentence about it."
+    words = _field(row, text)
+    if not isinstance(words, str):
+        has = f"it has {', '.join(sorted(row))}" if isinstance(row, dict) else "it is not an object"
+        raise CorpusError(f"{where}: no text under {text!r} ({has}).")
+    return str(_field(row, domain) or default), words
+
 class TextFolder:
     "The documents below a folder, by number: `folder[i]` is (domain, text)."
 
@@ -58,29 +66,18 @@ class TextFolder:
 
     def __len__(self): return len(self.rows)
 
-# %% ../../nbs/30_train.data.ipynb #222ef8c6
-def _document(row, text: str, domain: str, default: str, where: str) -> tuple:
-    "(domain, text) of a row, or a sentence about it."
-    words = _field(row, text)
-    if not isinstance(words, str):
-        has = f"it has {', '.join(sorted(row))}" if isinstance(row, dict) else "it is not an object"
-        raise CorpusError(f"{where}: no text under {text!r} ({has}).")
-    return str(_field(row, domain) or default), words
-
-def _document_at(self, i):
-    file, line, start = self.rows[i]
-    path = self.files[file]
-    inside = path.relative_to(self.root).parts if self.root.is_dir() else (path.name,)
-    default = inside[0] if len(inside) > 1 else (path.stem if path.suffix == ".jsonl" else "text")
-    try:
-        if path.suffix != ".jsonl": return default, path.read_text(encoding="utf-8")
-        with open(path, "rb") as lines:
-            lines.seek(start); row = json.loads(lines.readline())
-    except UnicodeDecodeError as e: raise CorpusError(f"{path} is not UTF-8 text ({e.reason} at byte {start + e.start}).") from None
-    except json.JSONDecodeError as e: raise CorpusError(f"{path}, line {line + 1}: broken JSON ({e.msg} at column {e.colno}).") from None
-    return _document(row, self.text, self.domain, default, f"{path}, line {line + 1}")
-
-TextFolder.__getitem__ = _document_at
+    def __getitem__(self, i: int) -> tuple: # (domain, text)
+        file, line, start = self.rows[i]
+        path = self.files[file]
+        inside = path.relative_to(self.root).parts if self.root.is_dir() else (path.name,)
+        default = inside[0] if len(inside) > 1 else (path.stem if path.suffix == ".jsonl" else "text")
+        try:
+            if path.suffix != ".jsonl": return default, path.read_text(encoding="utf-8")
+            with open(path, "rb") as lines:
+                lines.seek(start); row = json.loads(lines.readline())
+        except UnicodeDecodeError as e: raise CorpusError(f"{path} is not UTF-8 text ({e.reason} at byte {start + e.start}).") from None
+        except json.JSONDecodeError as e: raise CorpusError(f"{path}, line {line + 1}: broken JSON ({e.msg} at column {e.colno}).") from None
+        return _document(row, self.text, self.domain, default, f"{path}, line {line + 1}")
 
 # %% ../../nbs/30_train.data.ipynb #3880e7e2
 class _Rows:

@@ -10,6 +10,7 @@ __all__ = ['PADDING', 'PEAK', 'LOST', 'TrainError', 'Recipe', 'learning_rate', '
 
 # %% ../../nbs/31_train.loop.ipynb #4121d35d
 import fcntl
+import io
 import json
 import math
 import os
@@ -20,7 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+import warnings
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -80,7 +82,6 @@ class Recipe:
     # names that accelerate knows: "tensorboard", "wandb", ...
     trackers: tuple = ()
 
-# %% ../../nbs/31_train.loop.ipynb #dea693cb
 def learning_rate(
     recipe: Recipe,
     # 0, 1, ...
@@ -200,7 +201,6 @@ def check_memory(
     except PlanError: return
     check(wanted)
 
-# %% ../../nbs/31_train.loop.ipynb #c5cd3031
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 def peak_flops(
@@ -288,7 +288,6 @@ def deepspeed_config(
                               "offload_optimizer": {"device": "cpu", "pin_memory": gpu}, "offload_param": {"device": "cpu", "pin_memory": gpu}},
     }
 
-# %% ../../nbs/31_train.loop.ipynb #e8fa0c4b
 def load_deepspeed(device):
     "Import it, for CPU ranks if there is no GPU; its messages stay away."
     if device.type == "cpu": os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -296,6 +295,7 @@ def load_deepspeed(device):
     try: import deepspeed
     except ImportError: raise TrainError("The engine deepspeed is not installed: pip install deepspeed, or take the engine plain.") from None
     deepspeed.utils.logger.setLevel("ERROR")
+    warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # DeepSpeed calls functions that torch has renamed
     return deepspeed
 
 class ZeRO3:
@@ -306,11 +306,12 @@ class ZeRO3:
         else: Adam = torch.optim.AdamW
         if not dist.is_initialized(): # ZeRO-3 wants a process group even for one rank
             dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-        with _one_at_a_time():
+        said = io.StringIO()  # each rank would print that the op was built
+        with _one_at_a_time(), redirect_stdout(said):
             from deepspeed.comm.torch import build_shm_op
             build_shm_op()
         optimizer = Adam(groups, betas=recipe.betas, weight_decay=recipe.weight_decay)
-        self.engine, self.optimizer, _, _ = self.deepspeed.initialize(model=loss, optimizer=optimizer, config=deepspeed_config(recipe, ranks))
+        with redirect_stdout(said): self.engine, self.optimizer, _, _ = self.deepspeed.initialize(model=loss, optimizer=optimizer, config=deepspeed_config(recipe, ranks))
 
     def backward(self, batch, normalizer):
         loss = self.engine(batch, normalizer)
@@ -425,7 +426,6 @@ def look_at_loss(
     if len(recent) >= 10 and loss > spike * (mean := sum(recent) / len(recent)) and loss > mean + 1:
         return f"the loss leapt from {mean:.3f} (mean of {len(recent)} steps) to {loss:.3f}"
 
-# %% ../../nbs/31_train.loop.ipynb #490e69b4
 LOST = ("connection", "peer", "timed out", "timeout", "gloo", "nccl", "socket")
 
 @contextmanager
@@ -456,15 +456,6 @@ class Log:
         if self.path is None: return
         with open(self.path, "a") as file: print(json.dumps(figures), file=file)
         for tracker in self.trackers: tracker.log({k: v for k, v in figures.items() if k != "step"}, step=figures["step"])
-
-# %% ../../nbs/31_train.loop.ipynb #23f7b875
-@contextmanager
-def _sharing(model, recipe, ranks):
-    "A function that cuts a batch for this rank, while the attention knows its group."
-    to_device = lambda batch: {k: v.to(ranks.device) for k, v in batch.items()}
-    if ranks.cp == 1: yield to_device; return
-    if model.config.get_text_config()._attn_implementation != "longva_cp": model.set_attn_implementation("longva_cp")
-    with context_parallel(ranks.group, kind=recipe.kind): yield lambda batch: to_device(shard_batch(batch))
 
 # %% ../../nbs/31_train.loop.ipynb #4657b211
 def train(
@@ -519,6 +510,14 @@ def train(
     return losses
 
 # %% ../../nbs/31_train.loop.ipynb #b8154394
+@contextmanager
+def _sharing(model, recipe, ranks):
+    "A function that cuts a batch for this rank, while the attention knows its group."
+    to_device = lambda batch: {k: v.to(ranks.device) for k, v in batch.items()}
+    if ranks.cp == 1: yield to_device; return
+    if model.config.get_text_config()._attn_implementation != "longva_cp": model.set_attn_implementation("longva_cp")
+    with context_parallel(ranks.group, kind=recipe.kind): yield lambda batch: to_device(shard_batch(batch))
+
 def _step(engine, batches, step, recipe, ranks, cut):
     "All micro-batches of one step: mean loss, tokens and FLOPs of all ranks; gradients are left on the engine."
     torch.manual_seed((recipe.seed * 1_000_003 + step) % 2**63)
