@@ -19,7 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-RANKS, TOKENS, HEADS, DIM = 2, 3072, (8, 2), 64
+RANKS, TOKENS, HEADS, DIM = 2, 6144, (8, 2), 64
 
 
 def start(work, ranks, *args, seconds=900):
