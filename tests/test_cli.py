@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longva.mini.world import write_film, write_needles
+from longva.mini import folder as mini_folder
+from longva.mini.world import film_seed, needle_objects, scene_words, write_film, write_needles
+from longva.needle.haystack import load_needles
 from longva.needle.trials import key, read_trials
 from longva.vision.video import write_video
 
@@ -42,6 +44,11 @@ def things(tmp_path_factory):
     (folder / "a file").write_text("not a folder")
     (folder / "original").mkdir()
     (folder / "original" / "config.json").write_text('{"model_type": "llava_qwen"}')
+    (folder / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"): shutil.copy(mini_folder("mini-longva") / name, folder / "bare")
+    rotten = bytearray(film.read_bytes())
+    rotten[len(rotten) // 2 : -1000] = bytes(len(rotten) - 1000 - len(rotten) // 2)  # the table of packets stands in front and stays whole
+    (folder / "rotten.mp4").write_bytes(rotten)
     return folder
 
 
@@ -62,18 +69,27 @@ def test_it_is_installed_and_quick_to_help(tmp_path):
     (dict(haystack="torn.mp4"), 1, "torn.mp4"),
     (dict(haystack="needles"), 1, "is a folder, not a video"),
     (dict(haystack="short.mp4"), 1, "holds 9 frames at 1 per second, and 16 are wanted"),
-    (dict(fps="0"), 1, "must be above 0"),
+    (dict(fps="0"), 2, "--fps must be a number above 0"),
+    (dict(fps="inf"), 2, "--fps must be a number above 0"),
+    (dict(fps="2"), 1, "shows 1 frames per second, and 2 are wanted"),
+    (dict(fps="1e9"), 1, "shows 1 frames per second"),
+    (dict(frames="0"), 2, "--frames: A length must be a whole number"),
     (dict(needles="lost"), 1, "its picture 01_"),
     (dict(needles="original"), 1, "no needles.json"),
     (dict(needles="nowhere"), 1, "no needle folder nowhere"),
-    (dict(model="mini-lonva"), 2, "no miniature called mini-lonva: choose one of mini-longva"),
+    (dict(model="mini-lonva"), 2, "no miniature called mini-lonva: choose one of mini-longva, mini-anyres, mini-short, or name a folder with a model"),
+    (dict(model=""), 2, "--model is empty: choose one of mini-longva"),
+    (dict(model="bare"), 2, "The folder bare holds no processor"),
     (dict(model="original"), 2, "type llava_qwen, not longva"),
     (dict(model="needles"), 2, "no config.json"),
     (dict(frames="4,eight"), 2, "--frames takes whole numbers"),
     (dict(depths="0;1"), 2, "--depths takes numbers"),
-    (dict(depths="0,1.5"), 1, "not at 1.5"),
-    ({"rope-base": "0.5"}, 2, "--rope-base: The base theta must be greater than 1"),
-    (dict(out="a file/results"), 1, "a file/results cannot be used"),
+    (dict(depths="0,1.5"), 2, "not at 1.5"),
+    ({"rope-base": "0.5"}, 2, "--rope-base must be"),
+    ({"rope-base": "inf"}, 2, "--rope-base must be"),
+    ({"rope-base": "1e30"}, 2, "--rope-base must be"),
+    (dict(out="a file"), 1, "a file is a file, and the results need a folder"),
+    (dict(out="a file/results"), 1, "a file is a file, and the results need a folder"),
 ], ids=lambda x: " ".join(f"{k} {v}" for k, v in x.items()) if isinstance(x, dict) else "")
 def test_one_sentence_and_nothing_written(things, change, code, words):
     given = dict(model="mini-longva", haystack="film.mp4", needles="needles", frames="4,16", depths="0,1", out="out") | change
@@ -83,6 +99,13 @@ def test_one_sentence_and_nothing_written(things, change, code, words):
     assert done.returncode == code and done.stdout == "", (done.returncode, done.stdout, done.stderr)
     assert len(lines) == 1 and words in lines[0] and lines[0].endswith("."), done.stderr
     assert sorted(p for p in things.rglob("*")) == before
+
+
+def test_a_film_damaged_in_the_middle_leaves_nothing(things):
+    before = sorted(things.rglob("*"))
+    done = longva("vniah", "--model", "mini-longva", "--haystack", "rotten.mp4", "--needles", "needles", "--frames", "300", "--out", "deep/out", cwd=things)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("rotten.mp4 cannot be read") and "Traceback" not in done.stderr, done.stderr
+    assert sorted(things.rglob("*")) == before
 
 
 def test_missing_option(things):
@@ -115,7 +138,8 @@ def wait_for(process, log, lines):
 
 
 def test_killed_then_stopped_then_finished(things, tmp_path):
-    words = ["vniah", "--model", "mini-longva", "--haystack", things / "film.mp4", "--frames", "256,300", "--depths", "0,0.5,1", "--out", tmp_path / "out"]
+    film = shutil.copy(things / "film.mp4", tmp_path)  # away from the needles beside it
+    words = ["vniah", "--model", "mini-longva", "--haystack", film, "--frames", "256,300", "--depths", "0,0.5,1", "--out", tmp_path / "out"]
     log = tmp_path / "out" / "trials.jsonl"
     process = start(*words, cwd=tmp_path)
     wait_for(process, log, 3)
@@ -133,6 +157,41 @@ def test_killed_then_stopped_then_finished(things, tmp_path):
     assert len(read_trials(log)) == 120 and set(Counter(map(key, read_trials(log))).values()) == {1}
     assert len(json.loads((tmp_path / "out" / "all_accuracies.json").read_text())) == 6
     assert len(list((tmp_path / "out" / "needles").glob("*.png"))) == 20
+
+
+def test_whose_needles(things, tmp_path):
+    "Without --needles: those beside the film; else the ones that this film doesn't show; never a stranger's."
+    film = shutil.copy(things / "film.mp4", tmp_path / "alone.mp4")
+    assert film_seed(film) == 3
+    go = lambda film, out, *more: longva("vniah", "--model", "mini-longva", "--haystack", film, "--frames", "4", "--depths", "0", "--out", out, *more, cwd=tmp_path)
+    beside = go(things / "film.mp4", "beside")
+    assert beside.returncode == 0 and f"Needles: those beside the film, in {things / 'needles'}." in beside.stdout, beside
+    assert len(read_trials(tmp_path / "beside" / "trials.jsonl")) == 2 and not (tmp_path / "beside" / "needles").exists()
+    own = go(film, "own")
+    assert own.returncode == 0 and "Needles: the miniature's own, of seed 3 as the film." in own.stdout, own
+    objects = {scene_words((i, 0, 0))[0] for i in needle_objects(3)}
+    assert {n.question.removeprefix("find ") for n in load_needles(tmp_path / "own" / "needles")} == objects
+    assert go(film, "own").returncode == 0  # and again
+    write_needles(tmp_path / "strange" / "needles", 3, seed=0)
+    (tmp_path / "stray" / "needles").mkdir(parents=True)
+    (tmp_path / "stray" / "needles" / "a.txt").touch()
+    for out in ("strange", "stray"):
+        before = sorted(tmp_path.rglob("*"))
+        done = go(film, out)
+        assert done.returncode == 1 and f"{out}/needles holds something else than this film's needles" in done.stderr, done
+        assert len(done.stderr.splitlines()) == 1 and sorted(tmp_path.rglob("*")) == before
+    before = sorted(tmp_path.rglob("*"))
+    done = go(film, "beside")  # begun with other needles
+    assert done.returncode == 1 and "different: needles" in done.stderr and sorted(tmp_path.rglob("*")) == before, done
+    foreign = write_video(np.random.default_rng(0).integers(0, 256, (9, 56, 56, 3), np.uint8), tmp_path / "foreign.mp4")
+    done = go(foreign, "foreign")
+    assert film_seed(foreign) is None and done.returncode == 0 and "drawn with seed 0" in done.stdout and "does not say" in done.stdout, done
+
+
+def test_an_out_that_is_a_file(things, tmp_path):
+    for command in (["demo"], ["mini", "train"], ["extend", "--preset", "mini"], ["niah", "--model", "x", "--haystack", "x"]):
+        done = longva(*command, "--out", things / "a file", cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr == f"{things / 'a file'} is a file, and the results need a folder: choose another.\n", done
 
 
 def test_full_disk(things, tmp_path):

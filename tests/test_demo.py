@@ -69,6 +69,14 @@ def test_stopped_killed_and_finished(tmp_path):
     assert json.loads((folder / "demo.json").read_text()) == about
 
 
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "haystack.mp4").write_bytes(b"a stranger's film")
+    with pytest.raises(NeedleError, match="holds files but no demo.json: choose another folder"): demo(tmp_path, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["haystack.mp4"] and (tmp_path / "haystack.mp4").read_bytes() == b"a stranger's film"
+    for out in ("haystack.mp4", "haystack.mp4/below"):
+        with pytest.raises(NeedleError, match="haystack.mp4 is a file, and the results need a folder"): demo(tmp_path / out, progress=False)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     "A small demo, done in one process."

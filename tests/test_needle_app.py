@@ -161,5 +161,5 @@ def test_refusals():
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert "in use" in refusal("--port", server.getsockname()[1])
     assert "mini-giant" in refusal("--model", "mini-giant")
-    assert "from 1 to 65535" in refusal("--port", "99999")
+    for port in ("99999", "²"): assert "from 1 to 65535" in refusal("--port", port)
     assert "no-such-host" in refusal("--host", "no-such-host.invalid")

@@ -5,12 +5,13 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from longva.needle.haystack import Needle, NeedleError, load_haystack, load_needles, save_needles
+from longva.needle.haystack import Needle, NeedleError, count_frames, load_haystack, load_needles, save_needles
 from longva.needle.heatmap import figure4, heat_map, save_figure4, save_html, save_png
-from longva.needle.sweep import check_grid, same_settings
-from longva.needle.trials import Trial, TrialLog, by_frames, cells, parse_trials, read_trials, save_accuracies, wilson
+from longva.needle.sweep import check_grid, same_settings, sweep
+from longva.needle.trials import Trial, TrialLog, by_frames, cells, key, parse_trials, read_trials, save_accuracies, wilson
 from longva.vision.video import VideoError, write_video
 
 
@@ -47,6 +48,7 @@ ROW = dict(image="a.png", question="Which colour?", answer="Red")
     ("", "line 1"),
     ("[]", "at least one"),
     ("{}", "at least one"),
+    ("[" * 100_000, "nested too deeply"),
     ("7", "at least one"),
     (["a.png"], "no image"),
     ([{k: v for k, v in ROW.items() if k != "question"}], "no question"),
@@ -69,6 +71,20 @@ def test_bad_pictures(folder):
 def test_list_that_is_not_text(folder):
     (folder / "needles.json").write_bytes(b"\xff\xfe\x00[")
     refused(folder, word="UTF-8")
+
+
+def test_list_with_a_byte_order_mark(folder):
+    (folder / "needles.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([ROW]).encode())
+    assert [n.answer for n in load_needles(folder)] == ["Red"]
+
+
+def test_names_never_collide(folder):
+    names = ["a.png", "a 3.png", "a.png", "sub/a.png", "a 3.png"]
+    (folder / "sub").mkdir()
+    for name in names: Image.new("RGB", (4, 4)).save(folder / name)
+    (folder / "needles.json").write_text(json.dumps([ROW | dict(image=name) for name in names]))
+    found = [n.name for n in load_needles(folder)]
+    assert len(set(found)) == 5 and found[:2] == ["a", "a 3"] and all(name.startswith("a") for name in found)
 
 
 def test_missing_folder_and_list(folder, tmp_path):
@@ -97,11 +113,19 @@ def test_haystack_is_a_prefix(film):
     assert len(load_haystack(film, 6, fps=1).array) == 6
 
 
-@pytest.mark.parametrize("n, fps", [(13, None), (7, 1), (500, 1), (30, 4)])
+@pytest.mark.parametrize("n, fps", [(13, None), (7, 1), (500, 1)])
 def test_haystack_too_short(film, n, fps):
     with pytest.raises(NeedleError) as error:
         load_haystack(film, n, fps=fps)
     assert is_one_sentence(error) and "film.mp4" in str(error.value) and str(n) in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("fps, word", [(4, "shows 2 frames per second, and 4 are wanted"), (1e9, "shows 2 frames per second"), (float("inf"), "above 0"), (float("nan"), "above 0"), (0, "above 0")])
+def test_a_rate_that_the_film_does_not_have(film, fps, word):
+    for call in (lambda: count_frames(film, 1, fps), lambda: load_haystack(film, 1, fps=fps)):
+        with pytest.raises(NeedleError, match=word) as error: call()
+        assert is_one_sentence(error)
+    assert count_frames(film, 12, 2) == 12
 
 
 def test_haystack_unreadable(tmp_path):
@@ -131,7 +155,7 @@ def test_log_cut_at_every_byte(tmp_path):
 
 def test_log_damaged_in_the_middle(tmp_path):
     line = json.dumps(asdict(trial())).encode() + b"\n"
-    for bad in (b"{\n", b"[1]\n", b'{"model": 1}\n', b"\n"):
+    for bad in (b"{\n", b"[" * 100_000 + b"\n", b"[1]\n", b'{"model": 1}\n', b"\n"):
         (tmp_path / "t.jsonl").write_bytes(line + bad + line)
         with pytest.raises(NeedleError, match="Line 2 of t.jsonl") as error:
             TrialLog(tmp_path / "t.jsonl")
@@ -158,8 +182,10 @@ def test_log_has_one_writer(tmp_path):
 
 def test_log_in_a_file(tmp_path):
     (tmp_path / "x").write_text("")
-    with pytest.raises(NeedleError, match="need a folder"):
-        TrialLog(tmp_path / "x" / "trials.jsonl")
+    for log in ("x/trials.jsonl", "x/below/trials.jsonl", "x/far/below/trials.jsonl"):
+        with pytest.raises(NeedleError, match="/x is a file, and the results need a folder") as error:
+            TrialLog(tmp_path / log)
+        assert is_one_sentence(error)
 
 
 # --- settings and grids
@@ -171,9 +197,37 @@ def test_settings_of_another_test(tmp_path):
     with pytest.raises(NeedleError, match="different: model, fit") as error:
         same_settings(tmp_path, dict(model="a", seed=0, fit="pad"), started=True)
     assert is_one_sentence(error)
-    (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(NeedleError, match="settings.json"):
-        same_settings(tmp_path, dict(model="b", seed=0), started=True)
+    for broken in ("{", "[]", "null", "7", "[" * 100_000):
+        (tmp_path / "settings.json").write_text(broken)
+        with pytest.raises(NeedleError, match="settings.json"):
+            same_settings(tmp_path, dict(model="b", seed=0), started=True)
+
+
+def test_settings_do_not_hang_on_a_file_name(tmp_path):
+    one = dict(haystack=dict(file="a.mp4", digest="1"))
+    same_settings(tmp_path, one, started=False)
+    same_settings(tmp_path, dict(haystack=dict(file="b.mp4", digest="1")), started=True)
+    with pytest.raises(NeedleError, match="different: haystack"):
+        same_settings(tmp_path, dict(haystack=dict(file="a.mp4", digest="2")), started=True)
+
+
+def test_a_sweep_that_fails_at_once_leaves_nothing(tmp_path):
+    def fail(spots):
+        raise VideoError("x.mp4 is damaged.")
+        yield
+    def fail_later(spots):
+        yield [trial()]
+        raise VideoError("x.mp4 is damaged.")
+    given = dict(model=torch.nn.Linear(1, 1), name="m", settings={}, progress=False, spots={key(t): t for t in (trial(), trial(needle="b"))})
+    for out in (tmp_path / "new" / "out", tmp_path / "old"):
+        if out.name == "old": out.mkdir(); (out / "mine.txt").touch()
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(VideoError): sweep(out=out, decide=fail, **given)
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(VideoError): sweep(out=tmp_path / "new", decide=fail_later, **given)
+    assert len(read_trials(tmp_path / "new" / "trials.jsonl")) == 1 and (tmp_path / "new" / "settings.json").exists()
+    with pytest.raises(VideoError): sweep(out=tmp_path / "new", decide=fail, **given)
+    assert len(read_trials(tmp_path / "new" / "trials.jsonl")) == 1 and (tmp_path / "new" / "settings.json").exists()
 
 
 @pytest.mark.parametrize("frames, depths", [([], [0]), ([4], []), ([0], [0]), ([-3], [0]), ([2.5], [0]), ([4], [-0.1]), ([4], [1.01]), ([4], [float("nan")]), ([float("nan")], [0]), (["x"], [0]), ([4], ["x"])])

@@ -381,9 +381,10 @@ def test_the_command(saved, book, tmp_path):
 
 @pytest.mark.parametrize("change, code, said", [
     (dict(model="nowhere/at-all"), 2, "No language model can be loaded from nowhere/at-all"), (dict(haystack="nowhere"), 1, "no haystack folder nowhere"),
-    (dict(lengths="60,many"), 2, "--lengths takes whole numbers"), (dict(lengths="60,9999999"), 1, "are wanted"), (dict(depths="2"), 1, "not at 2"),
+    (dict(lengths="60,many"), 2, "--lengths takes whole numbers"), (dict(lengths="60,9999999"), 1, "are wanted"), (dict(depths="2"), 2, "--depths: A depth must lie between 0 (the start) and 1 (the end), not at 2"), (dict(lengths="0"), 2, "--lengths: A length must be"),
+    (dict(model=""), 2, "--model is empty"),
     (dict(distractors="9"), 1, "0 to 6 distractors"), (dict(distractors="some"), 2, "--distractors takes"), (dict(model="mini-longva"), 1, "doesn't know every word"),
-    ({"rope-base": "0.5"}, 2, "--rope-base")])
+    ({"rope-base": "0.5"}, 2, "--rope-base must be"), ({"rope-base": "inf"}, 2, "--rope-base must be")])
 def test_one_sentence_and_nothing_written(saved, book, tmp_path, monkeypatch, change, code, said):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, command(saved, book, "out", **change))

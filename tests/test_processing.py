@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from longva.model.modeling import LongVA, longva_7b, mini_config
-from longva.model.processing import LongVAProcessor
+from longva.model.modeling import LongVA, LongVAConfig, longva_7b, mini_config
+from longva.model.processing import LongVAImageProcessor, LongVAProcessor
 from longva.vision.video import VideoError
 
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<image>", "<video>", "<|im_start|>", "<|im_end|>"]
@@ -187,3 +188,139 @@ def test_three_thousand_frames_of_placeholders(tokenizer):
     text = expand_placeholders(["w1 <video> w2"], "<video>", [3000 * 144])
     LongVAProcessor.from_config(mini_config(len(tokenizer), 3, 4), tokenizer)
     assert len(tokenizer(text)["input_ids"][0]) == 432_002
+
+
+# ---- what does not add up
+
+def refused(call, *words):
+    """The one sentence that a call must raise."""
+    with pytest.raises(ValueError) as error:
+        call()
+    text = str(error.value)
+    assert text.endswith(".") and "\n" not in text and len(text) < 300, text
+    assert all(word in text for word in words), text
+    return text
+
+
+def test_each_text_gets_its_own_pictures(pair):
+    _, processor = pair
+    a, b, c = (Image.new("RGB", size, "teal") for size in ((30, 30), (40, 90), (90, 40)))
+    texts = ["<image> w1", "<image> <image> w2"]
+    refused(lambda: processor(text=texts, images=[[a, b], [c]]), "'<image> w1'", "1 <image>", "2 images")
+    refused(lambda: processor(text=["w1", "<video> w2"], videos=[[film(np.random.default_rng(0))], []]), "'w1'", "0 <video>", "1 video")
+    refused(lambda: processor(text=texts, images=[[a], [b, c], []]), "3 lists", "2 texts")
+    refused(lambda: processor(text=texts, images=[[a], b, c]), "one list per text")
+    refused(lambda: processor(text="<image> <image>", images=[[a], [b]]), "2 lists", "1 text")
+    right = processor(text=texts, images=[[a], [b, c]])
+    for same in ([a, b, c], (a, b, c), ((a,), (b, c))):
+        assert all(torch.equal(right[k], v) for k, v in processor(text=texts, images=same).items())
+    for none in ([None, [a]], [[], [a]]):
+        assert len(processor(text=["w1", "w2 <image>"], images=none)["image_layouts"]) == 1
+    assert processor(text="<image> <image>", images=[[a, b]])["image_layouts"].shape == (2, 2)
+    talks = [[{"role": "user", "content": [{"type": "text", "text": "w1"}]}], [{"role": "user", "content": [{"type": "image", "image": a}]}]]
+    assert len(processor.apply_chat_template(talks, tokenize=True, return_dict=True)["image_layouts"]) == 1
+
+
+def test_what_is_no_picture(pair, tmp_path, monkeypatch):
+    _, processor = pair
+    monkeypatch.chdir(tmp_path)
+    Path("notes.png").write_text("no picture")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)).save("whole.png")
+    Path("half.png").write_bytes(Path("whole.png").read_bytes()[:2000])
+    for name, words in {"nope.png": ("no file nope.png",), ".": ("folder",), "": ("empty",), "notes.png": ("notes.png", "image"), "half.png": ("half.png",),
+                        "a" * 5000: (), "nul\0.png": ()}.items():
+        refused(lambda: processor(text="<image>", images=name), *words)
+        refused(lambda: processor.image_processor(name), *words)
+    assert len(processor(text="<image>", images=Path("whole.png"))["image_layouts"]) == 1
+    for nothing in ([], ()):
+        refused(lambda: processor.image_processor(nothing), "no images")
+    refused(lambda: processor.image_processor(None), "image")
+    refused(lambda: processor.image_processor([None]), "image")
+
+
+def test_what_is_no_text(pair):
+    _, processor = pair
+    for text in (5, [None], [["w1"]], ["w1", 2], [], None, {"a": 1}):
+        refused(lambda: processor(text=text), "text")
+
+
+def test_a_processor_needs_both_parts(pair, tokenizer):
+    refused(lambda: LongVAProcessor(), "image_processor", "tokenizer")
+    refused(lambda: LongVAProcessor(LongVAImageProcessor()), "tokenizer")
+    refused(lambda: LongVAProcessor(tokenizer=tokenizer), "image_processor")
+
+
+@pytest.mark.parametrize("setting, word", [
+    ({"frames_fit": "stretch"}, "stretch"), ({"encoding": "x"}, "'x'"), ({"max_grids": 0}, "max_grids"), ({"max_grids": 1}, "max_grids"), ({"pool_stride": 0}, "pool"),
+    ({"grid": 0}, "grid"), ({"patch_size": 0}, "patch"), ({"pool_stride": 25}, "token")])
+def test_image_settings_that_do_not_exist(setting, word):
+    refused(lambda: LongVAImageProcessor(**setting), word)
+
+
+@pytest.mark.parametrize("setting, word", [
+    ({"pool_stride": 0}, "pool_stride"), ({"pool_stride": -2}, "pool_stride"), ({"pool_stride": 5}, "4 x 4"), ({"max_grids": 0}, "max_grids"), ({"max_grids": 1}, "max_grids"),
+    ({"vision_feature_layer": 99}, "vision_feature_layer"), ({"vision_feature_layer": 4}, "-4 to 3"), ({"vision_feature_layer": -5}, "-4 to 3"), ({"encoding": "x"}, "encoding")])
+def test_settings_that_do_not_exist(setting, word):
+    refused(lambda: mini_config(64, 62, 63, **setting), word)
+
+
+def test_settings_at_their_ends():
+    for layer in (-4, 3):
+        model = LongVA(mini_config(64, 62, 63, vision_feature_layer=layer, pool_stride=4, max_grids=2))
+        assert model.encode_frames(torch.zeros(2, 3, 28, 28)).shape == (2, 1, 128)
+    assert LongVAConfig().tokens_per_grid > 0
+
+
+def test_pictures_as_numpy(pair):
+    model, processor = pair
+    rng = np.random.default_rng(0)
+    what = dict(text="w1 <image> <video>", images=picture(rng), videos=film(rng))
+    arrays, tensors = processor(**what, return_tensors="np"), processor(**what)
+    assert all(isinstance(v, np.ndarray) for v in arrays.values()), {k: type(v) for k, v in arrays.items()}
+    assert all(isinstance(v, torch.Tensor) for v in tensors.values())
+    assert all(np.array_equal(arrays[k], v.numpy()) for k, v in tensors.items())
+    assert all(isinstance(v, np.ndarray) for v in processor.image_processor(what["images"], return_tensors="np").values())
+    for other in ("tf", "x", 5):
+        refused(lambda: processor(**what, return_tensors=other), "return_tensors")
+
+
+def test_placeholders_without_pixels(pair):
+    model, processor = pair
+    rng = np.random.default_rng(3)
+    images, videos = (processor(text="w1 <image>", images=picture(rng)), processor(text="w1 <video>", videos=film(rng)))
+    for batch, kind in ((images, "image"), (videos, "video")):
+        for call in (model, model.embed, lambda input_ids: model.generate(input_ids=input_ids, max_new_tokens=2)):
+            refused(lambda: call(input_ids=batch["input_ids"]), f"{kind} placeholder", "pixel_values")
+    both = torch.cat([images["input_ids"], videos["input_ids"]], 1)
+    refused(lambda: model(input_ids=both, pixel_values=images["pixel_values"], image_layouts=images["image_layouts"]), "video", "pixel_values_videos")
+
+
+def test_a_placeholder_that_the_model_itself_says_is_a_word(pair):
+    """Later steps of generation bring no pixels, and a model may well choose the id of a placeholder."""
+    model, _ = pair
+    ids = torch.tensor([[7, 8, 9]])
+    with torch.no_grad():
+        model.lm_head.weight.zero_()          # tied: every logit is 0, and the first id wins ...
+        model.model.embed_tokens.weight[3] = 50 * model.model.norm.weight  # ... or this one
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    assert model(input_ids=torch.tensor([[3]]), past_key_values=cache).logits.shape[1] == 1
+    assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] <= 6
+
+
+def test_models_without_placeholders(tokenizer):
+    torch.manual_seed(0)
+    ids = torch.arange(40)[None]
+    for placeholders in ((None, None), (-1, -1), (40, 41)):
+        model = LongVA(mini_config(40, *placeholders)).eval()
+        assert model(input_ids=ids).logits.shape == (1, 40, 40)
+
+
+def test_wrong_shapes_are_one_sentence(pair):
+    model, processor = pair
+    batch = processor(text="<image>", images=Image.new("RGB", (84, 84)))
+    for layouts in ([1, 2], [[1, 2, 3]], [[1, 2], [3]], "x", [], [[1.5, 2]], [[0, 2]], [[-1, -2]], torch.tensor(3)):
+        refused(lambda: model.embed(batch["input_ids"], batch["pixel_values"], layouts), "image_layouts")
+    for frames, chunk in ((0, 64), (2, 0), (2, -1), (2, 1.5), (2, None)):
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                refused(lambda: model.encode_frames(torch.zeros(frames, 3, 28, 28), chunk=chunk), "chunk" if frames else "no frames")

@@ -152,6 +152,16 @@ def test_extreme_pictures_have_squares():
         for how in ("crop", "pad", "resize"): assert fit_frames(np.zeros((1, size[1], size[0], 3), np.uint8), 28, how).shape == (1, 28, 28, 3)
 
 
+def test_no_warning_about_arrays_that_cannot_be_written(recwarn):
+    for size in [(1, 1), (1, 2), (30, 60)]:
+        tiles = tile_image(Image.new("RGB", size, (10, 200, 30)), 28)
+        normalize(tiles.pixels)
+        assert tiles.pixels.flags.writeable
+    seen = np.asarray(Image.new("RGB", (4, 4), (9, 8, 7)))                   # Pillow lends its memory for reading only
+    assert torch.equal(normalize(seen), normalize(seen.copy())) and torch.equal(normalize(seen[::-1]), normalize(seen))
+    assert not recwarn.list, [str(w.message) for w in recwarn.list]
+
+
 def test_array_and_picture_give_the_same():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 61, 3), dtype=np.uint8))
     assert np.array_equal(tile_image(picture, 28).pixels, tile_image(np.asarray(picture), 28).pixels)
@@ -169,7 +179,7 @@ BAD = [
     (fit_frames, (np.zeros((1, 5, 5, 3), np.uint8), 0)), (fit_frames, (np.zeros((1, 5, 5, 3), np.uint8), 28, "zoom")),
     (normalize, (np.zeros((5, 5, 3)),)), (normalize, (np.zeros((3, 5, 5), np.uint8),)),
     (unires_tokens, (torch.zeros(3, 4, 5), 2, 2)), (anyres_tokens, (torch.zeros(4, 4, 5), 2, 2)), (anyres_tokens, (torch.zeros(5, 3, 5), 2, 2)),
-    (token_count, (0, 1)), (token_count, (1, 1, 336, 14, 2, "other")),
+    (token_count, (0, 1)), (token_count, (1, 1, 336, 14, 2, "other")), (token_order, (1, 1, 2, "x")), (token_order, (0, 1, 2)), (token_order, (1, "1", 2)), (token_order, (1, 1, 0)),
 ]
 
 

@@ -217,10 +217,40 @@ def test_bit_errors_never_raise_anything_else(films, tmp_path):
 
 @pytest.mark.parametrize("request_, word", [
     (dict(n=0), "n=0"), (dict(n=-3), "n=-3"), (dict(n=2.5), "n=2.5"), (dict(fps=0), "fps=0"), (dict(fps=-1), "fps=-1"), (dict(n=2, fps=1), "both"), (dict(start=-1), "start"),
-    (dict(start=2, end=2), "end"), (dict(start=100), "lasts 4 s"), (dict(n=121), "120"), (dict(n=31, start=1, end=2), "30 frames"), (dict(backend="cv2"), "cv2"), (dict(fps=float("inf")), "fps")])
+    (dict(start=2, end=2), "end"), (dict(start=100), "lasts 4 s"), (dict(n=121), "120"), (dict(n=31, start=1, end=2), "30 frames"), (dict(backend="cv2"), "cv2"), (dict(fps=float("inf")), "fps"),
+    (dict(n=float("nan")), "n=nan"), (dict(n=float("inf")), "n=inf"), (dict(n="2"), "n='2'"), (dict(n=True), "n=True"), (dict(n=2.0), "whole"), (dict(n=10**30), "120"),
+    (dict(fps="2"), "fps='2'"), (dict(fps=float("nan")), "fps=nan"), (dict(fps=10**400), "fps=1000"), (dict(start="0"), "start='0'"), (dict(start=None), "start=None"),
+    (dict(start=float("nan")), "start=nan"), (dict(end="2"), "end='2'"), (dict(end=float("nan")), "end=nan"), (dict(fps=1e9), "30 frames per second"), (dict(fps=30.1), "30 frames per second"),
+    (dict(fps=1, start=3.9999), "lasts 4 s"), (dict(fps=60, start=1, end=2), "repeat=True"), (dict(fps=1e9, repeat=True), "at most"), (dict(n=10**12, repeat=True), "at most")])
 def test_bad_requests_are_one_sentence(films, request_, word):
     with pytest.raises(VideoError, match=word) as error: read_frames(films / "a.mp4", **request_)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"film.mp4", ["film.mp4"]])
+def test_a_path_that_is_none(path):
+    for call in (read_frames, video_info, lambda path: write_video(bars(1), path)):
+        with pytest.raises(VideoError, match="path"): call(path)
+
+
+def test_frames_that_do_not_fit_are_a_sentence(films, monkeypatch):
+    empty = np.empty
+    def full(shape, *args, **kwargs):
+        if np.size(shape) == 4: raise MemoryError
+        return empty(shape, *args, **kwargs)
+    monkeypatch.setattr(np, "empty", full)
+    with pytest.raises(VideoError, match="memory.*fewer"): read_frames(films / "a.mp4", n=4)
+
+
+def test_rates_above_the_films_own(films, tmp_path):
+    "Refused like a count above what is there, unless repeating is wanted; its own rate, as files round it, is not above it."
+    assert numbers(read_frames(films / "a.mp4", fps=60, repeat=True).array) == [i // 2 for i in range(2 * N)]
+    for rate in (29.97, 23.976, 12.5, 1):
+        for format in ("mp4", "matroska"):
+            path = encode(tmp_path / "rate", bars(40), format, rate=Fraction(rate).limit_denominator(1001))
+            assert numbers(read_frames(path, fps=video_info(path).fps).array) == numbers(read_frames(path, fps=rate).array) == list(range(40))
+    path = encode(tmp_path / "ntsc.mp4", bars(40), "mp4", rate=Fraction(30000, 1001))
+    with pytest.raises(VideoError, match="29.97 frames per second.*fps=30 "): read_frames(path, fps=30)
 
 
 def test_jumps_that_land_late_are_mended(films, monkeypatch):
@@ -281,7 +311,8 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("frames, options, word", [
     (bars(2)[:, :95], {}, "even"), (bars(2)[:, :, :159], {}, "even"), ([], {}, "no frames"), (bars(2).astype(float), {}, "uint8"), (bars(2)[..., 0], {}, "shape"),
-    ([bars(1)[0], bars(1)[0, :64]], {}, "one size"), (bars(2), {"fps": 0}, "fps"), (bars(2), {"scale": 0}, "scale"), (bars(2), {"scale": 1.5}, "scale"), (bars(2), {"crf": 0}, "crf")])
+    ([bars(1)[0], bars(1)[0, :64]], {}, "one size"), (bars(2), {"fps": 0}, "fps"), (bars(2), {"fps": float("inf")}, "fps"), (bars(2), {"fps": "2"}, "fps"), (bars(2), {"fps": 1e-9}, "fps"), (bars(2), {"fps": 1e9}, "fps"),
+    (bars(2), {"scale": None}, "scale"), (bars(2), {"scale": float("nan")}, "scale"), (bars(2), {"crf": None}, "crf"), (5, {}, "frames"), (None, {}, "frames"), (bars(2), {"scale": 0}, "scale"), (bars(2), {"scale": 1.5}, "scale"), (bars(2), {"crf": 0}, "crf")])
 def test_what_cannot_be_written(tmp_path, frames, options, word):
     with pytest.raises(VideoError, match=word) as error: write_video(frames, tmp_path / "x.mp4", **options)
     assert str(error.value).endswith(".") and not os.listdir(tmp_path)

@@ -187,7 +187,7 @@ def build(gr, first, demo):
 
 
 def port(text):
-    if not text.isdigit() or not 1 <= int(text) <= 65535: raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, not {text}")
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 65535: raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, not {text}")
     return int(text)
 
 

@@ -504,7 +504,10 @@ def logits_moved(
         against = {k: _plain(own[k], unset[k]["rope_theta"]) for k in kinds} or _plain(own, unset["rope_theta"])
     if not isinstance(against, dict):
         against = own | {"full_attention": _plain(own["full_attention"], against)} if kinds else _plain(own, against)
-    if ids is None: ids = torch.randint(text.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
+    if ids is None:
+        ids = torch.randint(text.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
+        for place in ("image_token_id", "video_token_id"): # no picture comes with these words
+            if getattr(model.config, place, None) is not None: ids[ids == getattr(model.config, place)] = 0
     ids, training = ids.to(next(model.parameters()).device), model.training
     model.eval()
     try:

@@ -37,7 +37,7 @@ from ..mini.recipe import LONG_CONTEXT, SHORT_CONTEXT
 from ..mini.world import film_frames, needle_objects, random_scenes, scene_words, write_film, write_needles
 from ..needle.haystack import Needle, NeedleError, load_needles
 from ..needle.heatmap import figure4, mean_score, save_figure4, save_html
-from ..needle.trials import by_frames, key, read_trials, versions, wilson, write_whole
+from ..needle.trials import by_frames, check_folder, key, read_trials, versions, wilson, write_whole
 from ..needle.vniah import Spot, check_grid, decisions, encode, encode_needles, make_prompt, run
 
 # %% ../../nbs/63_lab.demo.ipynb #02ef2811
@@ -109,10 +109,12 @@ def prepare(
     about = dict(seed=plan.seed, film=max(768, plan.frames[-1]), needles=plan.needles, control=plan.control, weights=_weights())
     if file.exists():
         try: old = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError): raise NeedleError(f"{file} is not readable: choose another folder, or delete this one.") from None
+        except (ValueError, TypeError, RecursionError): raise NeedleError(f"{file} is not readable: choose another folder, or delete this one.") from None
         other = [k for k, v in about.items() if old.get(k) != v]
         if other: raise NeedleError(f"{plan.out} holds a demo with other {' and '.join(other)}: choose another folder, or delete this one.")
         about = old
+    elif check_folder(plan.out).exists() and any(not p.name.startswith(".") for p in plan.out.iterdir()):
+        raise NeedleError(f"{plan.out} holds files but no demo.json: choose another folder, or an empty one.")
     plan.out.mkdir(parents=True, exist_ok=True)
     if not file.exists(): write_whole(file, json.dumps(about, indent=2))
     if not plan.film.exists(): write_film(plan.film, about["film"], plan.seed)

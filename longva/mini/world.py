@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'GROUNDS', 'TEXT_OBJECTS', 'CITIES', 'DIGITS', 'FUNCTION_WORDS', 'SPECIAL', 'SHAPES', 'OBJECTS',
-           'VOCABULARY', 'ID', 'DOT', 'FIND', 'WORD_OBJECTS', 'CHAT_TEMPLATE', 'shape_mask', 'ground_texture',
+           'VOCABULARY', 'ID', 'DOT', 'FIND', 'WORD_OBJECTS', 'CHAT_TEMPLATE', 'MARK', 'shape_mask', 'ground_texture',
            'draw_frame', 'scene_words', 'FrameBank', 'random_scenes', 'scene_ids', 'repeats_document', 'facts_document',
            'needles_document', 'text_batch', 'mini_tokenizer', 'needle_objects', 'film_scenes', 'film_frames',
-           'write_film', 'write_needles']
+           'write_film', 'film_seed', 'write_needles']
 
 # %% ../../nbs/70_mini.world.ipynb #e4f1b136
 import json
+import tempfile
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -281,6 +283,8 @@ def film_scenes(
     return random_scenes(frames, np.random.default_rng((seed, 6)), others)
 
 # %% ../../nbs/70_mini.world.ipynb #580aef98
+MARK = "The miniature's world, seed "
+
 def film_frames(
     frames: int, # N
     seed: int,
@@ -290,14 +294,35 @@ def film_frames(
     rng = np.random.default_rng((seed, 7))
     return np.stack([draw_frame(scene, side, rng) for scene in film_scenes(frames, seed)])
 
+def _signed(film, copy, comment):
+    "The same packets in a file that carries a comment."
+    with av.open(str(film)) as source, av.open(str(copy), "w", format="mp4", options={"movflags": "faststart"}) as out:
+        out.metadata["comment"] = comment
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is None: continue  # the end
+            packet.stream = stream
+            out.mux(packet)
+    return copy
+
 def write_film(
     path: str | Path, # .mp4
     frames: int = 768, # N
     seed: int = 0,
     side: int = 112, # pixels
 ) -> Path: # the file
-    "A haystack as a real H.264 film, one frame a second."
-    return Path(write_video(film_frames(frames, seed, side), path, fps=1.0))
+    "A haystack as a real H.264 film, one frame a second; its comment tells the seed."
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
+        plain = write_video(film_frames(frames, seed, side), Path(beside) / "plain.mp4", fps=1.0)
+        return _signed(plain, Path(beside) / "signed.mp4", f"{MARK}{seed}").replace(path)
+
+def film_seed(
+    path: str | Path, # a film
+) -> int | None: # None if the film says nothing
+    "The seed of a film by `write_film`, however it is called now."
+    with av.open(str(path), metadata_errors="replace") as film: mark, _, seed = film.metadata.get("comment", "").rpartition(" ")
+    return int(seed) if f"{mark} " == MARK and seed.isascii() and seed.isdigit() else None
 
 # %% ../../nbs/70_mini.world.ipynb #66c1e844
 def write_needles(

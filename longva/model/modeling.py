@@ -37,8 +37,8 @@ class LongVAConfig(PreTrainedConfig):
     pool_mode: str = "average"
     encoding: str = "unires"
     max_grids: int = 49
-    image_token_id: int = 151646
-    video_token_id: int = 151647
+    image_token_id: int | None = 151646
+    video_token_id: int | None = 151647
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -47,6 +47,15 @@ class LongVAConfig(PreTrainedConfig):
         for name, allowed in {"pool_mode": ("average", "max"), "encoding": ("unires", "anyres")}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(allowed)}.")
+        depth, side = self.vision_config.num_hidden_layers, self.vision_config.image_size // self.vision_config.patch_size
+        for name, low, high, why in (
+            ("pool_stride", 1, side, f"a frame has {side} x {side} patches"),
+            ("max_grids", 2, float("inf"), "every image is cut into at least two"),
+            ("vision_feature_layer", -depth - 1, depth, f"the tower has {depth} layers and its embeddings"),
+        ):
+            if not low <= getattr(self, name) <= high:
+                limits = f"from {low} to {high}" if high < float("inf") else f"at least {low}"
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be {limits}, for {why}.")
 
     @property
     def tokens_per_grid(self) -> int:
@@ -74,8 +83,8 @@ def longva_7b(
 # %% ../../nbs/20_model.modeling.ipynb #27c9eba0
 def mini_config(
     vocab_size: int,
-    image_token_id: int,
-    video_token_id: int,
+    image_token_id: int | None,
+    video_token_id: int | None,
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
     hidden_size: int = 128,
@@ -94,8 +103,8 @@ def mini_config(
     patch_size: int = 7,
     # further fields of `LongVAConfig`
     **changes,
-) -> LongVAConfig: # about a million parameters
-    """The miniature: same classes, tied embeddings, 28-pixel grids of 4 visual tokens."""
+) -> LongVAConfig:
+    """The miniature: same classes, tied embeddings, 28-pixel grids of 4 visual tokens. About a million parameters as it stands here; the trained ones are smaller, 585,792."""
     text = Qwen2Config(
         vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=max_positions, tie_word_embeddings=True,
@@ -199,6 +208,10 @@ def encode_frames(
     side = self.config.vision_config.image_size
     if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side) or not pixels.is_floating_point():
         raise ValueError(f"Pixels must be normalised floats of shape [N, 3, {side}, {side}], not {pixels.dtype} {list(pixels.shape)}.")
+    if not len(pixels):
+        raise ValueError(f"There are no frames to encode, the pixels have shape {list(pixels.shape)}: give at least one.")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk is {chunk!r}, and must be a whole number of frames from 1.")
     config, layer = self.config, self.config.vision_feature_layer
     parts = [pixels] if torch.is_grad_enabled() else pixels.split(chunk)
     return torch.cat([pool_patches(self.model.patch_features(p, layer), config.pool_stride, config.pool_mode) for p in parts])
@@ -247,6 +260,21 @@ def put_tokens(
     return embeds.masked_scatter(places[..., None].to(embeds.device), tokens.to(embeds.device, embeds.dtype))
 
 
+def _refuse_bare(
+    # [B,L]
+    input_ids: torch.Tensor,
+    # the placeholder's id; None if the model has none
+    placeholder: int | None,
+    # "image" or "video", and the argument that is missing
+    kind: str,
+    argument: str,
+):
+    """Placeholders whose pixels did not come are a `ValueError`."""
+    places = None if placeholder is None else input_ids == placeholder
+    if places is not None and not places.is_meta and places.any():
+        raise ValueError(f"The text has {int(places.sum())} {kind} placeholders, but no pixels came with it: pass {argument}, as the processor returns them.")
+
+
 @patch
 def embed(
     self: LongVA,
@@ -266,11 +294,15 @@ def embed(
     if pixel_values is not None:
         tokens = self._image_tokens(pixel_values, image_layouts)
         embeds = put_tokens(embeds, input_ids == config.image_token_id, tokens, "image")
+    else:
+        _refuse_bare(input_ids, config.image_token_id, "image", "pixel_values and image_layouts")
     if pixel_values_videos is not None:
         if video_frames is not None and int(sum(video_frames)) != len(pixel_values_videos):
             raise ValueError(f"The videos should have {int(sum(video_frames))} frames together, but {len(pixel_values_videos)} came.")
         tokens = self.encode_frames(pixel_values_videos).flatten(0, 1)
         embeds = put_tokens(embeds, input_ids == config.video_token_id, tokens, "video")
+    else:
+        _refuse_bare(input_ids, config.video_token_id, "video", "pixel_values_videos")
     return embeds
 
 
@@ -279,7 +311,13 @@ def _image_tokens(self: LongVA, pixels, layouts) -> torch.Tensor:
     """Tokens of several images, one after the other: [L_visual,D]."""
     if layouts is None:
         raise ValueError("Images need image_layouts, the columns and rows of each image.")
-    layouts = torch.as_tensor(layouts).tolist()
+    try:
+        layouts = torch.as_tensor(layouts)
+    except (TypeError, ValueError):  # a text, or rows of different lengths
+        layouts = torch.empty(0)
+    if layouts.ndim != 2 or layouts.shape[1] != 2 or layouts.is_floating_point() or (layouts < 1).any():
+        raise ValueError("image_layouts must hold two whole numbers from 1 for each image, its columns and rows: shape [number of images, 2].")
+    layouts = layouts.tolist()
     sizes = [c * r + (self.config.encoding == "anyres") for c, r in layouts]
     if sum(sizes) != len(pixels):
         raise ValueError(f"The image layouts ask for {sum(sizes)} grids, but pixel_values has {len(pixels)}.")
@@ -340,7 +378,10 @@ def forward(
     **kwargs,
 ) -> CausalLMOutputWithPast: # logits [B,P,V]
     """Qwen2 over text and visual tokens."""
-    if inputs_embeds is None:
+    words = pixel_values is None and pixel_values_videos is None
+    if inputs_embeds is None and words and past_key_values is not None and past_key_values.get_seq_length() > 0:
+        inputs_embeds = self.get_input_embeddings()(input_ids)  # a later step: pictures are in the cache, and an id that the model chose is a word
+    elif inputs_embeds is None:
         inputs_embeds = self.embed(input_ids, pixel_values, image_layouts, pixel_values_videos, video_frames)
     outputs = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
                          past_key_values=past_key_values, use_cache=use_cache, **kwargs)

@@ -6,6 +6,7 @@
 __all__ = ['CHATML', 'LongVAImageProcessor', 'LongVAProcessor', 'expand_placeholders']
 
 # %% ../../nbs/21_model.processing.ipynb #95666c82
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, load_image
 
 from .modeling import LongVAConfig
-from ..vision.unires import fit_frames, normalize, tile_image
+from ..vision.unires import fit_frames, normalize, tile_image, token_count
 from ..vision.video import Frames, read_frames
 
 # %% ../../nbs/21_model.processing.ipynb #24e60150
@@ -45,6 +46,12 @@ class LongVAImageProcessor(BaseImageProcessor):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        if not token_count(1, 1, grid, patch_size, pool_stride, encoding):  # which refuses what makes no sense
+            raise ValueError(f"A grid of {grid} pixels in patches of {patch_size} leaves no token after a pool of {pool_stride}: use a smaller pool_stride.")
+        if not isinstance(max_grids, int) or max_grids < 2:
+            raise ValueError(f"max_grids is {max_grids!r}, and must be a whole number from 2, for every image is cut into at least two grids.")
+        if frames_fit not in ("crop", "pad", "resize"):
+            raise ValueError(f"frames_fit is {frames_fit!r}: choose crop, pad or resize.")
         self.grid, self.patch_size, self.pool_stride, self.encoding, self.max_grids = grid, patch_size, pool_stride, encoding, max_grids
         self.frames_fit, self.image_mean, self.image_std = frames_fit, list(image_mean), list(image_std)
 
@@ -58,10 +65,25 @@ class LongVAImageProcessor(BaseImageProcessor):
         return columns * rows + (self.encoding == "anyres")
 
 # %% ../../nbs/21_model.processing.ipynb #55239a40
+def _load(name: str) -> Image.Image:
+    """A PIL image from a file (transformers also takes an address or base64), or a sentence."""
+    short = ascii(name)[1:-1][:80]
+    if not name:
+        raise ValueError("The path of an image is empty: name a file.")
+    if os.path.isdir(name):
+        raise ValueError(f"{short} is a folder, not an image: name one file in it.")
+    try:
+        return load_image(name)
+    except Exception as error:  # Pillow, the network and base64 raise whatever comes to hand
+        if os.path.isfile(name) or name.startswith(("http://", "https://", "data:")):
+            raise ValueError(f"{short} cannot be read as an image: give a whole file in a format such as PNG or JPEG.") from error
+        raise ValueError(f"There is no file {short} to read as an image: check the name and the folder.") from error
+
+
 def _open(image) -> Image.Image:
     """A PIL image from whatever shows one."""
     if isinstance(image, (str, Path)):
-        return load_image(str(image))
+        return _load(str(image))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return Image.fromarray(image)
     if not isinstance(image, Image.Image):
@@ -80,6 +102,8 @@ def preprocess(
 ) -> BatchFeature: # pixel_values [sum G,3,S,S] and image_layouts [number of images, 2]: columns, rows
     """Cut images into grids and normalise them."""
     images = images if isinstance(images, (list, tuple)) else [images]
+    if not images:
+        raise ValueError("There are no images to prepare: give at least one.")
     tiles = [tile_image(_open(image), self.grid, self.max_grids, thumbnail=self.encoding == "anyres") for image in images]
     pixels = torch.cat([normalize(t.pixels, self.image_mean, self.image_std) for t in tiles])
     layouts = torch.tensor([[t.columns, t.rows] for t in tiles])
@@ -140,6 +164,9 @@ class LongVAProcessor(ProcessorMixin):
         # Jinja; by default the tokenizer's own, and ChatML if it has none
         chat_template: str | None = None,
     ):
+        for part, value in (("image_processor", image_processor), ("tokenizer", tokenizer)):
+            if value is None:
+                raise ValueError(f"A LongVAProcessor needs an image_processor and a tokenizer, and there is no {part}: LongVAProcessor.from_config makes it from a model's configuration and a tokenizer.")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template or CHATML)
         new = [t for t in (self.image_token, self.video_token) if t not in tokenizer.all_special_tokens]
         if new:
@@ -165,11 +192,33 @@ class LongVAProcessor(ProcessorMixin):
         return made
 
 # %% ../../nbs/21_model.processing.ipynb #b2014554
-def _flat(items, kinds=(list, tuple)) -> list:
-    """A flat list from nothing, one item, a list, or a list of lists."""
-    if items is None:
-        return []
-    return [x for item in items for x in _flat(item)] if isinstance(items, kinds) else [items]
+def _say(number: int, what: str) -> str:
+    """A number and its noun."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _flat(
+    # nothing, one picture, a list, or one list per text (None in it: no pictures for this text)
+    items,
+    texts: list[str],
+    # the placeholder, "<image>" or "<video>"
+    token: str,
+) -> list: # the pictures in reading order
+    """A flat list; of lists per text, each must fill the placeholders of its own text."""
+    if not isinstance(items, (list, tuple)):
+        return [] if items is None else [items]
+    kind, lists = token.strip("<>"), [isinstance(item, (list, tuple)) for item in items]
+    if not any(lists):
+        return [] if all(item is None for item in items) else list(items)
+    if not all(inside or item is None for inside, item in zip(lists, items)):
+        raise ValueError(f"The {kind}s are partly in lists and partly not: give one list per text, or one flat list.")
+    if len(items) != len(texts):
+        raise ValueError(f"The {kind}s came in {_say(len(items), 'list')} for {_say(len(texts), 'text')}: give one list per text, or one flat list.")
+    for text, group in zip(texts, items):
+        if text.count(token) != len(group or ()):
+            name = repr(text if len(text) <= 60 else text[:57] + "...")
+            raise ValueError(f"The text {name} has {_say(text.count(token), token + ' placeholder')}, but the list for it holds {_say(len(group or ()), kind)}.")
+    return [item for group in items for item in group or ()]
 
 
 def expand_placeholders(
@@ -181,8 +230,7 @@ def expand_placeholders(
     """Repeat the i-th `token` `counts[i]` times."""
     found = sum(text.count(token) for text in texts)
     if found != len(counts):
-        kind = token.strip("<>")
-        raise ValueError(f"The text has {found} {token} placeholder{'s' * (found != 1)}, but {len(counts)} {kind}{'s' * (len(counts) != 1)} came with it.")
+        raise ValueError(f"The text has {_say(found, token + ' placeholder')}, but {_say(len(counts), token.strip('<>'))} came with it.")
     left = iter(counts)
     return [re.sub(re.escape(token), lambda _: token * next(left), text) for text in texts]
 
@@ -204,27 +252,42 @@ def __call__(
     fps: float | None = None,
     # by default, several texts are padded to the longest
     padding: bool | str | None = None,
+    # "pt", "np", or None: ids as lists, pixels as tensors
     return_tensors: str | None = "pt",
     # for the tokenizer
     **kwargs,
 ) -> BatchFeature: # input_ids and attention_mask [B,L], and what there is of the model's pixel inputs
     """Ids with one placeholder per visual token, and normalised pixels."""
     kwargs.pop("do_sample_frames", None)  # apply_chat_template adds it beside num_frames and fps
-    texts = [text] if isinstance(text, str) else list(text or [])
-    if not texts:
-        raise ValueError("The processor needs a text; for pixels alone, use its image_processor.")
+    texts = self._texts(text, return_tensors)
+    images, videos = _flat(images, texts, self.image_token), _flat(videos, texts, self.video_token)
     data, counts = self._images(images)
     texts = expand_placeholders(texts, self.image_token, counts)
     films, counts = self._videos(videos, frames_fit, num_frames, fps)
     texts = expand_placeholders(texts, self.video_token, counts)
+    if return_tensors == "np":
+        data, films = ({k: v.numpy() for k, v in part.items()} for part in (data, films))
     ids = self.tokenizer(texts, padding=len(texts) > 1 if padding is None else padding, return_tensors=return_tensors, **kwargs)
     return BatchFeature({**ids, **data, **films})
 
 # %% ../../nbs/21_model.processing.ipynb #cf5ef9c8
 @patch
-def _images(self: LongVAProcessor, images) -> tuple[dict, list[int]]:
+def _texts(self: LongVAProcessor, text, return_tensors) -> list[str]:
+    """The texts as a list, after a look at what was handed in."""
+    if return_tensors not in ("pt", "np", None):
+        raise ValueError(f"return_tensors is {return_tensors!r}: choose pt, np or None.")
+    texts = [text] if isinstance(text, str) else text
+    if texts is None or isinstance(texts, (list, tuple)) and not texts:
+        raise ValueError("The processor needs a text; for pixels alone, use its image_processor.")
+    wrong = next((t for t in texts if not isinstance(t, str)), "") if isinstance(texts, (list, tuple)) else texts
+    if not isinstance(wrong, str):
+        raise ValueError(f"The text must be a string or a list of strings, and {str(wrong)[:60]!r} ({type(wrong).__name__}) is none.")
+    return list(texts)
+
+
+@patch
+def _images(self: LongVAProcessor, images: list) -> tuple[dict, list[int]]:
     """Pixels of all images, and each one's number of visual tokens."""
-    images = _flat(images)
     if not images:
         return {}, []
     data = self.image_processor(images)
@@ -232,10 +295,10 @@ def _images(self: LongVAProcessor, images) -> tuple[dict, list[int]]:
 
 
 @patch
-def _videos(self: LongVAProcessor, videos, frames_fit, num_frames, fps) -> tuple[dict, list[int]]:
+def _videos(self: LongVAProcessor, videos: list, frames_fit, num_frames, fps) -> tuple[dict, list[int]]:
     """Pixels of all videos, and each one's number of visual tokens."""
     frames = []
-    for video in _flat(videos, (list, tuple)):
+    for video in videos:
         if isinstance(video, (str, Path)):
             video = read_frames(video, n=num_frames, fps=fps)
         frames.append(self.image_processor.preprocess_frames(video.array if isinstance(video, Frames) else video, frames_fit))

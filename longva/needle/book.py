@@ -122,8 +122,7 @@ def sentence_stops(
     tokenizer,
 ) -> Stops:
     "Ask a tokenizer for its sentence ends."
-    special = set(tokenizer.all_special_ids)
-    texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special}
+    texts = {i: tokenizer.decode([i]) for i in range(len(tokenizer))}
     return Stops(np.array([i for i, t in texts.items() if END.search(t)], dtype=np.int64),
                  np.array([i for i, t in texts.items() if t[:1].isdigit()], dtype=np.int64))
 

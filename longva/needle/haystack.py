@@ -48,9 +48,10 @@ def save_needles(
 def _entries(file):
     if not file.parent.is_dir(): raise NeedleError(f"There is no needle folder {file.parent}.")
     if not file.exists(): raise NeedleError(f"The needle folder {file.parent} holds no needles.json.")
-    try: entries = json.loads(file.read_text(encoding="utf-8"))
+    try: entries = json.loads(file.read_text(encoding="utf-8-sig"))  # some editors put a mark in front
     except json.JSONDecodeError as e: raise NeedleError(f"{file} is not valid JSON: line {e.lineno}, column {e.colno}: {e.msg}.") from None
     except UnicodeDecodeError: raise NeedleError(f"{file} is not UTF-8 text.") from None
+    except RecursionError: raise NeedleError(f"{file} is nested too deeply: it must be a list of needles.") from None
     if not isinstance(entries, list) or not entries:
         raise NeedleError(f"{file} must be a list with at least one needle, each with image, question and answer.")
     return entries
@@ -75,8 +76,8 @@ def load_needles(
             if not isinstance(entry, dict) or not isinstance(entry.get(part), str) or not entry[part].strip():
                 raise NeedleError(f"{where} has no {part}, which must be a text.")
         picture = _picture(file.parent / entry["image"], where)
-        name = Path(entry["image"]).stem
-        if name in names: name = f"{name} {number}"
+        name = stem = Path(entry["image"]).stem
+        while name in names: name, number = f"{stem} {number}", number + 1
         names.add(name)
         needles.append(Needle(name, picture, entry["question"], entry["answer"]))
     return needles
@@ -87,12 +88,14 @@ def count_frames(
     path,
     # frames wanted
     n: int,
-    # frames per second; None: the film's own rate
+    # frames per second, at most the film's own rate; None: that rate
     fps: float = None,
 ) -> int: # how many there are, at least n
     "How many frames a film gives at a rate; fewer than wanted is a `NeedleError`. Nothing but one frame is decoded."
-    if fps is not None and not fps > 0: raise NeedleError(f"Frames per second must be above 0, not {fps}.")
+    if fps is not None and not 0 < fps < math.inf: raise NeedleError(f"Frames per second must be a number above 0, not {fps}.")
     film = video_info(path)
+    if fps is not None and fps > 1.0005 * film.fps:  # 23.98 is what people call 24000/1001, and no more than rounding
+        raise NeedleError(f"{path} shows {film.fps:.4g} frames per second, and {fps:.4g} are wanted: ask for at most {film.fps:.4g}, for above it frames would come twice.")
     rate = film.fps if fps is None else fps
     have = math.ceil((film.seconds - 1e-3) * rate)  # the same slack as in reading by rate
     if have < n: raise NeedleError(f"{path} holds {have} frames at {rate:.4g} per second, and {n} are wanted: give a longer film, or ask for fewer frames.")

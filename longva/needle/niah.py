@@ -178,7 +178,7 @@ def load(
         tokenizer = load_tokenizer(name)
         model = kind.from_pretrained(name, dtype="auto", trust_remote_code=False).eval()
     except Exception as e:  # a wrong name or a torn file shows itself in many ways
-        raise NeedleError(f"No language model can be loaded from {name} ({str(e).strip().splitlines()[0].rstrip('.')}).") from None
+        raise NeedleError(f"No language model can be loaded from {name} ({str(e).strip().splitlines()[0].rstrip('.')[:200]}).") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 # %% ../../nbs/44_needle.niah.ipynb #20e3e373

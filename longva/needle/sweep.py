@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Real
 from pathlib import Path
 
@@ -97,6 +97,10 @@ def model_name(
     return Path(model.config._name_or_path or model.config.model_type).name
 
 # %% ../../nbs/40b_needle.sweep.ipynb #74cdc94b
+def _content(value):
+    "A setting without the names of files and folders, which may be renamed."
+    return {k: v for k, v in value.items() if k not in ("file", "folder")} if isinstance(value, dict) else value
+
 def same_settings(
     # the results folder
     folder,
@@ -108,8 +112,9 @@ def same_settings(
     file = Path(folder) / "settings.json"
     if started:
         try: old = json.loads(file.read_text())
-        except (OSError, ValueError): raise NeedleError(f"{folder} holds trials but no readable settings.json: choose another folder.") from None
-        other = [k for k in {**old, **settings} if old.get(k) != settings.get(k)]
+        except (OSError, ValueError, RecursionError): old = None
+        if not isinstance(old, dict): raise NeedleError(f"{folder} holds trials but no readable settings.json: choose another folder.")
+        other = [k for k in {**old, **settings} if _content(old.get(k)) != _content(settings.get(k))]
         if other: raise NeedleError(f"{folder} holds trials of another test (different: {', '.join(other)}): choose another folder, or delete this one.")
     write_whole(file, json.dumps(settings, indent=2, ensure_ascii=False))
 
@@ -124,6 +129,15 @@ def _stoppable(model, log, wanted):
         logging.getLogger("longva").warning("Stopped. %d of %d trials are done and kept in %s: run the same again to go on.", len(wanted & log.done()), len(wanted), log.path.parent)
         raise
     finally: model.train(training)
+
+@contextmanager
+def _all_or_nothing(log, new):
+    "An error before the first trial leaves no new file or folder behind."
+    try: yield
+    except Exception:
+        for path in [] if len(log) else new:
+            with suppress(OSError): path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 def _results(trials, folder, name, train_length, unit):
     save_accuracies(trials, folder, unit)
@@ -155,7 +169,8 @@ def sweep(
 ) -> list: # of Trial, in the order of `spots`
     "Decide what is not decided yet, keep every trial, and draw the map."
     out = Path(out)
-    with TrialLog(out / "trials.jsonl") as log:
+    new = [p for p in (out / "trials.jsonl", out / "settings.json", out, *out.parents) if not p.exists()]
+    with TrialLog(out / "trials.jsonl") as log, _all_or_nothing(log, new):
         same_settings(out, settings, started=len(log) > 0)
         done = log.done()
         todo = [s for k, s in spots.items() if k not in done]

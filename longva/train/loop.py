@@ -306,6 +306,7 @@ class ZeRO3:
         else: Adam = torch.optim.AdamW
         if not dist.is_initialized(): # ZeRO-3 wants a process group even for one rank
             dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it in every step, and only torchrun sets it
         said = io.StringIO()  # each rank would print that the op was built
         with _one_at_a_time(), redirect_stdout(said):
             from deepspeed.comm.torch import build_shm_op

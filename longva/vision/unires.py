@@ -129,7 +129,7 @@ def tile_image(
     "Choose a grid, fit the picture, and cut the canvas row by row."
     image = _rgb(image)
     columns, rows = choose_grid(image.width, image.height, grid, max_grids, grids)
-    canvas = np.asarray(fit_image(image, grid, columns, rows)).reshape(rows, grid, columns, grid, 3)
+    canvas = np.array(fit_image(image, grid, columns, rows)).reshape(rows, grid, columns, grid, 3)    # a copy: Pillow lends its own for reading only
     pixels = canvas.swapaxes(1, 2).reshape(columns * rows, grid, grid, 3)
     if thumbnail: pixels = np.concatenate([np.asarray(_resize(image, (grid, grid)))[None], pixels])
     return Tiles(pixels, columns, rows)
@@ -183,6 +183,7 @@ def normalize(
     mean=CLIP_MEAN, std=CLIP_STD,
 ) -> torch.Tensor: # [...,3,S,S] float32
     "Pixels as the vision tower wants them."
+    if isinstance(pixels, np.ndarray): pixels = np.require(pixels, requirements="CW")    # copies what torch could not share
     pixels = torch.as_tensor(pixels)
     if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-1] != 3:
         raise ValueError(f"Pixels must be uint8 of shape [...,S,S,3], and these are {str(pixels.dtype)[6:]} {list(pixels.shape)}.")
@@ -221,6 +222,10 @@ def anyres_tokens(
     return torch.cat([features[0], canvas.flatten(0, 3)])
 
 # %% ../../nbs/11_vision.unires.ipynb #367d6348
+def _check_encoding(encoding):
+    if encoding not in ("unires", "anyres"): raise ValueError(f"There is no encoding {encoding!r}: choose unires or anyres.")
+
+
 def token_count(
     # The grid.
     columns, rows,
@@ -231,7 +236,7 @@ def token_count(
 ) -> int: # L, visual tokens
     "How many visual tokens a picture takes; for a film, `columns` is the number of frames and `rows` is 1."
     _whole(columns=columns, rows=rows, grid=grid, patch=patch, pool=pool)
-    if encoding not in ("unires", "anyres"): raise ValueError(f"There is no encoding {encoding!r}: choose unires or anyres.")
+    _check_encoding(encoding)
     return (grid // patch // pool) ** 2 * (columns * rows + (encoding == "anyres"))
 
 
@@ -242,7 +247,8 @@ def token_order(
     encoding="unires",
 ) -> np.ndarray: # [rows*side, columns*side] int
     "For every point of the canvas, the place of its token in the sequence."
-    _whole(side=side)
+    _whole(columns=columns, rows=rows, side=side)
+    _check_encoding(encoding)
     T, G = side * side, columns * rows
     first = 1 if encoding == "anyres" else 0
     number = torch.arange((first + G) * T).view(first + G, T, 1)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,23 @@ def _one_sentence(
     except (av.error.FFmpegError, OSError, EOFError, RuntimeError, IndexError) as error:
         reason = str(getattr(error, "strerror", None) or error).split("\n")[0].strip().rstrip(".")
         raise VideoError(f"{path} cannot be {tried} ({reason[:1].lower()}{reason[1:120]}): {advice}.") from error
+
+
+def _path(path) -> Path:
+    "A path, or a sentence."
+    if not isinstance(path, (str, os.PathLike)): raise VideoError(f"The path of a video must be a text or a Path, not {str(path)[:60]!r} ({type(path).__name__}).")
+    return Path(path)
+
+
+def _number(value) -> float: # nan for what is no number
+    "Any real number as a float, so that one comparison refuses texts, None, nan and what is too large."
+    try: return float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
+    except OverflowError: return float("inf")
+
+
+def _is_whole(value) -> bool:
+    "Whether this is a whole number."
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 # %% ../../nbs/10_vision.video.ipynb #84803cc2
 def _enlarge(
@@ -92,7 +110,7 @@ def write_video(
     frames,
     # Where to; always an mp4 file, whatever the name.
     path,
-    # Frames per second.
+    # Frames per second, 0.001 to 1000.
     fps=1.0,
     # Whole factor by which every frame is enlarged without smoothing; 2 or more keeps colours.
     scale=1,
@@ -100,13 +118,14 @@ def write_video(
     crf=12,
 ) -> Path: # the file
     "Write an H.264 mp4. The file appears under its name only when it is complete."
-    path = Path(path)
-    if not fps > 0 or int(scale) != scale or scale < 1 or not 1 <= crf <= 51:
-        raise VideoError(f"{path} cannot be written with fps={fps}, scale={scale}, crf={crf}: fps must be above 0, scale a whole number from 1, crf from 1 to 51.")
+    path = _path(path)
+    if not 1e-3 <= _number(fps) <= 1000 or not _is_whole(scale) or scale < 1 or not 1 <= _number(crf) <= 51:
+        raise VideoError(f"{path} cannot be written with fps={fps!r}, scale={scale!r}, crf={crf!r}: fps must be from 0.001 to 1000, scale a whole number from 1, crf from 1 to 51.")
+    if not np.iterable(frames): raise VideoError(f"{path} cannot be written: frames must be an array [N,H,W,3] or yield frames one by one, and {type(frames).__name__} does not.")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with _one_sentence(path, "written", "check the folder, its permissions and the space on the disk"):
-            _encode(frames, part, fps, int(scale), crf)
+            _encode(frames, part, fps, scale, crf)
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -119,7 +138,7 @@ def _open(
     path,
 ): # yields (container, video stream)
     "Open a file and its video track; what is no video raises `VideoError`."
-    path = Path(path)
+    path = _path(path)
     with _one_sentence(path):
         if not path.exists(): raise VideoError(f"There is no file {path}: check the name and the folder.")
         if path.is_dir(): raise VideoError(f"{path} is a folder, not a video: name one file in it.")
@@ -318,21 +337,29 @@ def _check_request(n, fps, start, end, backend):
     "Refuse what makes no sense, before any file is opened."
     def refuse(what): raise VideoError(f"read_frames cannot take {what}.")
     if n is not None and fps is not None: refuse("both n and fps: give a number of frames or a rate")
-    if n is not None and (n != int(n) or n < 1): refuse(f"n={n}: it must be a whole number from 1")
-    if fps is not None and not 0 < fps < np.inf: refuse(f"fps={fps}: it must be above 0")
-    if not 0 <= start < np.inf: refuse(f"start={start}: seconds count from 0")
-    if end is not None and not end > start: refuse(f"end={end} with start={start}: the end must come later")
+    if n is not None and not (_is_whole(n) and n >= 1): refuse(f"n={n!r}: it must be a whole number from 1")
+    if fps is not None and not 0 < _number(fps) < np.inf: refuse(f"fps={fps!r}: it must be a number above 0")
+    if not 0 <= _number(start) < np.inf: refuse(f"start={start!r}: it must be a number of seconds, counted from 0")
+    if end is not None and not _number(end) > start: refuse(f"end={end!r} with start={start!r}: the end must be a number of seconds, and come later")
     if backend not in ("auto", "pyav", "decord"): refuse(f"backend={backend!r}: choose auto, pyav or decord")
+
+
+_MOST = 10_000_000                # frames in one call, when they may be repeated
+_SAME_RATE = 1 + 5e-4             # rates are rounded when written down: 23.98 is 24000/1001, but 30 is not 29.97
 
 
 def _choose(path, index, n, fps, start, end, repeat):
     "The frames that were asked for, or a sentence why they cannot be had."
-    length = index.seconds[-1] + 1 / index.fps
+    length, here = index.seconds[-1] + 1 / index.fps, len(pick_frames(index.seconds, None, None, start, end))
+    if fps is not None and fps > index.fps * _SAME_RATE and not repeat:
+        raise VideoError(f"{path} has {index.fps:.6g} frames per second, and fps={fps:.6g} would repeat some: ask for at most {index.fps:.6g}, or say repeat=True.")
+    if n is not None and 0 < here < n and not repeat:
+        raise VideoError(f"{path} has {here} frame{'s' * (here != 1)}{' there' if start or end else ''}, and {n} were asked for: ask for at most {here}, or say repeat=True.")
+    asked = n or 0 if fps is None else (min(length, length if end is None else end) - start) * fps
+    if asked > _MOST:
+        raise VideoError(f"{path} cannot give that many frames at once, with {f'n={n}' if n else f'fps={fps:.6g}'}: ask for at most {_MOST:,} in one call.")
     chosen = pick_frames(index.seconds, n, fps, start, end, length)
     if not len(chosen): raise VideoError(f"{path} has no frame from {start} s {'on' if end is None else f'to {end} s'}: it lasts {length:.4g} s.")
-    here = len(pick_frames(index.seconds, None, None, start, end))
-    if n is not None and n > here and not repeat:
-        raise VideoError(f"{path} has {here} frame{'s' * (here != 1)}{' there' if start or end else ''}, and {n} were asked for: ask for at most {here}, or say repeat=True.")
     return chosen
 
 # %% ../../nbs/10_vision.video.ipynb #95368134
@@ -353,6 +380,13 @@ class Frames:
         return f"Frames({N} of {W} x {H}, {self.seconds[0]:.2f} s to {self.seconds[-1]:.2f} s, source {self.fps:.4g} fps)"
 
 
+def _room(path, *shape) -> np.ndarray:
+    "An array [N,H,W,3] to fill, or a sentence."
+    try: return np.empty(shape, np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise VideoError(f"{path}: {shape[0]:,} frames of {shape[2]} x {shape[1]} pixels do not fit into memory: ask for fewer frames, or part by part with start and end.") from error
+
+
 def read_frames(
     # A video file.
     path,
@@ -364,7 +398,7 @@ def read_frames(
     start=0, end=None,
     # "pyav", "decord", or "auto", which is pyav.
     backend="auto",
-    # Whether n may exceed what is there; frames are then repeated, as the original does.
+    # Whether n or fps may exceed what is there; frames are then repeated, as the original does.
     repeat=False,
 ) -> Frames: # array [N,H,W,3], seconds [N], fps
     "Read frames out of a video file. Whatever is wrong with the file or the request, it is a `VideoError`."
@@ -374,7 +408,7 @@ def read_frames(
     wanted, begins = np.unique(chosen, return_index=True)
     pick, array = _pick_decord if backend == "decord" else _pick_pyav, None
     for picture, a, b in zip(pick(path, index, wanted), begins, [*begins[1:], len(chosen)]):
-        if array is None: array = np.empty((len(chosen), *picture.shape), np.uint8)
+        if array is None: array = _room(path, len(chosen), *picture.shape)
         if picture.shape != array.shape[1:]: raise VideoError(f"{path} changes its picture size on the way: re-encode it with ffmpeg.")
         array[a:b] = picture
     return Frames(array, index.seconds[chosen], index.fps)
