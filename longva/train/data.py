@@ -99,7 +99,8 @@ def open_source(
     if isinstance(source, (TextFolder, _Rows)): return source
     if not isinstance(source, (str, Path)): return _Rows(source, text, domain)
     if Path(source).exists(): return TextFolder(source, text, domain)
-    try: from datasets import load_dataset
+    try:
+        from datasets import load_dataset
     except ImportError: raise CorpusError(f"{source} is not on this disk, and to look for it at the Hugging Face hub the package datasets is missing: pip install datasets.") from None
     try: return _Rows(load_dataset(str(source), split="train", streaming=True), text, domain)
     except Exception as e: raise CorpusError(f"{source} is neither on this disk nor to be had from the hub ({str(e).strip().splitlines()[0][:150]}).") from None

@@ -292,7 +292,8 @@ def load_deepspeed(device):
     "Import it, for CPU ranks if there is no GPU; its messages stay away."
     if device.type == "cpu": os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    try: import deepspeed
+    try:
+        import deepspeed
     except ImportError: raise TrainError("The engine deepspeed is not installed: pip install deepspeed, or take the engine plain.") from None
     deepspeed.utils.logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # DeepSpeed calls functions that torch has renamed
@@ -302,7 +303,8 @@ class ZeRO3:
     "DeepSpeed's ZeRO-3: weights, gradients and optimizer in shares, in host memory between uses."
     def __init__(self, loss, groups, recipe, ranks):
         self.deepspeed, self.loss, self.recipe, self.ranks = load_deepspeed(ranks.device), loss, recipe, ranks
-        if ranks.device.type == "cuda": from deepspeed.ops.adam import DeepSpeedCPUAdam as Adam
+        if ranks.device.type == "cuda":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam as Adam
         else: Adam = torch.optim.AdamW
         if not dist.is_initialized(): # ZeRO-3 wants a process group even for one rank
             dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
