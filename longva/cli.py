@@ -11,6 +11,7 @@ __all__ = ['app', 'mini_app', 'Usage', 'one_sentence', 'numbers', 'demo_command'
 import json
 import logging
 import math
+import os
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -51,6 +52,9 @@ def one_sentence(
     except KeyboardInterrupt:
         _say(f"Stopped. What is done is kept in {out}: run the same command again to go on.")
         raise typer.Exit(130) from None
+    except BrokenPipeError:  # whoever reads, `head` for one, has read enough; nothing more may go to a closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
     except OSError as error:
         _say(_disk(error, out))
         raise typer.Exit(1) from None

@@ -191,3 +191,10 @@ def test_ranks_weigh_by_token(tmp_path, world, uneven):
         together = [ranks[0][i][0], torch.cat([r[i][1] for r in ranks]), sum(r[i][2] for r in ranks)]
         assert apart(together, wanted) < 1e-5
     assert all(r[2][0] == 0 and not r[2][1].any() and not r[2][2].any() for r in ranks)
+
+
+def test_requests_that_make_no_sense():
+    hidden, weight, labels, weights = case()
+    for more, sentence in [(dict(weights=-weights.abs() - 1), "negative"), (dict(normalizer=0), "normalizer"), (dict(chunk=1.5), "whole number"), (dict(labels=labels.int()), "int64")]:
+        with pytest.raises(ValueError, match=sentence):
+            linear_cross_entropy(hidden, weight, **(dict(labels=labels) | more))

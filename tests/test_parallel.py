@@ -299,3 +299,27 @@ def test_inference_mode_and_documents():
         assert torch.allclose(ours(**ask).logits, theirs(**ask).logits, atol=1e-5)
     assert documents_of(batch["position_ids"]) == [DOCUMENTS[1]]
     assert not [r for r in parallel._known.values() if r[0]() is None], "nothing is remembered of positions that are gone"
+
+
+def test_a_static_cache_is_refused():
+    "Its keys stand in a buffer of the final length, and nothing tells the full places from the empty ones."
+    ids, (model, plain) = torch.arange(3, 14)[None], (tiny(name, (4, 2)).eval() for name in ("longva_cp", "eager"))
+    said = [m.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True) for m in (model, plain)]
+    assert torch.equal(*said)
+    with pytest.raises(ValueError, match="needs a dynamic cache"):
+        model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True, cache_implementation="static")
+
+
+def test_checksum_sees_order_and_single_ids():
+    ids = torch.arange(20_000)[None]
+    other = ids.clone()
+    other[0, 1] += 1
+    assert len({parallel._checksum(t) for t in (ids, ids.flip(1), other)}) == 3
+    assert parallel._checksum(ids.float()) != parallel._checksum(ids.flip(1).float())
+
+
+def test_documents_and_keys_must_fit_the_queries():
+    q, k = torch.randn(3, 4, 4, 8), torch.randn(3, 8, 2, 8)
+    for keys, documents in [(k, None), (k[:, :4], [(0, 3, 4)] * 2), (k[:, :4], [(0, 3, 2, 4)] * 3)]:
+        with pytest.raises(ValueError, match="same tokens|never back"):
+            parallel.parallel_attention(q, keys, keys, documents)

@@ -149,7 +149,7 @@ def linear_cross_entropy(
     kernel: str = "auto",
 ) -> torch.Tensor: # scalar, float32 or more for "chunks"
     "Cross entropy of `hidden @ weight.T`, weighted by token over all processes of `group`, without holding [L,V]."
-    _check(hidden, weight, labels, weights, chunk, kernel)
+    _check(hidden, weight, labels, weights, chunk, kernel, normalizer)
     flat = None if weights is None else weights.detach().reshape(-1)
     total, of = _sum(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), flat, ignore_index, chunk, kernel)
     everyone = torch.stack([total.detach().double(), torch.as_tensor(of, dtype=torch.float64, device=total.device)])
@@ -158,12 +158,15 @@ def linear_cross_entropy(
     share = total / torch.as_tensor(normalizer, device=total.device).to(total.dtype)
     return share - share.detach() + (everyone[0] / normalizer).to(share.dtype)  # everybody's value, this rank's gradient
 
-def _check(hidden, weight, labels, weights, chunk, kernel):
+def _check(hidden, weight, labels, weights, chunk, kernel, normalizer):
     "Say what doesn't fit together."
     if hidden.shape[-1] != weight.shape[-1]: raise ValueError(f"The hidden states have width {hidden.shape[-1]} and the weight {weight.shape[-1]}: they must be equal.")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"There are labels of shape {tuple(labels.shape)} for hidden states of shape {tuple(hidden.shape)}: give one label for each position.")
     if weights is not None and weights.shape != labels.shape: raise ValueError(f"Weights have shape {tuple(weights.shape)} and labels {tuple(labels.shape)}: they must be equal.")
-    if chunk < 1: raise ValueError(f"The chunk is {chunk}: it must be at least one token.")
+    if labels.dtype != torch.int64: raise ValueError(f"The labels are {labels.dtype}: give int64.")
+    if weights is not None and bool((weights < 0).any()): raise ValueError("A weight is negative: weights are zero or more.")
+    if normalizer is not None and not normalizer > 0: raise ValueError(f"The normalizer is {normalizer}: it must be positive.")
+    if chunk < 1 or chunk % 1: raise ValueError(f"The chunk is {chunk}: it must be a whole number of tokens, at least one.")
     if kernel not in ("auto", "torch", "liger", "chunks"): raise ValueError(f"There is no kernel {kernel!r}: take auto, torch, liger or chunks.")
     if kernel in ("torch", "liger") and weights is not None: raise ValueError(f"Kernel {kernel!r} knows no weights of single tokens: take 'auto' or 'chunks'.")

@@ -137,9 +137,15 @@ def unshard(
 # %% ../../nbs/02_context.parallel.ipynb #3904c472
 PADDING = dict(labels=-100)  # everything else is padded with 0
 
+def _checksum(t):
+    "Of all ids, or of some thousand numbers of an embedding; order counts."
+    t = t.detach().flatten()
+    if t.is_floating_point(): t = t[:: max(1, t.numel() >> 16)].double().view(torch.int64)
+    return int((t.long() * (torch.arange(len(t), device=t.device) % 65521 + 1)).sum())
+
 def _same_batch(batch, context):
     "Refuse batches that differ between ranks."
-    sums = [len(batch), *(float(t.detach().flatten()[:: max(1, t.numel() >> 12)].double().sum()) + n for t in batch.values() for n in t.shape)]
+    sums = [len(batch), *(n for t in batch.values() for n in (*t.shape, _checksum(t)))]
     mine = torch.tensor([len(sums), hash(tuple(sums)) >> 1], dtype=torch.int64, device=next(iter(batch.values())).device)
     all_ranks = [torch.empty_like(mine) for _ in range(context.ranks)]
     dist.all_gather(all_ranks, mine, group=context.group)
@@ -387,8 +393,9 @@ def parallel_attention(
     "Causal attention over the whole sequence, of which each rank holds its shard. Differentiable once."
     context, length = context or current_context(), q.shape[1] * (context or current_context()).ranks
     if length % context.multiple: raise ValueError(f"{q.shape[1]} tokens per rank can't be a shard of a zigzag order: cut the batch with shard_batch.")
-    if documents is not None and any(d[0] != 0 or d[-1] != length for d in documents):
-        raise ValueError(f"The borders of the documents must run from 0 to {length}, the padded length of the whole sequence.")
+    if q.shape[:2] != k.shape[:2] or k.shape != v.shape: raise ValueError(f"Queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} must be of the same tokens.")
+    if documents is not None and (len(documents) != q.shape[0] or any(d[0] != 0 or d[-1] != length or list(d) != sorted(d) for d in documents)):
+        raise ValueError(f"The borders of the documents must run from 0 to {length}, the padded length of the whole sequence, and never back, in each of the {q.shape[0]} rows.")
     ring, _ = _theirs(q, documents, context)
     if ring: return ring(q, k, v, causal=True, softmax_scale=scale, group=context.group)
     return _ContextAttention.apply(q, k, v, _rows(context, length, documents and tuple(map(tuple, documents)), q.shape[0]), scale, context)
@@ -433,6 +440,9 @@ def _refuse(module, context, q, k, attention_mask, dropout, options):
         if options.get(name) is not None: raise ValueError(f"longva_cp knows no {name}: use another attn_implementation for this model.")
     if attention_mask is not None and attention_mask.ndim == 4: raise ValueError("longva_cp makes no use of a mask [B,1,L,S]: give documents by position_ids that restart at 0.")
     if context.ranks > 1 and q.shape[2] != k.shape[2]: raise ValueError("A key/value cache can't be spread over ranks: generate on one rank.")
+    at = options.get("position_ids")
+    if q.shape[2] != k.shape[2] and at is not None and int(at.max()) + 1 != k.shape[2]:
+        raise ValueError(f"The key/value cache has {k.shape[2]} places for {int(at.max()) + 1} tokens: longva_cp needs a dynamic cache, which holds the tokens so far and nothing else.")
 
 def longva_cp(
     module,

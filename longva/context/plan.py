@@ -10,6 +10,7 @@ __all__ = ['MODELS', 'CHECKPOINTS', 'SWITCHES', 'PlanError', 'Sizes', 'sizes', '
 import json
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,8 +80,10 @@ def sizes(
     wrong = [n for n in names if not (isinstance(getattr(c, n, None), int) and getattr(c, n) > 0)]
     if wrong: raise PlanError(f"The configuration has no usable {', '.join(wrong)}.")
     N, D, H, F, V = (getattr(c, n) for n in names)
-    K = getattr(c, "num_key_value_heads", None) or H
-    E = getattr(c, "head_dim", None) or D // H
+    given = lambda name, other: other if getattr(c, name, None) is None else getattr(c, name)
+    K, E = given("num_key_value_heads", H), given("head_dim", D // H)
+    for name, n in (("num_key_value_heads", K), ("head_dim", E)):
+        if not (isinstance(n, int) and n > 0): raise PlanError(f"The configuration's {name} comes to {n!r}: it must be a whole number, at least 1.")
     if H % K: raise PlanError(f"{H} query heads cannot share {K} key/value heads: the first must be a multiple of the second.")
     return Sizes(N, D, H, K, E, F, V, has("tie_word_embeddings"), kind == "qwen2" or has("attention_bias"), kind != "qwen2" and has("attention_bias"), has("mlp_bias"), kind == "qwen3")
 
@@ -311,7 +314,9 @@ def plan(
     for name, value, known in [("checkpoints", p.checkpoints, CHECKPOINTS), ("offload", p.offload, ("none", "optimizer", "all")), ("kind", p.kind, ("all_gather", "ring", None))]:
         if value not in known: raise PlanError(f"There is no {name} {value!r}: take one of {', '.join(map(repr, known))}.")
     for name, least in [("length", 1), ("gpus", 1), ("chunk", 1), ("gpu_gib", 1e-9), ("host_gib", 0), ("tflops", 1e-9), ("optimizer_bytes", 0)]:
-        if not getattr(p, name) >= least: raise PlanError(f"{name} is {getattr(p, name)}: it must be {'positive' if least else 'zero or more'}.")
+        whole = name in ("length", "gpus", "chunk")
+        if not least <= getattr(p, name) < inf or whole and getattr(p, name) % 1:
+            raise PlanError(f"{name} is {getattr(p, name)}: it must be {'a whole number' if whole else 'finite'} and {'positive' if least else 'zero or more'}.")
     if p.context is not None and (p.context < 1 or p.gpus % p.context): raise PlanError(f"{p.gpus} GPUs cannot be divided into groups of {p.context} that share a sequence.")
     if not 0 < p.efficiency <= 1: raise PlanError(f"The efficiency is {p.efficiency}: it is a share of the peak, between 0 and 1.")
     if p.b not in (2, 4): raise PlanError(f"A number of {p.b} bytes is not foreseen: take 2 (bfloat16) or 4 (float32).")

@@ -209,8 +209,9 @@ def _check_request(method, theta, factor, details):
     """Refuse what can't be meant, in a sentence."""
     if method not in DETAILS:
         raise ValueError(f"The method {method!r} is not known; use {', '.join(DETAILS)}.")
-    if theta is not None and not theta > 1:
-        raise ValueError(f"The base theta must be greater than 1, not {theta}.")
+    for name, number, least in [("base theta", theta, 1), ("trained length", details.get("original_max_position_embeddings"), 0)]:
+        if number is not None and not (isinstance(number, (int, float)) and least < number < inf):
+            raise ValueError(f"The {name} must be a number greater than {least}, not {number!r}.")
     if method == "base" and (theta is None or factor is not None):
         raise ValueError("The method base needs theta, and no factor.")
     if method != "base" and (factor is None or not 1 <= factor < inf):
