@@ -85,6 +85,13 @@ def test_only_one_gradient_or_none():
             assert apart([x.grad for x in (h, w) if x.grad is not None], [g for g, on in ((grad_h, wants_h), (grad_w, wants_w)) if on]) < 1e-5
 
 
+def test_nan_weights_give_a_nan_loss_and_no_error():
+    "A training loop watches the loss: it must see the nan, and with the sum of the weights as normalizer too."
+    hidden, weight, labels, weights = case(ignored=0)
+    weights[3] = float("nan")
+    for normalizer in (None, weights.sum().item()): assert ours(hidden, weight, labels, weights, normalizer=normalizer)[0].isnan()
+
+
 def test_gradient_accumulation_by_normalizer():
     hidden, weight, labels, _ = case(L=60, ignored=0.6)
     count = int((labels != -100).sum())

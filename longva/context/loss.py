@@ -166,7 +166,7 @@ def _check(hidden, weight, labels, weights, chunk, kernel, normalizer):
     if weights is not None and weights.shape != labels.shape: raise ValueError(f"Weights have shape {tuple(weights.shape)} and labels {tuple(labels.shape)}: they must be equal.")
     if labels.dtype != torch.int64: raise ValueError(f"The labels are {labels.dtype}: give int64.")
     if weights is not None and bool((weights < 0).any()): raise ValueError("A weight is negative: weights are zero or more.")
-    if normalizer is not None and not normalizer > 0: raise ValueError(f"The normalizer is {normalizer}: it must be positive.")
+    if normalizer is not None and normalizer <= 0: raise ValueError(f"The normalizer is {normalizer}: it must be positive.")
     if chunk < 1 or chunk % 1: raise ValueError(f"The chunk is {chunk}: it must be a whole number of tokens, at least one.")
     if kernel not in ("auto", "torch", "liger", "chunks"): raise ValueError(f"There is no kernel {kernel!r}: take auto, torch, liger or chunks.")
     if kernel in ("torch", "liger") and weights is not None: raise ValueError(f"Kernel {kernel!r} knows no weights of single tokens: take 'auto' or 'chunks'.")
