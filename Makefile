@@ -9,7 +9,7 @@ HOW := install one, or name one: make PYTHON=/path/to/python3.12 $(or $(MAKECMDG
 export GRADIO_ANALYTICS_ENABLED := False
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env demo test app lab export notebooks readme clean
+.PHONY: help env demo test app chat lab export notebooks readme clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ test: $(STAMP)  ## tree, notebooks, tests, lint: what CI runs
 
 app: $(STAMP)  ## the needle app on 127.0.0.1
 	$(BIN)/python apps/needle/app.py
+
+chat: $(STAMP)  ## the chat app on 127.0.0.1
+	$(BIN)/python apps/chat/app.py
 
 lab: $(STAMP)  ## JupyterLab on the notebooks; what it saves is clean
 	$(BIN)/jupyter lab --config=tools/jupyter_config.py nbs

@@ -21,5 +21,8 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]), zip_safe=False,
     package_data={"longva": ["mini/weights/**"]},
     install_requires=shlex.split(cfg["requirements"]), extras_require=extras,
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+        "lmms_eval.models": cfg["lmms_eval_models"].split(),
+    },
 )

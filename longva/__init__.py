@@ -9,14 +9,19 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _homes = {
-    "LongVA": "longva.model.modeling",
-    "LongVAConfig": "longva.model.modeling",
-    "LongVAImageProcessor": "longva.model.processing",
-    "LongVAProcessor": "longva.model.processing",
+    # the last of the model's modules: with any of its names, all Auto classes know LongVA
+    "LongVA": "longva.model.checkpoint",
+    "LongVAConfig": "longva.model.checkpoint",
+    "LongVAImageProcessor": "longva.model.checkpoint",
+    "LongVAProcessor": "longva.model.checkpoint",
+    "load_original": "longva.model.checkpoint",
+    "save_original": "longva.model.checkpoint",
+    "CheckpointError": "longva.model.checkpoint",
     "extend_rope": "longva.context.rope",
     "exact_rope": "longva.context.rope",
     "rope_report": "longva.context.rope",
     "choose_grid": "longva.vision.unires",
+    "iter_frames": "longva.vision.video",
     "read_frames": "longva.vision.video",
     "VideoError": "longva.vision.video",
 }

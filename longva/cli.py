@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'mini_app', 'Usage', 'one_sentence', 'numbers', 'demo_command', 'model_folder', 'load_model', 'check', 'grid',
            'check_base', 'stretch', 'beside', 'own_needles', 'vniah_command', 'show_rows', 'reading_model',
-           'show_perplexity', 'niah_command', 'plan_command', 'extend_command', 'list_command', 'train_command']
+           'show_perplexity', 'niah_command', 'plan_command', 'extend_command', 'align_command', 'chat_model',
+           'what_it_knows', 'say_what_it_takes', 'answer_aloud', 'questions', 'chat_command', 'dpo_command',
+           'list_command', 'train_command']
 
 # %% ../nbs/80_cli.ipynb #93388f10
 import json
@@ -36,7 +38,7 @@ def _disk(error, out):
 
 def _training_errors():
     "Errors of training that are sentences; a module that was not loaded has raised none."
-    homes = {"longva.train.data": "CorpusError", "longva.train.loop": "TrainError", "longva.context.plan": "PlanError"}
+    homes = {"longva.train.data": "CorpusError", "longva.train.loop": "TrainError", "longva.context.plan": "PlanError", "longva.model.prefill": "ChatError", "longva.model.checkpoint": "CheckpointError"}
     return [getattr(sys.modules[home], name) for home, name in homes.items() if home in sys.modules]
 
 @contextmanager
@@ -387,10 +389,196 @@ def extend_command(
         named_preset(preset)
         if preset == "mini" and text is None and model is None:
             from longva.mini.reader import extend_reader
-            made = extend_reader(out, **changes)[1]
-        elif text is None: raise Usage("Say with --text on which text to train.")
+            made = extend_reader(out, theta=theta, length=length, **changes)[1]
+        elif not (text or "").strip(): raise Usage("Say with --text on which text to train.")
         else: made = extend(preset, text, out, model=model, theta=theta, length=length, **changes)
     typer.echo(f"Done. The extended model is in {made}.")
+
+# %% ../nbs/80_cli.ipynb #ce521e14
+@app.command("align")
+def align_command(
+    preset: Annotated[str, typer.Option(help="paper-1 or paper-2: the paper's stages; mini-1 or mini-2: the same for a laptop.")],
+    data: Annotated[str, typer.Option(help="LLaVA's rows: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
+    media: Annotated[Optional[Path], typer.Option(help="Folder of the pictures and videos; by default that of the data file.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the run; by default runs/align/PRESET.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="Folder or hub name of the LongVA to start from.")] = None,
+    language_model: Annotated[Optional[str], typer.Option(help="Without --model: the language model,")] = None,
+    vision_tower: Annotated[Optional[str], typer.Option(help="and the vision tower, if not the preset's.")] = None,
+    answers_only: Annotated[bool, typer.Option("--answers-only", help="Learn answers alone, without the markers of turns.")] = False,
+    fps: Annotated[float, typer.Option(min=0.001, help="Frames to take of a second of video.")] = 1.0,
+    most_frames: Annotated[Optional[int], typer.Option(min=1, help="Frames to take of a video at most.")] = None,
+    length: Annotated[Optional[int], typer.Option(min=2, help="Most tokens of a row.")] = None,
+    bad_share: Annotated[float, typer.Option(min=0, max=1, help="Share of bad rows that is borne.")] = 0.01,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Optimizer steps; by default the preset's epochs.")] = None,
+    rows: Annotated[Optional[int], typer.Option(min=1, help="Rows of a step.")] = None,
+    micro: Annotated[Optional[int], typer.Option(min=1, help="Rows that a rank takes at a time.")] = None,
+    cp: Annotated[Optional[int], typer.Option(min=1, help="Ranks that share a sequence.")] = None,
+    engine: Annotated[Optional[str], typer.Option(help="plain or deepspeed.")] = None,
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Decides the order of the rows.")] = None,
+):
+    "Teach a language model to see (one stage of the paper's second step), or go on with it."
+    out = out or Path("runs") / "align" / preset
+    changes = {k: v for k, v in dict(steps=steps, rows=rows, micro=micro, cp=cp, engine=engine, seed=seed).items() if v is not None}
+    reading = {k: v for k, v in dict(length=length, answers_only=answers_only, fps=fps, most_frames=most_frames).items() if v is not None}
+    with one_sentence(out):
+        if engine not in (None, "plain", "deepspeed"): raise Usage(f"--engine is plain or deepspeed, and not {engine!r}.")
+        from longva.train.align import align
+        made = align(preset, data, out, model=model, language_model=language_model, vision_tower=vision_tower, media=media, bad_share=bad_share, reading=reading, **changes)
+    typer.echo(f"Done. The aligned model is in {made}.")
+
+# %% ../nbs/80_cli.ipynb #fc2617ab
+def chat_model(
+    # a miniature, a folder, or a name on the hub
+    name: str,
+    # for transformers
+    device_map,
+) -> tuple: # (model, processor)
+    "A model to talk to, or why there is none."
+    import transformers
+
+    from longva.mini import NAMES, folder
+    from longva.model.chat import load
+    transformers.utils.logging.disable_progress_bar()
+    if not name.strip(): raise Usage(f"--model is empty: name a folder with a LongVA, a model of the Hugging Face hub, or one of {', '.join(NAMES)}.")
+    return load(folder(name) if name in NAMES else name, device_map)
+
+def what_it_knows(
+    processor,
+) -> str: # a sentence for those who ask a miniature something else, or nothing
+    "What may be asked of a miniature."
+    from longva.mini.world import OBJECTS, mini_tokenizer
+    if processor.tokenizer.get_vocab() != mini_tokenizer().get_vocab(): return ""
+    return f" A miniature answers `find OBJECT`, where OBJECT is one of {', '.join(OBJECTS)}."
+
+# %% ../nbs/80_cli.ipynb #e7f0128b
+def say_what_it_takes(
+    # a `longva.model.chat.Chat`
+    chat,
+    # from `Chat.prepare`
+    turn,
+    # what the model is called
+    name: str,
+    # tokens of the answer, at most
+    most: int,
+    # (TFLOPS, bytes a second) of this machine
+    speed: tuple,
+):
+    "One line for this machine, one for LongVA-7B, on stderr."
+    device = chat.model.device.type
+    _say(f"{name} on this {'GPU' if device == 'cuda' else device.upper()}: {chat.estimate(turn, most, tflops=speed[0], bandwidth=speed[1])}.")
+    large = chat.estimate_7b(turn, most)
+    _say(f"LongVA-7B on one H100{' (which has 80 GB, too little)' * (large.total > 80e9)}: {large}.")
+
+def answer_aloud(
+    # pieces, as `Chat.ask` yields them
+    answer,
+) -> bool: # False if ctrl-c ended it
+    "Print the answer while it is made."
+    try:
+        for piece in answer: typer.echo(piece, nl=False); sys.stdout.flush()
+    except KeyboardInterrupt:
+        typer.echo("")
+        return False
+    finally: answer.close()
+    typer.echo("")
+    return True
+
+def questions():
+    "Lines from the terminal, or from a pipe."
+    on_terminal = sys.stdin.isatty()
+    if on_terminal: _say("Ask; an empty line or ctrl-d ends the conversation, ctrl-c an answer.")
+    while True:
+        if on_terminal: typer.echo("> ", err=True, nl=False)
+        try: line = input()
+        except (EOFError, KeyboardInterrupt): return
+        if line.strip(): yield line.strip()
+        elif on_terminal: return
+
+# %% ../nbs/80_cli.ipynb #a6009b21
+@app.command("chat")
+def chat_command(
+    question: Annotated[Optional[str], typer.Argument(help="What to ask; without it, questions come from the terminal, one after the other.")] = None,
+    video: Annotated[Optional[list[str]], typer.Option(help="A video file; may be given several times.")] = None,
+    image: Annotated[Optional[list[str]], typer.Option(help="An image file; may be given several times.")] = None,
+    model: Annotated[str, typer.Option(help="mini-longva, mini-anyres, mini-short, a folder, or a name on the Hugging Face hub.")] = "mini-longva",
+    frames: Annotated[Optional[int], typer.Option(min=1, help="Frames of a video, equally spaced; by default 64, or all if they are fewer.")] = None,
+    fps: Annotated[Optional[float], typer.Option(help="Frames per second of a video, instead of a number of frames.")] = None,
+    front_end: Annotated[Optional[str], typer.Option(help="How frames are fitted: crop (the original's chat), pad (its V-NIAH) or resize.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token; the original took 0.5.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of the probability that is drawn from.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    stop: Annotated[Optional[list[str]], typer.Option(help="A text that ends the answer; may be given several times.")] = None,
+    device_map: Annotated[Optional[str], typer.Option(help="For transformers: auto, cpu, cuda:1; by default the GPU if there is one.")] = None,
+):
+    "Ask about videos and images; say before what it takes, here and with LongVA-7B."
+    with one_sentence("."):
+        if frames is not None and fps is not None: raise Usage("--frames and --fps exclude each other: give a number of frames or a rate.")
+        if fps is not None and not 0 < fps < math.inf: raise Usage(f"--fps must be a number above 0, and not {fps:g}.")
+        if front_end not in (None, "crop", "pad", "resize"): raise Usage(f"--front-end is crop, pad or resize, and not {front_end!r}.")
+        settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ()))
+        try: whole = _talk(question, image or [], video or [], model, device_map, settings, num_frames=frames or 64, fps=fps, frames_fit=front_end)
+        except KeyboardInterrupt: whole = False
+        if not whole:
+            _say("Stopped.")
+            raise typer.Exit(130)
+
+def _talk(question, images, videos, name, device_map, settings, **how):
+    "One question, or as many as come; False if ctrl-c ended the only one."
+    from longva.model.chat import Chat, ChatError, UnknownWord
+    from longva.model.prefill import measure_speed
+    from longva.vision.video import VideoError
+    chat = Chat(*chat_model(name, device_map), **how)
+    speed, whole = measure_speed(chat.model.device, chat.model.dtype), True
+    for text in questions() if question is None else [question]:
+        try:
+            turn = chat.prepare(text, *((), ()) if chat.turns else (images, videos))
+            answer = chat.ask(turn, **settings)
+            say_what_it_takes(chat, turn, name, settings["max_new_tokens"], speed)
+            whole = answer_aloud(answer)
+        except (ChatError, VideoError) as error:
+            hint = what_it_knows(chat.processor) if isinstance(error, UnknownWord) else ""
+            if question is not None: raise Usage(f"{error}{hint}") from None
+            _say(f"{error}{hint}")
+    return whole or question is None
+
+# %% ../nbs/80_cli.ipynb #173bd87b
+@app.command("dpo")
+def dpo_command(
+    preset: Annotated[str, typer.Option(help="paper or mini.")],
+    data: Annotated[Path, typer.Option(help="Preference pairs, .jsonl, .json or .yaml: prompt, chosen, rejected, and image(s) or video(s).")],
+    media: Annotated[Optional[Path], typer.Option(help="Folder that the names of images and videos start from; by default that of the data.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the run; by default runs/dpo/PRESET.")] = None,
+    reference: Annotated[Optional[Path], typer.Option(help="Folder for what the starting model says, to be shared by runs; by default in the run's.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="Folder or hub name of the model to start from, if not the preset's; mini starts from mini-longva.")] = None,
+    loss: Annotated[Optional[str], typer.Option(help="sigmoid, hinge or ipo.")] = None,
+    beta: Annotated[Optional[float], typer.Option(help="How dear it is to leave the starting model.")] = None,
+    label_smoothing: Annotated[Optional[float], typer.Option(help="Share of pairs that may be labelled the wrong way round.")] = None,
+    sft: Annotated[Optional[float], typer.Option(help="Weight of the chosen answers' cross entropy.")] = None,
+    parts: Annotated[Optional[str], typer.Option(help="What is trained, of tower,projector,language.")] = None,
+    frames: Annotated[Optional[int], typer.Option(min=1, help="Frames of a video.")] = None,
+    fps: Annotated[Optional[float], typer.Option(help="Frames per second of a video, instead of a number of frames.")] = None,
+    lr: Annotated[Optional[float], typer.Option(help="Learning rate.")] = None,
+    epochs: Annotated[Optional[float], typer.Option(help="Times that each pair is seen.")] = None,
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
+    rows: Annotated[Optional[int], typer.Option(min=1, help="Pairs of a step.")] = None,
+    bad_share: Annotated[Optional[float], typer.Option(min=0, max=1, help="Share of bad rows that is borne.")] = None,
+    cp: Annotated[Optional[int], typer.Option(min=1, help="Ranks that share a sequence.")] = None,
+    engine: Annotated[Optional[str], typer.Option(help="plain or deepspeed.")] = None,
+    seed: Annotated[Optional[int], typer.Option(min=0, help="Decides the order of the pairs.")] = None,
+):
+    "Train on pairs of answers, of which one is better (DPO), or go on with it."
+    out, given = out or Path("runs") / "dpo" / preset, dict(locals())
+    changes = {k: v for k, v in given.items() if v is not None and k not in ("preset", "data", "media", "out", "reference")}
+    with one_sentence(out):
+        if engine not in (None, "plain", "deepspeed"): raise Usage(f"--engine is plain or deepspeed, and not {engine!r}.")
+        from longva.mini import NAMES, folder
+        from longva.train.dpo import dpo
+        if parts: changes["parts"] = tuple(parts.split(","))
+        if preset == "mini": changes.setdefault("model", "mini-longva")
+        if changes.get("model") in NAMES: changes["model"] = str(folder(changes["model"]))
+        made = dpo(preset, data, out, media, reference, **changes)
+    typer.echo(f"Done. The trained model is in {made}.")
 
 # %% ../nbs/80_cli.ipynb #17340621
 @mini_app.command("list")
@@ -409,6 +597,7 @@ def train_command(
 ):
     "Train the three miniatures from scratch, or go on with it; a quarter of an hour on two cores."
     with one_sentence(out):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving a model imports an installed DeepSpeed, which would warn that it found no GPU; a miniature asks for none
         from longva.mini.recipe import ChainError, train
         try: train(seed, out)
         except ChainError as e: raise Usage(str(e)) from None

@@ -132,6 +132,66 @@ def test_order_depends_on_step_and_row_alone(text, tmp_path):
     assert any(not torch.equal(one(k, 0)["input_ids"], other(k, 0)["input_ids"]) for k in range(3))
 
 
+def test_copies_come_in_rounds(tmp_path):
+    "More tokens than there are: neighbours are never copies of each other, but where rounds meet."
+    rows = [{"text": f"{a} {b} {c}"} for a in "abcdefgh" for b in "abcdefgh" for c in "ab"]
+    report = prepare(rows, tmp_path / "corpus", length=8, tokens=1500)
+    flat = np.concatenate([np.fromfile(p, dtype=np.uint16) for p in sorted((tmp_path / "corpus").glob("shard-?????.bin"))])
+    documents = [tuple(d) for d in flat[: len(flat) // 4 * 4].reshape(-1, 4)]
+    assert sum(n for n, _ in report.after.values()) == 500 and sum(a == b for a, b in zip(documents, documents[1:])) == 0
+    assert set(map(documents.count, documents)) <= {3, 4, 5} and documents[:128] == documents[128:256]  # a stream comes as it comes
+
+
+def test_stream_with_a_new_domain_is_refused_and_a_short_one_says_so(tmp_path):
+    rows = [{"text": "a b", "domain": "x"}] * 50
+    with pytest.raises(D.CorpusError, match="domain 'y' comes after those that were measured"):
+        prepare(rows + [{"text": "a b", "domain": "y"}], tmp_path / "corpus", length=8, measured=50, tokens=8000)
+    assert not (tmp_path / "corpus").exists()
+    report = prepare(rows, tmp_path / "corpus", length=8, measured=50, tokens=8000)
+    assert "8,000 tokens were asked for, and 150 came" in str(report) and "6 tokens at the end" in str(report)
+
+
+def test_another_text_of_the_same_size_or_another_tokenizer_is_noticed(tmp_path):
+    text = write(tmp_path / "text", {"mail": (50, 20)})
+    prepare(text, tmp_path / "corpus", length=16)
+    other = tokenizer()
+    other.get_vocab = lambda: {w: i for i, w in enumerate(reversed(words))}
+    with pytest.raises(D.CorpusError, match="another tokenizer"):
+        D.prepare_corpus(text, other, tmp_path / "corpus", length=16, min_upsample=512, shard=2**13, separator=0)
+    mail = text / "mail.jsonl"
+    mail.write_text(mail.read_text().replace("a b", "b a", 1))
+    with pytest.raises(D.CorpusError, match="another text"):
+        prepare(text, tmp_path / "corpus", length=16)
+
+
+def test_too_little_text_leaves_room_for_the_advice(tmp_path):
+    text = write(tmp_path / "text", {"mail": (2, 20)})
+    with pytest.raises(D.CorpusError, match="a smaller length"):
+        prepare(text, tmp_path / "corpus", length=4096)
+    prepare(text, tmp_path / "corpus", length=4)
+    assert len(D.Corpus(tmp_path / "corpus")) > 1
+
+
+@pytest.mark.parametrize("wrong", [dict(weight=0), dict(weight=float("nan")), dict(weight=0.5), dict(tokens=0), dict(tokens=-5), dict(measured=0, tokens=9),
+                                   dict(separator=70_000), dict(separator=-1), dict(seed=-1), dict(length=2.5), dict(length=1), dict(shard=0)])
+def test_impossible_settings_are_a_sentence(tmp_path, wrong):
+    with pytest.raises(D.CorpusError):
+        prepare([{"text": "a b c"}] * 9, tmp_path / "corpus", **{"length": 4, **wrong})
+    assert not (tmp_path / "corpus").exists()
+
+
+@pytest.mark.parametrize("row", ['{"text": "\\ud800"}', '{"text": "a", "n": ' + "1" * 5000 + "}", "[" * 10**5])
+def test_odd_json_is_named_by_line(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + row + "\n")
+    with pytest.raises(D.CorpusError, match="line 2"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "corpus")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa b")
+    assert D.TextFolder(tmp_path)[0] == ("text", "a b")
+
+
 def test_broken_line_is_found_before_anything_is_written(text, tmp_path):
     broken = write(tmp_path / "text", {"mail": (20, 20)})
     with open(broken / "mail.jsonl", "a") as file:

@@ -3,11 +3,11 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,7 @@ def command(*args, world=1, first=""):
     return [subprocess.Popen([sys.executable, "-c", code, "extend", *map(str, args)], env=e, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for e in ranks]
 
 
-def finish(processes, seconds=240):
+def finish(processes, seconds=900):
     try:
         return [(p.communicate(timeout=seconds), p.returncode) for p in processes]
     finally:
@@ -44,30 +44,63 @@ def finish(processes, seconds=240):
             p.kill()
 
 
+def one_rank(out, settings):
+    "What the command does, in a process that has imported everything already."
+    exec(often)
+    from longva.mini.reader import extend_reader
+    extend_reader(Path(out), **settings)
+
+
 def test_two_ranks_zero3_killed_and_resumed(tmp_path):
-    "Bit-equal weights on the same ranks; on one rank, the same losses to rounding. A checkpoint every second step."
+    "From the terminal; killed, it ends with bit-equal weights on the same ranks, and on one rank with the same losses to rounding. A checkpoint every second step."
     pytest.importorskip("deepspeed")
     whole, killed, alone = (tmp_path / name for name in ("whole", "killed", "alone"))
-    run = lambda out, world: command("--preset", "mini", "--steps", 6, "--engine", "deepspeed", "--out", out, world=world, first=often)
-    done = finish(run(whole, 2))
+    run = lambda out, world: toy.start(out, world, body=one_rank, steps=4, rows=4, engine="deepspeed")
+    done = finish(command("--preset", "mini", "--steps", 4, "--rows", 4, "--engine", "deepspeed", "--out", whole, world=2, first=often))
     assert [code for _, code in done] == [0, 0], done[0][0][1][-3000:]
     shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("long"))  # the stage before is the same
-    processes, metrics, end = run(killed, 2), killed / "long/metrics.jsonl", time.time() + 240
+    processes, metrics, end = run(killed, 2), killed / "long/metrics.jsonl", time.time() + 900
     while not (killed / "long/step-000002").exists() or len(metrics.read_text().splitlines()) < 3:
-        assert time.time() < end and all(p.poll() is None for p in processes)
+        assert time.time() < end and all(p.exitcode is None for p in processes), toy.wait(processes, 5)
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.3))
     for p in processes:
-        p.send_signal(signal.SIGKILL)
-    finish(processes)
+        p.kill()
+    toy.wait(processes)
     assert not (killed / "long/model").exists() and (killed / "long/step-000002").exists()
     shutil.copytree(killed, alone)
-    done = finish(run(killed, 2) + run(alone, 1))
-    assert [code for _, code in done] == [0, 0, 0], done[0][0][1][-3000:]
+    for code, error in toy.wait(run(killed, 2) + run(alone, 1)):
+        assert code == 0, error[-3000:]
     a, b = (toy.weights(out / "long/model") for out in (whole, killed))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert toy.losses(whole / "long") == toy.losses(killed / "long")
     assert max(abs(x - y) for x, y in zip(toy.losses(whole / "long"), toy.losses(alone / "long"), strict=True)) < 1e-4
+
+
+def _rank(rank, folder, error):
+    import torch.distributed as dist
+
+    from longva.train.extend import first_rank_does
+    from longva.train.loop import Ranks
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=4))
+
+    def slow():
+        time.sleep(9)
+        if error:
+            raise OSError("no space left")
+    try:
+        first_rank_does(slow, Ranks(rank, 2), seconds=1)
+        said = "done"
+    except Exception as e:
+        said = f"{type(e).__name__}: {e}"
+    (Path(folder) / f"said-{rank}").write_text(said)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("error, said", [(False, ["done", "done"]), (True, ["OSError: no space left", "TrainError: The first rank stopped: no space left."])])
+def test_ranks_wait_longer_than_their_deadline_for_the_text(tmp_path, error, said):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path), error), 2)
+    assert [(tmp_path / f"said-{r}").read_text() for r in range(2)] == said
 
 
 def test_broken_text_is_one_sentence(tmp_path):

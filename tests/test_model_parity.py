@@ -1,10 +1,14 @@
 """The same numbers as the original code, from its own checkpoints.
 
 The parity folder (tiny random checkpoints in the original format, pictures, and what the original computes from them) lies beside the
-repository in shared/parity. Without it these tests are skipped. Limits are those of its README.
+repository in shared/parity. Without it these tests are skipped. Limits are those of its README. Everything goes through the doors a user
+takes: `LongVA.from_pretrained` on an original folder, and the processor that belongs to it. The checkpoints have no tokenizer, so each gets
+one whose words t0 to t511 are its ids.
 """
 
 import json
+import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -18,46 +22,46 @@ if not PARITY.is_dir():
     pytest.skip("The parity data is not here (shared/parity beside the repository), so parity with the original is not checked.", allow_module_level=True)
 
 from safetensors.torch import load_file  # noqa: E402
-from transformers import CLIPVisionConfig, Qwen2Config  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from longva.model.modeling import LongVA, LongVAConfig  # noqa: E402
-from longva.model.processing import LongVAImageProcessor  # noqa: E402
-from longva.vision.unires import fit_image  # noqa: E402
+from longva.context.parallel import zigzag_order  # noqa: E402
+from longva.model.checkpoint import save_original, weight_files  # noqa: E402
+from longva.model.modeling import LongVA  # noqa: E402
+from longva.model.processing import LongVAProcessor  # noqa: E402
 
 VISUAL, LOGITS, PIXELS = 5e-5, 1e-4, 1e-5
-IMAGE_ID, VIDEO_ID = 0, 510  # ids that no case uses as text
 IMAGE_CASES = json.loads((PARITY / "cases.json").read_text())["cases"]
 VIDEO_CASES = json.loads((PARITY / "video_cases.json").read_text())["cases"]
+PROBES = json.loads((PARITY / "cases.json").read_text())["probe_points_by_tile"]
 
 
 def named(cases, *kinds):
     return [pytest.param(c, id=c["id"]) for c in cases if c["kind"] in kinds]
 
 
-def config_of(folder, overrides):
-    """Our configuration, by hand, from the original's."""
-    raw = json.loads((PARITY / folder / "config.json").read_text()) | overrides
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id")
-    text = Qwen2Config(**{k: raw[k] for k in keys}, rope_parameters={"rope_type": "default", "rope_theta": raw["rope_theta"]})
-    vision = CLIPVisionConfig(**json.loads((PARITY / raw["mm_vision_tower"] / "config.json").read_text()))
-    stride = 1 if raw["image_aspect_ratio"] == "pad" and raw["mm_patch_merge_type"] != "flat" else raw["mm_spatial_pool_stride"]  # single tiles are not pooled
-    return LongVAConfig(text_config=text, vision_config=vision, vision_feature_layer=raw["mm_vision_select_layer"], pool_stride=stride,
-                        pool_mode=raw["mm_spatial_pool_mode"], image_token_id=IMAGE_ID, video_token_id=VIDEO_ID)
+def original_folder(where, checkpoint, overrides):
+    """A copy of an original folder, with other settings, the tower's folder inside, and a tokenizer."""
+    raw = json.loads((PARITY / checkpoint / "config.json").read_text()) | overrides
+    folder = Path(where) / "model"
+    shutil.copytree(PARITY / checkpoint, folder)
+    shutil.copytree(PARITY / raw["mm_vision_tower"], folder / raw["mm_vision_tower"])
+    (folder / "config.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(512)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", pad_token="t510").save_pretrained(folder)
+    return folder
 
 
 @cache
-def _model(folder, overrides):
-    model = LongVA(config_of(folder, json.loads(overrides))).eval()
-    state = {}
-    for file in sorted((PARITY / folder).glob("*.safetensors")):
-        state |= load_file(file)
-    model.load_state_dict(state, strict=True)
-    return model
+def _opened(checkpoint, overrides):
+    with tempfile.TemporaryDirectory() as where:
+        folder = original_folder(where, checkpoint, json.loads(overrides))
+        return LongVA.from_pretrained(folder, dtype=torch.float32), LongVAProcessor.from_pretrained(folder)
 
 
-def model_of(case):
-    return _model(case["checkpoint"], json.dumps(case.get("config_overrides", {}), sort_keys=True))
+def opened(case):
+    return _opened(case["checkpoint"], json.dumps(case.get("config_overrides", {}), sort_keys=True))
 
 
 @cache
@@ -65,54 +69,28 @@ def stored(name):
     return load_file(PARITY / f"{name}.safetensors")
 
 
-def processor_of(model):
-    vision = model.config.vision_config
-    return LongVAImageProcessor(vision.image_size, vision.patch_size, model.config.pool_stride)
-
-
 def frames_of(names):
     return np.stack([np.asarray(Image.open(PARITY / name).convert("RGB")) for name in names])
 
 
-def pixels_of(case, picture, processor):
-    """Pixels [G,3,S,S] and (columns, rows) of one image of a case."""
-    image, side = Image.open(PARITY / picture["file"]).convert("RGB"), processor.grid
-    if case["id"].startswith("pad_single_tile"):
-        return processor.preprocess_frames(np.array(image)[None], "pad"), (1, 1)
-    columns, rows = picture["grid"]
-    if "image_grid_pinpoints" in case.get("config_overrides", {}):  # other canvases than ours: take the grid as given
-        canvas = np.array(fit_image(image, side, columns, rows))
-        tiles = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-        return processor.preprocess_frames(tiles, "resize"), (columns, rows)
-    cut = processor(image)
-    assert cut["image_layouts"].tolist() == [[columns, rows]]
-    return cut["pixel_values"], (columns, rows)
+def text_of(ids, pictures):
+    """Ids as words, and a placeholder for each -200."""
+    left = iter(pictures)
+    return " ".join(f"t{i}" if i != -200 else "<video>" if "video_frames" in next(left) else "<image>" for i in ids)
 
 
-def inputs_of(case, model):
-    """Model inputs of a case, and its pixels picture by picture."""
-    processor = processor_of(model)
-    pixels, layouts, films, counts = [], [], [], []
-    for picture in case.get("images", [{"video_frames": case["frames"]}] if "frames" in case else []):
-        if "video_frames" in picture:
-            films.append(processor.preprocess_frames(frames_of(picture["video_frames"])))
-            counts.append((VIDEO_ID, len(films[-1]) * processor.tokens_per_grid))
-        elif "file" in picture:
-            tiles, layout = pixels_of(case, picture, processor)
-            pixels.append(tiles), layouts.append(layout)
-            counts.append((IMAGE_ID, len(tiles) * processor.tokens_per_grid))
-    left = iter(counts)
-
-    def merge(ids):
-        return [i for id in ids for i in ([id] if id != -200 else (lambda t: [t[0]] * t[1])(next(left)))]
-
+def inputs_of(case):
+    """Model and inputs of a case."""
+    model, processor = opened(case)
+    pictures = [p for p in case.get("images", [{"video_frames": case["frames"]}] if "frames" in case else []) if "zeros" not in p]
     rows = case["input_ids"] if case["kind"] == "batch" else [case["input_ids"]]
-    inputs = {"input_ids": [merge(row) for row in rows]}
-    if pixels:
-        inputs |= {"pixel_values": torch.cat(pixels), "image_layouts": torch.tensor(layouts)}
-    if films:
-        inputs |= {"pixel_values_videos": torch.cat(films), "video_frames": torch.tensor([len(f) for f in films])}
-    return inputs
+    if case["kind"] == "batch":
+        rows = [[i for i, keep in zip(ids, mask) if keep] for ids, mask in zip(rows, case["attention_mask"])]
+    left = iter(pictures)
+    texts = [text_of(row, [next(left) for i in row if i == -200]) for row in rows]
+    images = [Image.open(PARITY / p["file"]) for p in pictures if "file" in p]
+    videos = [frames_of(p["video_frames"]) for p in pictures if "video_frames" in p]
+    return model, processor, processor(text=texts, images=images or None, videos=videos or None)
 
 
 def check_logits(case, logits, tensors):
@@ -129,11 +107,10 @@ def check_greedy(case, model, inputs):
 
 
 def check_case(case, tensors):
-    model = model_of(case)
-    inputs = inputs_of(case, model)
-    inputs["input_ids"] = torch.tensor(inputs["input_ids"])
+    model, _, inputs = inputs_of(case)
+    pixels = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        rows = model.embed(**inputs)[:, : case["merged_length"]]
+        rows = model.embed(inputs["input_ids"], **pixels)[:, : case["merged_length"]]
         spans = [rows[0, a:b] for a, b in case.get("visual_spans", [])]
         if "visual_tokens" in case["tensors"]:
             assert (torch.cat(spans) - tensors[case["tensors"]["visual_tokens"]]).abs().max() <= VISUAL
@@ -141,23 +118,36 @@ def check_case(case, tensors):
             assert (rows[0] - tensors[case["tensors"]["merged_embeds"]]).abs().max() <= VISUAL
         assert rows.shape[1] == case["merged_length"]
         positions = torch.tensor([case["position_ids"]]) if "position_ids" in case else None
-        check_logits(case, model(inputs_embeds=rows, position_ids=positions, logits_to_keep=torch.tensor(case["logit_positions"])).logits[0], tensors)
-        if case["merged_length"] == inputs["input_ids"].shape[1] and positions is None:
-            whole = model(**inputs, logits_to_keep=torch.tensor(case["logit_positions"])).logits[0]
-            check_logits(case, whole, tensors)
+        keep = torch.tensor(case["logit_positions"])
+        check_logits(case, model(inputs_embeds=rows, position_ids=positions, logits_to_keep=keep).logits[0], tensors)
+        if case["merged_length"] == inputs["input_ids"].shape[1] and positions is None:  # not cut to the tokenizer's length, as the original does
+            check_logits(case, model(**inputs, logits_to_keep=keep).logits[0], tensors)
             check_greedy(case, model, inputs)
 
 
 @pytest.mark.parametrize("folder", ["checkpoint", "checkpoint_336"])
 def test_names_and_shapes_are_the_original_ones(folder):
-    model = _model(folder, "{}")  # loads strictly
-    state = {}
-    for file in (PARITY / folder).glob("*.safetensors"):
-        state |= load_file(file)
-    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in state.items()}
+    model = LongVA.from_pretrained(PARITY / folder)
+    state = {k: v for file in weight_files(PARITY / folder) for k, v in load_file(file).items()}
+    ours = model.state_dict()
+    assert model.dtype == torch.bfloat16 and ours.keys() == state.keys() and all(torch.equal(ours[k], v) for k, v in state.items())
     tower = load_file(PARITY / json.loads((PARITY / folder / "config.json").read_text())["mm_vision_tower"] / "model.safetensors")
     name = "vision_model.embeddings.class_embedding"
-    assert not torch.equal(model.state_dict()[f"model.vision_tower.vision_tower.{name}"], tower[name].float())
+    assert not torch.equal(ours[f"model.vision_tower.vision_tower.{name}"], tower[name])  # the checkpoint's wins
+    assert model.generation_config.eos_token_id == 511
+
+
+@pytest.mark.parametrize("folder", ["checkpoint", "checkpoint_336"])
+def test_there_and_back(folder, tmp_path):
+    """Original, ours on disk, original: the same bits, and settings that open to the same model."""
+    LongVA.from_pretrained(PARITY / folder).save_pretrained(tmp_path / "ours")
+    save_original(LongVA.from_pretrained(tmp_path / "ours"), tmp_path / "back", max_shard_size="200KB" if folder == "checkpoint_336" else "5GB")
+    first, last = ({k: v for file in weight_files(f) for k, v in load_file(file).items()} for f in (PARITY / folder, tmp_path / "back"))
+    assert first.keys() == last.keys() and all(v.dtype == last[k].dtype and torch.equal(v.view(torch.int16), last[k].view(torch.int16)) for k, v in first.items())
+    before, after = (json.loads((f / "config.json").read_text()) for f in (PARITY / folder, tmp_path / "back"))
+    assert {k: v for k, v in after.items() if k in before} == before
+    again, once = (LongVA.from_pretrained(f).config.to_dict() for f in (tmp_path / "back", PARITY / folder))
+    assert {k: v for k, v in again.items() if k != "_name_or_path"} == {k: v for k, v in once.items() if k != "_name_or_path"}
 
 
 @pytest.mark.parametrize("case", named(IMAGE_CASES, "image", "image+video", "text"))
@@ -172,8 +162,8 @@ def test_videos(case):
 
 @pytest.mark.parametrize("case", named(VIDEO_CASES, "vniah_frontend"))
 def test_needle_front_end(case):
-    model, tensors = model_of(case), stored("video_cases")
-    pixels = processor_of(model).preprocess_frames(frames_of(case["frames"]), "pad")
+    (model, processor), tensors = opened(case), stored("video_cases")
+    pixels = processor.image_processor.preprocess_frames(frames_of(case["frames"]), "pad")
     if "pixel_values" in case["tensors"]:
         assert (pixels - tensors[case["tensors"]["pixel_values"]]).abs().max() <= PIXELS
     with torch.no_grad():
@@ -182,32 +172,47 @@ def test_needle_front_end(case):
     assert (tokens - tensors[case["tensors"]["frame_tokens"]]).abs().max() <= VISUAL
 
 
-@pytest.mark.parametrize("case", named([c for c in VIDEO_CASES if "pixel_values" in c["tensors"]], "video"))
+def check_statistics(pixels, theirs):
+    side = str(pixels.shape[-1])
+    assert len(pixels) == len(theirs)
+    for tile, t in zip(pixels.double(), theirs):
+        assert (tile.mean((1, 2)) - torch.tensor(t["mean"])).abs().max() <= 1e-5
+        assert (tile.std((1, 2), correction=0) - torch.tensor(t["std"])).abs().max() <= 1e-5
+        assert abs(tile.min() - t["min"]) <= 1e-5 and abs(tile.max() - t["max"]) <= 1e-5
+        assert max(abs(tile[c, y, x] - v) for (c, y, x), v in zip(PROBES[side], t["samples"])) <= 1e-5
+
+
+@pytest.mark.parametrize("case", named([c for c in VIDEO_CASES if "frame_stats" in c], "video", "vniah_frontend"))
 def test_frame_pixels(case):
-    pixels = processor_of(model_of(case)).preprocess_frames(frames_of(case["frames"]), "crop")
-    assert (pixels - stored("video_cases")[case["tensors"]["pixel_values"]]).abs().max() <= PIXELS
+    _, processor = opened(case)
+    how = "crop" if case["kind"] == "video" else "pad"
+    pixels = processor.image_processor.preprocess_frames(frames_of(case["frames"]), how)
+    if "pixel_values" in case["tensors"]:
+        assert (pixels - stored("video_cases")[case["tensors"]["pixel_values"]]).abs().max() <= PIXELS
+    check_statistics(pixels, case["frame_stats"])
 
 
-@pytest.mark.parametrize("case", named(IMAGE_CASES, "image"))
+@pytest.mark.parametrize("case", named(IMAGE_CASES, "image", "image+video", "batch"))
 def test_image_pixels(case):
-    """Where pixels are stored they agree; elsewhere the mean and deviation of every grid do."""
-    processor = processor_of(model_of(case))
+    """Where pixels are stored they agree; elsewhere the statistics of every grid do."""
+    _, processor = opened(case)
     for picture in case["images"]:
-        pixels, _ = pixels_of(case, picture, processor)
-        first = 0 if case["id"].startswith("pad_single_tile") else 1  # stored with the thumbnail, which we do not make
+        if "file" not in picture:
+            continue
+        cut = processor.image_processor(Image.open(PARITY / picture["file"]))
+        single = case["id"].startswith("pad_single_tile")
+        first = 0 if single else 1  # stored with the thumbnail, which we do not make
+        assert cut["image_layouts"].tolist() == [[1, 1] if single else picture["grid"]]
         if "pixel_values" in picture:
             theirs = stored("image_cases")[picture["pixel_values"]]
-            assert (pixels - (theirs[None] if theirs.ndim == 3 else theirs[first:])).abs().max() <= PIXELS
+            assert (cut["pixel_values"] - (theirs[None] if theirs.ndim == 3 else theirs[first:])).abs().max() <= PIXELS
         if "tile_stats" in picture:
-            theirs = picture["tile_stats"][first:]
-            means, deviations = pixels.double().mean((2, 3)), pixels.double().std((2, 3), correction=0)
-            assert (means - torch.tensor([t["mean"] for t in theirs])).abs().max() <= 1e-5
-            assert (deviations - torch.tensor([t["std"] for t in theirs])).abs().max() <= 1e-5
+            check_statistics(cut["pixel_values"], picture["tile_stats"][first:])
 
 
 def test_tower_and_projector():
     case, tensors = IMAGE_CASES[0], stored("image_cases")
-    model = model_of(case)
+    model, _ = opened(case)
     pixels = tensors[case["images"][0]["pixel_values"]]
     with torch.no_grad():
         tower = model.model.vision_tower["vision_tower"]["vision_model"].features(pixels, -2)
@@ -217,13 +222,53 @@ def test_tower_and_projector():
 
 @pytest.mark.parametrize("case", named(IMAGE_CASES, "batch"))
 def test_padded_batches(case):
-    model, tensors = model_of(case), stored("image_cases")
-    inputs, mask = inputs_of(case | {"input_ids": [np.array(ids)[np.array(keep) == 1].tolist() for ids, keep in zip(case["input_ids"], case["attention_mask"])]}, model), torch.tensor(case["merged_attention_mask"])
-    ids = torch.ones_like(mask)
-    ids[mask.bool()] = torch.tensor(sum(inputs["input_ids"], []))
-    inputs["input_ids"] = ids
+    model, processor, inputs = inputs_of(case)
+    assert processor.tokenizer.padding_side == case["config_overrides"]["tokenizer_padding_side"]
+    assert inputs["attention_mask"].tolist() == torch.tensor(case["merged_attention_mask"]).int().tolist()
     with torch.no_grad():
-        out = model(**inputs, attention_mask=mask, labels=torch.tensor(case["merged_labels"]))
+        out = model(**inputs, labels=torch.tensor(case["merged_labels"]))
     assert abs(out.loss.item() - case["loss"]) <= 1e-4 * case["loss"]
     for i, row in enumerate(case["rows"]):
-        check_logits(row, out.logits[i, row["row_offset"] + torch.tensor(row["logit_positions"])], tensors)
+        check_logits(row, out.logits[i, row["row_offset"] + torch.tensor(row["logit_positions"])], stored("image_cases"))
+
+
+def test_every_needle_is_found_or_missed_as_in_the_original():
+    data, tensors = json.loads((PARITY / "vniah" / "vniah_cases.json").read_text()), load_file(PARITY / "vniah" / "vniah.safetensors")
+    model = LongVA.from_pretrained(PARITY / data["checkpoint"], dtype=torch.float32)
+    word, hay, passed, row = (lambda ids: model.get_input_embeddings()(torch.tensor(ids))), tensors["haystack"], 0, 0
+    assert np.mean([c["score"] for c in data["cells"]]) == pytest.approx(data["average_accuracy"])
+    with torch.no_grad():
+        for cell in data["cells"]:
+            n, i = cell["num_frames"], int(cell["depth"] * cell["num_frames"])
+            assert i == cell["insert_index"]
+            for j, (question, answer) in enumerate(zip(data["question_ids"], data["answer_ids"])):
+                rows = torch.cat([word(data["pre_ids"]), *hay[:i], tensors["needles"][j], *hay[i:n], word(question), word(data["post_ids"]), word(answer)])
+                assert len(rows) - len(answer) == cell["prompt_length"][j]
+                span = torch.arange(len(rows) - len(answer) - 1, len(rows) - 1)
+                logits = model(inputs_embeds=rows[None], position_ids=torch.arange(len(rows))[None], logits_to_keep=span).logits[0]
+                assert (logits - tensors["answer_span_logits"][row : row + len(answer)]).abs().max() <= LOGITS
+                assert logits.argmax(-1).tolist() == cell["argmax_answer_span"][j]
+                assert (logits.argmax(-1).tolist() == answer) == bool(cell["pass"][j])
+                passed, row = passed + (logits.argmax(-1).tolist() == answer), row + len(answer)
+    assert passed == 36 and row == len(tensors["answer_span_logits"])
+
+
+def test_positions_of_ranks():
+    for case in json.loads((PARITY / "vniah" / "vniah_cases.json").read_text())["zigzag_layout"]:
+        assert zigzag_order(case["padded_length"], case["world_size"]).tolist() == case["positions_of_rank"]
+
+
+def test_log_probabilities_of_answers():
+    data = json.loads((PARITY / "losses" / "dpo.json").read_text())["from_checkpoint"]
+    model, processor = _opened(data["checkpoint"], "{}")
+    picture = Image.open(PARITY / data["image"])
+    sums, means = [], []
+    for prompt, answer in zip(data["prompts"] * 2, data["chosen"] + data["rejected"]):
+        inputs = processor(text=text_of(prompt + answer, [{}]), images=picture)
+        ids = inputs["input_ids"][0, -len(answer):]
+        with torch.no_grad():
+            logps = model(**inputs).logits[0, -len(answer) - 1 : -1].log_softmax(-1).gather(1, ids[:, None])
+        sums.append(logps.sum().item()), means.append(logps.mean().item())
+    assert sums == pytest.approx(data["sum_logps"], rel=1e-4) and means == pytest.approx(data["mean_logps"], rel=1e-4)
+    lengths = [len(a) for a in data["chosen"]]
+    assert -sum(sums[:2]) / sum(lengths) == pytest.approx(data["sft_loss_on_chosen"], rel=1e-4)

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from longva.model.modeling import LongVA, LongVAConfig, longva_7b, mini_config
-from longva.model.processing import LongVAImageProcessor, LongVAProcessor
-from longva.vision.video import VideoError
+from longva.model.processing import LongVAImageProcessor, LongVAProcessor, frames_text
+from longva.vision.video import Frames, VideoError, write_video
 
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<image>", "<video>", "<|im_start|>", "<|im_end|>"]
 
@@ -324,3 +324,70 @@ def test_wrong_shapes_are_one_sentence(pair):
         for gradients in (False, True):
             with torch.set_grad_enabled(gradients):
                 refused(lambda: model.encode_frames(torch.zeros(frames, 3, 28, 28), chunk=chunk), "chunk" if frames else "no frames")
+
+
+# ---- conversations, and text between frames
+
+def test_conversations_with_files(pair, tmp_path):
+    _, processor = pair
+    rng = np.random.default_rng(4)
+    a, b = picture(rng), picture(rng)
+    a.save(tmp_path / "a.png")
+    frames = rng.integers(0, 256, (8, 32, 48, 3), dtype=np.uint8)
+    path = write_video(frames, tmp_path / "film.mp4", fps=2.0)
+    first = [{"role": "system", "content": "w0"}, {"role": "user", "content": [
+        {"type": "video", "video": str(path)}, {"type": "text", "text": "w1"}, {"type": "image", "path": str(tmp_path / "a.png")}, {"type": "image", "image": b}, {"type": "text", "text": "w2"}]}]
+    second = [*first, {"role": "assistant", "content": [{"type": "text", "text": "w3"}]}, {"role": "user", "content": [{"type": "video", "video": frames[:3]}, {"type": "text", "text": "w4"}]}]
+    batch = processor.apply_chat_template([first, second], tokenize=True, return_dict=True, add_generation_prompt=True, num_frames=4, frames_fit="pad")
+    assert batch["video_frames"].tolist() == [4, 4, 3] and len(batch["image_layouts"]) == 4 and len(batch["input_ids"]) == 2
+    texts = ["<|im_start|>system\nw0<|im_end|>\n<|im_start|>user\n<video>\nw1<image>\n<image>\nw2<|im_end|>\n<|im_start|>"]
+    texts = [texts[0] + "assistant\n", texts[0] + "assistant\nw3<|im_end|>\n<|im_start|>user\n<video>\nw4<|im_end|>\n<|im_start|>assistant\n"]
+    right = processor(text=texts, images=[[a, b]] * 2, videos=[[path], [path, frames[:3]]], num_frames=4, frames_fit="pad")
+    assert all(torch.equal(batch[k], v) for k, v in right.items())
+    assert processor.apply_chat_template([first, second], add_generation_prompt=True) == texts
+
+
+def test_time_stamps_and_delimiters(pair, tmp_path):
+    model, processor = pair
+    frames = np.random.default_rng(5).integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
+    path = write_video(frames, tmp_path / "film.mp4", fps=2.0)
+
+    def words(**how):
+        ids = processor(text="w1 <video> w2", **how)["input_ids"][0]
+        return processor.decode(ids).replace(" ", "")
+
+    frame, stamp = "<video>" * 4, "<unk><unk>"  # "<0.5" and "seconds>" are no words of this vocabulary
+    assert words(videos=path) == words(videos=frames) == words(videos=[Image.fromarray(f) for f in frames]) == "w1" + frame * 4 + "w2"
+    assert words(videos=path, time_stamps=True) == words(videos=frames, time_stamps=True, fps=2) == words(videos=Frames(frames, np.arange(4.0), 2.0), time_stamps=True) == "w1" + (stamp + frame) * 4 + "w2"
+    assert words(videos=frames, frame_delimiters="w7") == "w1" + "w7".join([frame] * 4) + "w2"
+    with pytest.raises(ValueError, match="fps"):
+        words(videos=frames, time_stamps=True)
+    made = LongVAProcessor(processor.image_processor, processor.tokenizer, time_stamps=True, frame_delimiters="w7")
+    made.save_pretrained(tmp_path / "saved")
+    again = LongVAProcessor.from_pretrained(tmp_path / "saved")
+    a, b = (p(text="w1 <video>", videos=path) for p in (made, again))
+    assert all(torch.equal(a[k], b[k]) for k in a) and torch.equal(again(text="<video>", videos=path, time_stamps=False, frame_delimiters="")["input_ids"], processor(text="<video>", videos=path)["input_ids"])
+    with torch.no_grad():
+        assert model(**a).logits.isfinite().all()  # text between frames is text to the model
+        rows = model.embed(**{k: v for k, v in a.items() if k != "attention_mask"})[0]
+        assert torch.equal(rows[a["input_ids"][0] == 4], model.encode_frames(a["pixel_values_videos"]).flatten(0, 1))
+    assert [processor.tokenizer.tokenize(frames_text("<video>", 1, 2, [0.0, 61.25], ";"))] and frames_text("<video>", 1, 2, [0.0, 61.25], ";") == "<0.0 seconds><video>;<61.2 seconds><video>"
+
+
+def test_one_square_per_image(pair):
+    """The original's other ways: no grids, no thumbnail, a pool of their own."""
+    _, processor = pair
+    config = mini_config(len(processor.tokenizer), 3, 4, image_fit="pad", image_pool_stride=1, encoding="anyres")
+    torch.manual_seed(0)
+    model, single = LongVA(config).eval(), LongVAProcessor.from_config(config, processor.tokenizer)
+    for image in (Image.new("RGBA", (90, 30), "teal"), Image.new("L", (30, 90)), Image.new("P", (28, 28))):
+        batch = single(text="w1 <image> <video>", images=image, videos=film(np.random.default_rng(0)))
+        assert batch["image_layouts"].tolist() == [[1, 1]] and (batch["input_ids"] == 3).sum() == 16 and len(batch["pixel_values"]) == 1
+        with torch.no_grad():
+            assert model(**batch).logits.isfinite().all()
+
+
+def test_a_part_of_another_kind(pair):
+    _, processor = pair
+    with pytest.raises(Exception, match="text, image or video"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "sound", "sound": "x.wav"}]}])

@@ -120,6 +120,27 @@ def test_film_cut_without_encoding(films, tmp_path):
     with pytest.raises(VideoError, match="decord"): read_frames(cut, n=5, backend="decord")
 
 
+@pytest.mark.parametrize("options", [{"g": "40", "bf": "2"}, {"g": "30", "bf": "3", "x264-params": "open-gop=1"}, {"g": "250", "bf": "8", "x264-params": "b-pyramid=normal"}])
+def test_cuts_anywhere(tmp_path, options):
+    "At keyframes and between, in films whose groups refer to each other and in others."
+    film = encode(tmp_path / "film.mp4", bars(), "mp4", **options)
+    for begin in (1, 17, 39, 40, 41, 61, 80, 100, 115):
+        cut, want = remux(film, tmp_path / "cut.mp4", begin / 30), list(range(begin, N))
+        assert numbers(read_frames(cut).array) == want, begin
+        for threads in (1, 3): assert numbers(read_frames(cut, n=5, threads=threads).array) == [want[i] for i in np.linspace(0, len(want) - 1, 5, dtype=int)], begin
+
+
+def test_the_first_jump_is_right(tmp_path, monkeypatch):
+    "Right frames at the first attempt: trying again from earlier keyframes works, too, and is slow."
+    attempts, true = [], video._pick_pyav
+    monkeypatch.setattr(video, "_pick_pyav", lambda path, index, wanted, attempt=0: attempts.append(attempt) or true(path, index, wanted, attempt))
+    for name in ("open.mkv", "open.ts", "refresh.ts", "hevc.ts", "pyramid.mp4", "fragments.mp4", "no length.mkv"):
+        try: path = odd_film(tmp_path / name, *ODD[name], bars())
+        except pytest.skip.Exception: continue
+        assert numbers(read_frames(path, n=9, threads=1).array) == np.linspace(0, N - 1, 9, dtype=int).tolist()
+    assert len(attempts) >= 4 and set(attempts) == {0}, attempts
+
+
 @pytest.mark.parametrize("angle, turns", [(90, 1), (-90, -1), (180, 2)])
 def test_turned_pictures_are_turned_back(films, tmp_path, angle, turns):
     turned = remux(films / "a.mp4", tmp_path / "turned.mp4", rotation=angle)
@@ -256,7 +277,7 @@ def test_rates_above_the_films_own(films, tmp_path):
 def test_jumps_that_land_late_are_mended(films, monkeypatch):
     "A container whose index is wrong: the keyframes we are told of are none."
     true = video._index(films / "a.mp4")
-    lying = true._replace(keys=true.places)                     # "decoding can begin anywhere"
+    lying = true._replace(keys=np.stack([true.places, true.places], 1))                     # "decoding can begin anywhere"
     got = list(video._pick_pyav(films / "a.mp4", lying, [5, 47, 99, 119]))
     assert numbers(got) == [5, 47, 99, 119]
 
@@ -269,6 +290,273 @@ def test_memory_is_that_of_the_frames_asked_for(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
     finally: tracemalloc.stop()
     assert peak < 1.5 * frames.array.nbytes + 500_000
+
+
+# ---- odd files ----
+
+X264 = {"g": "40", "bf": "2"}
+OPEN, REFRESH = {"g": "30", "bf": "3", "x264-params": "open-gop=1"}, {"g": "30", "x264-params": "intra-refresh=1:bframes=0"}
+X265 = {"preset": "ultrafast", "x265-params": "keyint=40:bframes=3:log-level=none"}
+FAST_VP = {"cpu-used": "8", "deadline": "realtime"}
+ODD = {                               # name: (container, encoder, its options, the muxer's options, pixels)
+    "av1.mp4": ("mp4", "libsvtav1", {"preset": "12", "svtav1-params": "keyint=40"}, {}, "yuv420p"),
+    "av1.webm": ("webm", "libsvtav1", {"preset": "12"}, {}, "yuv420p"),
+    "hevc.mp4": ("mp4", "libx265", X265, {}, "yuv420p"),
+    "hevc.ts": ("mpegts", "libx265", X265, {}, "yuv420p"),
+    "no length.webm": ("webm", "libvpx", FAST_VP, {"live": "1"}, "yuv420p"),                    # as a browser records: no length, no index
+    "no length.mkv": ("matroska", "libx264", X264, {"live": "1"}, "yuv420p"),
+    "fragments.mp4": ("mp4", "libx264", X264, {"movflags": "frag_keyframe+empty_moov"}, "yuv420p"),
+    "webcam.avi": ("avi", "mjpeg", {}, {}, "yuvj420p"),
+    "webcam.mkv": ("matroska", "mjpeg", {}, {}, "yuvj420p"),
+    "b-frames.avi": ("avi", "mpeg4", {"bf": "2"}, {}, "yuv420p"),
+    "open.mkv": ("matroska", "libx264", OPEN, {}, "yuv420p"),
+    "open.ts": ("mpegts", "libx264", OPEN, {}, "yuv420p"),
+    "refresh.ts": ("mpegts", "libx264", REFRESH, {}, "yuv420p"),
+    "refresh.mp4": ("mp4", "libx264", REFRESH, {}, "yuv420p"),
+    "pyramid.mp4": ("mp4", "libx264", {"g": "250", "bf": "8", "x264-params": "b-pyramid=normal:ref=6"}, {}, "yuv420p"),
+    "interlaced.mp4": ("mp4", "libx264", X264 | {"x264-params": "tff=1"}, {}, "yuv420p"),
+    "mpeg2.ts": ("mpegts", "mpeg2video", {"g": "15", "bf": "2"}, {}, "yuv420p"),
+    "flash.flv": ("flv", "libx264", X264, {}, "yuv420p"),
+    "anim.gif": ("gif", "gif", {}, {}, "rgb8"),
+    "anim.png": ("apng", "apng", {}, {}, "rgb24"),
+    "12:30.mp4": ("mp4", "libx264", X264, {}, "yuv420p"),                                        # no protocol of FFmpeg's
+}
+
+
+def odd_film(path, format, codec, options, mux, pixels, frames):
+    "Any encoder that this PyAV has, or the test is skipped."
+    if codec not in av.codecs_available: pytest.skip(f"this PyAV has no encoder {codec}")
+    try: av.Codec(codec, "w")
+    except ValueError: pytest.skip(f"this PyAV has no encoder {codec}")
+    with av.open(f"file:{path}", "w", format=format, options=mux) as out:
+        stream = out.add_stream(codec, rate=30, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+        for frame in frames: out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_give_right_frames(tmp_path, name):
+    path = odd_film(tmp_path / name, *ODD[name], bars())
+    everything = read_frames(path, threads=1)
+    assert numbers(everything.array) == list(range(N)) and everything.seconds == pytest.approx(np.arange(N) / 30, abs=0.011)
+    for n in (2, 3, 7, 16):
+        asked = np.linspace(0, N - 1, n, dtype=int)
+        for threads in (1, 3): assert np.array_equal(read_frames(path, n=n, threads=threads).array, everything.array[asked]), (n, threads)
+    for k in (29, 33, 39, 41, 71, 118):                                 # one frame alone, near keyframes: as if all had been decoded
+        assert np.array_equal(next(video._pick_pyav(path, video._index(path), np.array([k]))), everything.array[k]), k
+    assert numbers(read_frames(path, fps=2, end=3.99).array) == list(range(0, N, 15)) and numbers(read_frames(path, n=4, start=1, end=2).array) == [30, 39, 49, 59]
+    assert sum((numbers(part.array) for part in video.iter_frames(path, n=50, batch=16)), []) == np.linspace(0, N - 1, 50, dtype=int).tolist()
+
+
+def stamped(path, format, codec, stamps, tick, pixels="yuv420p"):
+    "Frames 0, 1, 2, ... with the time stamps that a bad clock wrote."
+    with av.open(str(path), "w", format=format) as out:
+        stream = out.add_stream(codec, rate=30, options={"g": "40", "bf": "0"} if codec == "libx264" else {})
+        stream.height, stream.width, stream.pix_fmt, stream.time_base = H, W, pixels, tick
+        pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in bars(len(stamps))]
+        packets = [packet for picture in [*pictures, None] for packet in stream.encode(picture)]
+        for packet, stamp in zip(packets, stamps):
+            packet.time_base, packet.pts, packet.dts = tick, stamp, stamp
+            out.mux(packet)
+    return path
+
+
+def test_clocks_that_cannot_be_trusted(tmp_path):
+    i, ms = np.arange(N), Fraction(1, 1000)
+    twins = stamped(tmp_path / "twins.mkv", "matroska", "libx264", (33 * i - 33 * (i % 7 == 3)).tolist(), ms)
+    still = stamped(tmp_path / "still.mkv", "matroska", "libx264", [0] * N, ms)
+    late = stamped(tmp_path / "late.mkv", "matroska", "libx264", (5_000_000 + 33 * i).tolist(), ms)
+    leap = stamped(tmp_path / "leap.ts", "mpegts", "libx264", (33 * i + 90_000 * (i > 50)).tolist(), ms)
+    wait = stamped(tmp_path / "wait.mkv", "matroska", "libx264", (33 * i + 90_000 * (i > 50)).tolist(), ms)
+    for path in (twins, still, late, leap, wait):
+        assert numbers(read_frames(path).array) == list(range(N)), path
+        assert numbers(read_frames(path, n=7).array) == np.linspace(0, N - 1, 7, dtype=int).tolist(), path
+        assert (np.diff(video._index(path).seconds) >= 0).all() and video._index(path).seconds[0] == 0
+    assert read_frames(twins, end=0.19).seconds == pytest.approx([0, 0.033, 0.066, 0.066, 0.132, 0.165])
+    assert video_info(still).seconds == pytest.approx(4, abs=0.01)                       # its declared rate, for its stamps say nothing
+    assert video_info(leap).seconds == pytest.approx(4, abs=0.1) and video_info(wait).seconds > 90     # broadcast clocks leap; a Matroska file means what it says
+
+
+def test_webcam_that_drops_frames(tmp_path):
+    "AVI counts its frames, dropped ones too: so do its seconds."
+    clock = [k + k // 10 for k in range(N)]
+    for codec, pixels in [("mjpeg", "yuvj420p"), ("libx264", "yuv420p")]:
+        path = stamped(tmp_path / f"{codec}.avi", "avi", codec, clock, Fraction(1, 30), pixels)
+        got = read_frames(path)
+        assert numbers(got.array) == list(range(N)) and got.seconds == pytest.approx(np.array(clock) / 30)
+        assert numbers(read_frames(path, fps=30 / 11).array)[:5] == [0, 10, 20, 30, 40]
+
+
+def test_recordings_glued_together(films, tmp_path):
+    parts = [encode(tmp_path / f"{k}.ts", bars()[60 * k:60 * k + 60], "mpegts").read_bytes() for k in (0, 1)]
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    got = read_frames(tmp_path / "both.ts")
+    assert numbers(got.array) == list(range(N)) and got.seconds == pytest.approx(np.arange(N) / 30, abs=0.001)
+    stream = (films / "a.ts").read_bytes()
+    (tmp_path / "tuned in late.ts").write_bytes(stream[len(stream) // 4 // 188 * 188:])
+    assert numbers(read_frames(tmp_path / "tuned in late.ts").array) == list(range(40, N))        # from the first keyframe on
+
+
+def test_mirrored_pictures_are_mirrored_back(films, tmp_path):
+    "The matrix of an mp4's track header maps pixel (x, y) to (a x + c y, b x + d y)."
+    plain, data = read_frames(films / "a.mp4", n=3).array, (films / "a.mp4").read_bytes()
+    at = data.index(b"tkhd") + 4 + 40                                       # version and flags, times, id, ..., then nine numbers
+    for a, b, c, d, want in [(-1, 0, 0, 1, plain[:, :, ::-1]), (1, 0, 0, -1, plain[:, ::-1]), (0, 1, 1, 0, plain.transpose(0, 2, 1, 3)),
+                             (0, -1, -1, 0, plain[:, ::-1, ::-1].transpose(0, 2, 1, 3)), (0, 1, -1, 0, np.rot90(plain, -1, (1, 2))), (-1, 0, 0, -1, plain[:, ::-1, ::-1])]:
+        numbers_ = np.array([a, b, 0, c, d, 0], np.int64) * 65536
+        (tmp_path / "m.mp4").write_bytes(data[:at] + numbers_.astype(">i4").tobytes() + data[at + 24:])
+        assert np.array_equal(read_frames(tmp_path / "m.mp4", n=3).array, want), (a, b, c, d)
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path):
+    path = write_video(bars(5), tmp_path / "x.mp4")
+    assert len(read_frames(path)) == 5
+    write_video(bars(8), path)
+    assert len(read_frames(path)) == 8
+    path.unlink()
+    with pytest.raises(VideoError, match="no file"): read_frames(path)
+
+
+def test_moving_webp_is_a_sentence(tmp_path):
+    from PIL import Image
+    first, *more = [Image.fromarray(frame) for frame in bars(3)]
+    first.save(tmp_path / "moving.webp", save_all=True, append_images=more)
+    with pytest.raises(VideoError, match="WebP.*GIF"): read_frames(tmp_path / "moving.webp")
+
+
+def test_truncated_gif_flash_and_fragments(tmp_path):
+    for name in ("anim.gif", "flash.flv", "fragments.mp4", "webcam.avi"):
+        data = odd_film(tmp_path / name, *ODD[name], bars()).read_bytes()
+        for share in (0.3, 0.6, 0.9):
+            (tmp_path / f"torn-{name}").write_bytes(data[:int(len(data) * share)])
+            with pytest.raises(VideoError, match="truncated|cannot be read"): read_frames(tmp_path / f"torn-{name}", n=2)
+
+
+def test_damaged_pictures_are_not_guessed(tmp_path):
+    "Two wrong bytes somewhere in the pictures: right frames, or a sentence. (What the codec itself cannot notice is left.)"
+    rng, told, wrong = np.random.default_rng(1), 0, 0
+    for name in ("pyramid.mp4", "flash.flv"):
+        path = odd_film(tmp_path / name, *ODD[name], bars())
+        right, data = read_frames(path).array.astype(int), path.read_bytes()
+        for k in range(12):
+            damaged = bytearray(data)
+            for at in rng.integers(len(data) // 10, len(data) * 8 // 10, 2): damaged[at] ^= int(rng.integers(1, 256))
+            (tmp_path / f"{k}-{name}").write_bytes(damaged)
+            try: got = read_frames(tmp_path / f"{k}-{name}", n=N).array
+            except VideoError: told += 1
+            else: wrong += bool(np.abs(got - right).max() > 40)
+    assert told >= 12 and wrong <= 4, (told, wrong)
+
+
+# ---- folders, parts, back ends ----
+
+@pytest.fixture
+def stills(tmp_path):
+    from PIL import Image
+    folder = tmp_path / "stills"
+    folder.mkdir()
+    for i, frame in enumerate(bars(12)): Image.fromarray(frame).save(folder / f"frame {i}.PNG")
+    (folder / "labels.json").write_text("{}")
+    (folder / ".hidden.png").write_bytes(b"")
+    return folder
+
+
+def test_folders_of_pictures(stills):
+    assert numbers(read_frames(stills).array) == list(range(12))               # 2 before 10
+    assert np.array_equal(read_frames(stills).array, bars(12))
+    got = read_frames(str(stills), n=4, folder_fps=2)
+    assert numbers(got.array) == [0, 3, 7, 11] and got.seconds.tolist() == [0, 1.5, 3.5, 5.5] and got.fps == 2
+    assert numbers(read_frames(stills, fps=1, start=2, end=4, folder_fps=2).array) == [4, 6]
+    assert video_info(stills) == (12, 1, 12, W, H) and video.backends(stills)["pillow"] == ""
+    assert numbers(read_frames(stills, n=15, repeat=True, threads=3).array) == np.linspace(0, 11, 15, dtype=int).tolist()
+
+
+def test_turned_stills(stills):
+    from PIL import Image
+    note = Image.Exif()
+    note[0x0112] = 6                                                              # turn by 90 degrees to the right
+    for file in stills.glob("*.PNG"): file.unlink()
+    Image.fromarray(bars(1)[0]).save(stills / "1.png", exif=note)
+    assert np.array_equal(read_frames(stills).array[0], np.rot90(bars(1)[0], -1))
+
+
+def test_folders_that_cannot_be_read(stills, tmp_path):
+    from PIL import Image
+    def told(word, **request):
+        with pytest.raises(VideoError, match=word) as error: read_frames(stills, **request)
+        assert str(error.value).endswith(".") and "\n" not in str(error.value)
+    told("12 frames", n=13)
+    told("folder_fps=0", folder_fps=0)
+    told("folder_fps=nan", folder_fps=float("nan"))
+    told("decord reads files", backend="decord")
+    told("pyav reads files", backend="pyav")
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(stills / "frame 12.png")
+    told("frame 12.png has more than 8 bits")
+    Image.fromarray(bars(1)[0][:50]).save(stills / "frame 12.png")
+    told("picture size")
+    (stills / "frame 12.png").write_bytes((stills / "frame 1.PNG").read_bytes()[:200])
+    told("frame 12.png cannot be read as a picture")
+    (stills / "frame 12.png").write_bytes(b"no picture")
+    told("frame 12.png cannot be read as a picture")
+    assert len(read_frames(stills, end=12)) == 12                               # nobody asked for the broken one
+    (tmp_path / "nothing").mkdir()
+    for call in (read_frames, video_info, video.backends):
+        with pytest.raises(VideoError, match="folder without pictures"): call(tmp_path / "nothing")
+    with pytest.raises(VideoError, match="pillow reads folders"): read_frames(stills / "frame 1.PNG", backend="pillow")
+
+
+def test_parts_are_the_same_frames(films):
+    for name in ("a.mp4", "a.avi"):
+        for request in (dict(n=50), dict(fps=10), dict(start=1, end=3), dict(n=130, repeat=True), {}):
+            whole, parts = read_frames(films / name, **request), list(video.iter_frames(films / name, **request, batch=16))
+            assert max(map(len, parts)) <= 16 and np.array_equal(np.concatenate([p.array for p in parts]), whole.array)
+            assert np.array_equal(np.concatenate([p.seconds for p in parts]), whole.seconds) and parts[0].fps == whole.fps
+    for batch in (0, 1.5, None):
+        with pytest.raises(VideoError, match="batch"): video.iter_frames(films / "a.mp4", batch=batch)        # at once, not at the first part
+    with pytest.raises(VideoError, match="121"): video.iter_frames(films / "a.mp4", n=121)
+
+
+def test_parts_decode_once(films, monkeypatch):
+    opened = []
+    true = video._decode
+    monkeypatch.setattr(video, "_decode", lambda *given, **more: opened.append(1) or true(*given, **more))
+    assert len(list(video.iter_frames(films / "a.avi", batch=4))) == 30 and len(opened) == 1
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
+def test_threads_that_make_no_sense(films, threads):
+    with pytest.raises(VideoError, match="threads="): read_frames(films / "a.mp4", n=2, threads=threads)
+
+
+def test_threads_share_the_work(films):
+    index = video._index(films / "a.mp4")
+    for wanted in (np.arange(N), np.array([0, 50, 119]), np.array([5]), np.array([3, 4, 110])):
+        for most in (1, 2, 3, 16):
+            parts = video._parts(index, wanted, most)
+            assert np.array_equal(np.concatenate(parts), wanted) and len(parts) <= min(most, 3)
+    assert [len(part) for part in video._parts(index, np.arange(N), 3)] == [40, 40, 40]
+
+
+def test_a_failure_in_one_thread_is_the_failure(tmp_path):
+    path = encode(tmp_path / "x.mp4", bars(), "mp4")
+    data, index = bytearray(path.read_bytes()), video._index(path)
+    with av.open(str(path)) as container:
+        entry = [e for e in container.streams.video[0].index_entries][45]
+    data[entry.pos + 4:entry.pos + entry.size] = bytes(entry.size - 4)
+    path.write_bytes(data)
+    with pytest.raises(VideoError) as error: read_frames(path, threads=3)
+    assert str(error.value).endswith(".") and len(index.keys) == 3
+    assert numbers(read_frames(path, end=1, threads=3).array) == list(range(30))             # what lies before the damage is as good as ever
+
+
+def test_which_back_end_is_right(films, tmp_path):
+    pytest.importorskip("decord", reason="decord is not installed")
+    right = {name: video.backends(films / name)["decord"] for name in ORDINARY}
+    assert {name for name, why in right.items() if not why} == {"a.mp4", "front.mp4", "a.mkv", "a.webm", "c.mov"}
+    cut = video.backends(remux(films / "a.mp4", tmp_path / "cut.mp4", 50 / 30))
+    assert list(cut) == ["pyav", "decord", "pillow"] and cut["pyav"] == "" and "70 frames" in cut["decord"]
 
 
 # ---- writing ----

@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ context.set_forkserver_preload(["train_toy"])
 
 
 def start(out, world=1, **settings):
-    "Start all ranks; `settings` are those of a Recipe and, for mischief, `die` and `nan` (a step), `slow` (seconds a row)."
+    "Start all ranks. `settings` are those of a Recipe and, for mischief, `die`, `nan` and `broken` (a step), `slow` (seconds a row), `largest` (bytes of a file that the first rank may write); or what `body(out, settings)` takes, another training."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -78,12 +79,23 @@ def rank(out, settings, env, said):
     os.environ.update(env)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     torch.set_num_threads(1)
-    die, nan, slow, packed = (settings.pop(k, None) for k in ("die", "nan", "slow", "packed"))
+    try:
+        settings.pop("body", count)(out, settings)
+    except (TrainError, OSError) as e:
+        print(e, file=sys.stderr)
+        sys.exit(1)
+
+
+def count(out, settings):
+    "Rows that count upwards, and a small Qwen2."
+    die, nan, slow, packed, broken, largest = (settings.pop(k, None) for k in ("die", "nan", "slow", "packed", "broken", "largest"))
     length = settings.pop("length", 48)
 
     def batches(step, row):
-        if die == step and env["RANK"] == str(int(env["WORLD_SIZE"]) - 1):
+        if die == step and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
             os.kill(os.getpid(), signal.SIGKILL)
+        if broken == step and row == 1:
+            raise OSError(5, "shard-1 cannot be read")
         time.sleep(slow or 0)
         sample = dict(input_ids=(torch.arange(length) * (1 + row % 3) + 7 * step + 3 * row) % 64, weights=torch.full((length,), float("nan") if nan == step else 1.0))
         if packed:  # two documents
@@ -91,8 +103,16 @@ def rank(out, settings, env, said):
             sample["position_ids"] = torch.cat([torch.arange(cut), torch.arange(length - cut)])
         return sample
 
-    try:
-        train(tiny(), batches, Path(out), **{"precision": "fp32", "lr": 1e-2, **settings})
-    except TrainError as e:
-        print(e, file=sys.stderr)
-        sys.exit(1)
+    if largest and os.environ["RANK"] == "0":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    train(tiny(), batches, Path(out), **{"precision": "fp32", "lr": 1e-2, **settings})
+
+
+def train_and_save(out, settings):
+    "A step, and the model as transformers saves it; the device is left to the code."
+    os.environ.pop("DS_ACCELERATOR")
+    os.dup2(2, 1)  # what is printed, too
+    model = tiny()
+    train(model, lambda step, row: dict(input_ids=torch.arange(9)), out, steps=1, precision="fp32")
+    model.save_pretrained(Path(out) / "model")

@@ -27,15 +27,17 @@ from ..train.loop import find_ranks
 WORDING = dict(prefix=".", needle=" {city} {number} . ", question=". find {city}", city="lima", others=("paris", "tokyo", "london", "berlin", "oslo"), between=" ")
 DIGITS = 2  # of a city's number: as many as a thing has words
 
+def _thing(number, rng): # four words
+    return [W.VOCABULARY[i] for i in W.scene_ids(number, rng.integers(8), rng.integers(8))]
+
 def number_document(
     # in words
     length: int,
     rng: np.random.Generator,
 ) -> str:
     "Things and cities, each told once or often, and questions about those told once."
-    words = W.VOCABULARY
-    thing = lambda t: [words[i] for i in W.scene_ids(t, rng.integers(8), rng.integers(8))]
-    city = lambda c: [W.CITIES[c], str(rng.integers(10)), str(rng.integers(10)), "."]
+    if length < 30: raise ValueError(f"A document of {length} words has no room for its questions and what they ask for: take at least 30.")
+    thing, city = (lambda t: _thing(t, rng)), lambda c: [W.CITIES[c], str(rng.integers(10)), str(rng.integers(10)), "."]
     n = int(rng.integers(2, max(4, min(40, length // 16) + 1))); body = (length - 5 * n) // 4
     things, cities = rng.permutation(len(W.WORD_OBJECTS)), rng.permutation(len(W.CITIES))
     needles = [thing(t) for t in things[: n // 2]] + [city(c) for c in cities[: n - n // 2]]
@@ -45,6 +47,7 @@ def number_document(
     asked = [["find", *needles[i]] for i in rng.permutation(n)]
     return " ".join(sum(told + asked, []))
 
+# %% ../../nbs/73_mini.reader.ipynb #63ba2a26
 def write_text(
     # folder; made if it is not there
     folder,
@@ -54,6 +57,7 @@ def write_text(
     seed: int,
 ) -> Path: # the folder
     "Documents as a .jsonl file."
+    if documents < 1: raise ValueError(f"{documents} documents are no text: write at least one.")
     folder, rng = Path(folder), np.random.default_rng([seed, length])
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "numbers.part"
@@ -88,13 +92,17 @@ def short_reader(
     return folder
 
 # %% ../../nbs/73_mini.reader.ipynb #9bcf717f
+# of the stage before: the reader learns about cities at its own length
 SHORT = Preset(None, SHORT_BASE, SHORT_CONTEXT, replace(PRESETS["mini"].recipe, steps=160, rows=16, micro=4, lr=1e-3))
 
 def extend_reader(
     # folder: reader, text, short/model and long/model
     out,
     seed: int = 0,
-    # changes to the Recipe of the long stage, or of both: steps
+    # of the long stage, instead of the preset's
+    theta: float | None = None,
+    length: int | None = None,
+    # changes to the Recipe of the long stage; steps, cp, engine and kind change both
     **changes,
 ) -> tuple: # (folder of the short model, folder of the extended one)
     "The miniature of the paper's first step."
@@ -102,12 +110,12 @@ def extend_reader(
     made, ranks = [out / "reader", out / "text-128", out / "text-512"], find_ranks(replace(SHORT.recipe, **share))
     if ranks.rank == 0:
         short_reader(made[0])
-        for folder, n, length in ((made[1], 2000, 127), (made[2], 1200, 511)):
-            if not (folder / "numbers.jsonl").exists(): write_text(folder, n, length, seed)
+        for folder, n, words in ((made[1], 2000, 127), (made[2], 1200, 511)):
+            if not (folder / "numbers.jsonl").exists(): write_text(folder, n, words, seed)
     if ranks.world > 1: torch.distributed.barrier()
     packing = dict(separator=W.DOT, min_upsample=4096)
     short = extend(SHORT, made[1], out / "short", model=made[0], weigh=answer_weights, corpus=packing, seed=seed, **share)
-    return short, extend("mini", made[2], out / "long", model=short, weigh=answer_weights, corpus=packing, seed=seed, **changes)
+    return short, extend("mini", made[2], out / "long", model=short, theta=theta, length=length, weigh=answer_weights, corpus=packing, seed=seed, **changes)
 
 # %% ../../nbs/73_mini.reader.ipynb #422606b3
 def write_book(

@@ -1,0 +1,249 @@
+"""Alignment with several processes and from the terminal: both stages, killed and gone on with, other ranks, ZeRO-3, bad rows."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import align_toy as small
+import pytest
+import torch
+import train_toy as toy
+from align_toy import question, talk
+from transformers import CLIPVisionModel, Qwen2ForCausalLM
+
+from longva.model.modeling import LongVA
+from longva.model.processing import LongVAProcessor
+from longva.train.align import PRESETS, AlignLoss, Rows, align
+from longva.train.conversations import BadRow, DataError, Reading, Row, open_data, read_row, row_length, take, token_ids
+from longva.train.recipe import Recipe, TrainError
+
+root = Path(__file__).resolve().parents[1]
+SHORT = dict(steps=6, save_every=2, keep=9)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small.make_world(tmp_path_factory.mktemp("world"))
+
+
+def start(out, world, ranks=1, **settings):
+    return toy.start(out, ranks, body=small.one_rank, folder=str(world), **settings)
+
+
+def finish(out, ranks):
+    for code, error in toy.wait(ranks):
+        assert code == 0, error[-3000:]
+    return toy.losses(out)
+
+
+def bad(out):
+    return [json.loads(line) for line in (out / "bad_rows.jsonl").read_text().splitlines()]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    "Two ranks to the end."
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, finish(out, start(out, world, 2, **SHORT))
+
+
+def test_both_stages_learn(world, tmp_path):
+    "Captions to the projector alone; then everything, with all kinds of rows and a bad one, which is named."
+    first = align("mini-1", world / "captions.json", tmp_path / "one", world / "model")
+    second = align("mini-2", world / "talk.jsonl", tmp_path / "two", first, bad_share=0.03)
+    one, two = toy.losses(tmp_path / "one"), toy.losses(tmp_path / "two")
+    assert sum(one[-3:]) < 0.97 * sum(one[:3]) and sum(two[-3:]) < 0.5 * sum(two[:3])
+    before, after, last = (dict(LongVA.from_pretrained(f).named_parameters()) for f in (world / "model", first, second))
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if ".mm_projector." in n}
+    still = {n for n in before if torch.equal(after[n], last[n])}
+    assert all("layers.2." in n or "post_layernorm" in n for n in still)  # the tower's last layer is not used
+    metrics = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    found = bad(tmp_path / "two")
+    assert {(f["row"], Path(f["file"]).name) for f in found} == {(41, "talk.jsonl")} and "truncated" in found[0]["why"]
+    assert sum(m["bad_rows"] for m in metrics) == len(found) in (8, 9) and found[0]["instead"].endswith("line 1")
+    assert [f["step"] for f in found] == [m["step"] for m in metrics if m["bad_rows"]]
+
+
+def test_killed_run_goes_on_bit_for_bit(whole, world, tmp_path):
+    out = tmp_path / "killed"
+    ranks, end = start(out, world, 2, **SHORT, slow=0.03), time.time() + 150
+    while not (out / "step-000002").exists():
+        assert time.time() < end and all(r.exitcode is None for r in ranks), toy.wait(ranks, 5)
+        time.sleep(0.01)
+    time.sleep(0.1)
+    for r in ranks:
+        r.kill()
+    toy.wait(ranks)
+    assert not (out / "model").exists()
+    assert finish(out, start(out, world, 2, **SHORT)) == whole[1]
+    assert equal(toy.weights(out / "model"), toy.weights(whole[0] / "model")) and equal(toy.weights(out / "step-000006"), toy.weights(whole[0] / "step-000006"))
+    assert bad(out) == bad(whole[0]) != []
+
+
+def test_other_ranks_and_sharing(whole, world, tmp_path):
+    "One rank; and two that share every sequence, pictures and all: the losses of two that take a row each."
+    runs = [start(tmp_path / "one", world, 1, **SHORT), start(tmp_path / "cp", world, 2, cp=2, **SHORT)]
+    for out, ranks in zip(("one", "cp"), runs):
+        losses = finish(tmp_path / out, ranks)
+        assert max(abs(a - b) for a, b in zip(losses, whole[1], strict=True)) < 1e-4
+        assert bad(tmp_path / out) == bad(whole[0])
+        a, b = ([json.loads(line)["visual_tokens"] for line in (o / "metrics.jsonl").read_text().splitlines()] for o in (tmp_path / out, whole[0]))
+        assert a == b
+
+
+def test_zero3_and_its_resume(whole, world, tmp_path):
+    "Two ranks under ZeRO-3 with offload, one row at a time, so that a rank has text while the other has a film; killed after two steps."
+    pytest.importorskip("deepspeed")
+    settings = dict(SHORT, engine="deepspeed", micro=1)
+    losses = finish(tmp_path / "a", start(tmp_path / "a", world, 2, **settings))
+    assert max(abs(a - b) for a, b in zip(losses, whole[1], strict=True)) < 1e-4
+    shutil.copytree(tmp_path / "a/step-000002", tmp_path / "b/step-000002")
+    shutil.copy(tmp_path / "a/metrics.jsonl", tmp_path / "b"); shutil.copy(tmp_path / "a/bad_rows.jsonl", tmp_path / "b")
+    assert finish(tmp_path / "b", start(tmp_path / "b", world, 2, **settings)) == losses
+    assert equal(toy.weights(tmp_path / "b/model"), toy.weights(tmp_path / "a/model")) and bad(tmp_path / "a") == bad(tmp_path / "b")
+    frozen = [n for n in toy.weights(world / "model") if "post_layernorm" in n]
+    assert frozen and all(torch.equal(toy.weights(world / "model")[n], toy.weights(tmp_path / "a/model")[n]) for n in frozen)
+
+
+def test_too_many_bad_rows_stop_all_ranks(whole, world, tmp_path):
+    "On all ranks with the same sentence, before the weights are touched; and with the data mended, the run goes on."
+    mended, step = tmp_path / "world", bad(whole[0])[0]["step"]
+    shutil.copytree(world, mended)
+    for code, error in toy.wait(start(tmp_path / "run", mended, 2, **dict(SHORT, save_every=1), bad_share=0.01)):
+        assert code == 1 and "1 of 41 rows are bad, more than the share of 0.01" in error and "talk.jsonl, line 41: " in error and "Traceback" not in error
+    assert len(toy.losses(tmp_path / "run")) == step - 1 and [f["step"] for f in bad(tmp_path / "run")] == [step]
+    shutil.copy(mended / "0.png", mended / "half.png")
+    assert len(finish(tmp_path / "run", start(tmp_path / "run", mended, 2, **dict(SHORT, save_every=1), bad_share=0.01))) == 6
+    assert bad(tmp_path / "run") == []
+
+
+def test_rows_that_cannot_be_used(world):
+    "Every kind of bad row is one sentence, and a good one beside it is read."
+    reading, good = Reading(LongVAProcessor.from_pretrained(world / "model")), dict(image="0.png", conversations=talk(f"<image>\n{question}", "red"))
+    row = lambda data: Row(str(world / "x.jsonl"), 7, data)
+    assert str(row(good)).endswith("x.jsonl, line 7") and len(read_row(row(good), reading)["input_ids"]) == row_length(row(good), reading)
+    (world / "text.png").write_text("no picture")
+    (world / "empty.mp4").write_bytes(b"")
+    for change, why in {
+        "lost.png": "no file", "half.png": "truncated", "text.png": "cannot identify", "": "0 images are named", ".": "s a directory",
+    }.items():
+        with pytest.raises(BadRow, match=f"(?i){why}"):
+            read_row(row(dict(good, image=change)), reading)
+    for film in ("empty.mp4", "0.png.mp4", "text.png"):
+        with pytest.raises(BadRow):
+            read_row(row(dict(video=film, conversations=talk("<video>\nhm", "red"))), reading)
+        assert row_length(row(dict(video=film, conversations=talk("<video>\nhm", "red"))), reading) == 0
+    for data in (None, 3, [], "broken JSON", {}, dict(good, conversations=[]), dict(good, conversations=talk("<image>")), dict(good, conversations=talk("<image> <image>", "red")), dict(good, conversations=[{"from": "gpt", "value": None}])):
+        with pytest.raises(BadRow):
+            read_row(row(data), reading)
+
+
+def test_files_and_mixtures(tmp_path):
+    rows = [dict(id=i, conversations=talk("say red", "red")) for i in range(10)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "mix.yaml").write_text("datasets:\n" + "".join(f"- json_path: {f}\n  sampling_strategy: {s}\n" for f, s in
+                                       [("a.json", "first:3"), ("b.jsonl", "end:21%"), (str(tmp_path / "a.json"), "random:5"), ("'{a.json,b.jsonl}'", "all")]))
+    ids = [r.data["id"] for r in open_data(tmp_path / "mix.yaml")]
+    assert ids[:6] == [0, 1, 2, 7, 8, 9] and len(set(ids[6:11])) == 5 and ids[11:] == [*range(10)] * 2
+    assert ids == [r.data["id"] for r in open_data(tmp_path / "mix.yaml")] and [r.number for r in take(open_data(tmp_path / "b.jsonl"), "end:2")] == [9, 10]
+    for name, content, why in [("c.json", "[1,", "broken JSON"), ("c.json", "{}", "list of rows"), ("c.json", "[]", "no rows"), ("c.yaml", "- a", "`datasets`"),
+                               ("c.yaml", "datasets: [{a: 1}]", "json_path"), ("c.yaml", f"datasets: [{{json_path: {tmp_path}/a.json, sampling_strategy: 'last:3'}}]", "sampling strategy"), ("c.csv", "", "must be")]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=why):
+            open_data(tmp_path / name)
+
+
+def test_which_tokens_are_learnt(world):
+    "Against the rule in words: markers of every turn, answers with their end; or answers alone."
+    processor = LongVAProcessor.from_pretrained(world / "model")
+    messages = [dict(role=r, content=c) for r, c in (("user", "<image>\nwhich colour?"), ("assistant", "red"), ("user", "say blue"), ("assistant", "blue"))]
+    turns = [("system", "You are a helpful assistant."), *((m["role"], m["content"]) for m in messages)]
+    for answers_only in (False, True):
+        expected = []
+        for role, text in turns:
+            answer, mark = role == "assistant", not answers_only
+            body = processor.tokenizer(text)["input_ids"]
+            expected += [("<|im_start|>", mark), (role, False), ("\n", False), *((t, answer) for t in processor.tokenizer.convert_ids_to_tokens(body)), ("<|im_end|>", mark or answer), ("\n", mark or answer)]
+        ids, learnt = token_ids(messages, processor, answers_only=answers_only)
+        assert [*zip(processor.tokenizer.convert_ids_to_tokens(ids), learnt.tolist())] == expected
+    reading = Reading(processor)
+    sample = read_row(Row(str(world / "x.json"), 1, dict(image="0.png", conversations=talk(f"<image>\n{question}", "red", "say blue", "blue"))), reading)
+    ids, learnt = token_ids(messages, processor)
+    keep = sample["input_ids"] != processor.image_token_id
+    assert sample["input_ids"][keep].tolist() == ids[ids != processor.image_token_id].tolist() and (sample["labels"] == -100).sum() == len(sample["labels"]) - learnt[1:].sum()
+
+
+def test_every_row_once_an_epoch_and_like_lengths_together(world, tmp_path):
+    data, reading = open_data(world / "talk.jsonl"), Reading(LongVAProcessor.from_pretrained(world / "model"))
+    recipe = Recipe(steps=41, rows=8)
+    rows = Rows(data, reading, recipe, tmp_path, together=41, workers=0)
+    taken = [[rows.index(s, r) for r in range(8)] for s in range(41)]
+    assert sorted(sum(taken, [])) == sorted([*range(41)] * 8)  # eight epochs
+    lengths = [[row_length(data[i], reading) for i in step] for step in taken]
+    short = sum(max(s) * 8 - sum(s) for s in lengths) / sum(max(s) * 8 for s in lengths)
+    assert short < 0.05 and max(map(max, lengths)) > 2 * min(map(min, lengths[:-1]))
+    other = Rows(data, reading, replace(recipe, seed=1), tmp_path, together=41, workers=0)
+    assert [[other.index(s, r) for r in range(8)] for s in range(41)] != taken
+
+
+def test_loss_is_the_models_own(world):
+    "Against LongVA.forward, which embeds images and films in its own way; gradients of every trained weight, too."
+    data, reading = open_data(world / "talk.jsonl"), Reading(LongVAProcessor.from_pretrained(world / "model"))
+    model = LongVA.from_pretrained(world / "model")
+    loss = AlignLoss(model)
+    samples = [read_row(data[i], reading) for i in (0, 25, 33, 38)]
+    batch = loss.collate(samples)
+    loss(batch, loss.count(batch)).backward()
+    mine = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits = model(input_ids=batch["input_ids"], **{k: batch[k] for k in ("pixel_values", "image_layouts", "pixel_values_videos")}).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
+    theirs = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert mine.keys() == theirs.keys() and max(float((mine[n] - theirs[n]).abs().max()) for n in mine) < 1e-5
+
+
+def test_command(world, tmp_path):
+    "From the terminal: a run, and mistakes as sentences."
+    from typer.testing import CliRunner
+
+    from longva.cli import app
+    said = CliRunner().invoke(app, ["align", "--preset", "mini-2", "--data", str(world / "lost.json"), "--model", str(world / "model"), "--out", str(tmp_path / "never")])
+    assert said.exit_code == 1 and "lost.json cannot be read" in said.output and "Traceback" not in said.output and not (tmp_path / "never").exists()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    command = ["align", "--preset", "mini-2", "--data", world / "talk.jsonl", "--model", world / "model", "--out", tmp_path / "run", "--steps", 2, "--rows", 4, "--bad-share", 0.1]
+    done = subprocess.run([sys.executable, "-c", "from longva.cli import app; app()", *map(str, command)], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "Done." in done.stdout, done.stderr[-3000:]
+    assert (tmp_path / "run/model/config.json").exists() and len(toy.losses(tmp_path / "run")) == 2
+
+
+def test_from_a_language_model_and_a_tower(world, tmp_path):
+    "As the paper begins: two models that have never met, and captions."
+    text, tower = LongVA.from_pretrained(world / "model").config.text_config, LongVA.from_pretrained(world / "model").config.vision_config
+    torch.manual_seed(1)
+    Qwen2ForCausalLM(text).save_pretrained(tmp_path / "words")
+    small.tokenizer().save_pretrained(tmp_path / "words")
+    CLIPVisionModel(tower).save_pretrained(tmp_path / "tower")
+    made = align("mini-1", world / "captions.json", tmp_path / "run", language_model=str(tmp_path / "words"), vision_tower=str(tmp_path / "tower"), steps=4)
+    model, words = LongVA.from_pretrained(made), toy.weights(tmp_path / "words")
+    assert all(torch.equal(words[n], model.state_dict()[n]) for n in words) and len(toy.losses(tmp_path / "run")) == 4
+    assert LongVAProcessor.from_pretrained(made).image_processor.grid == 28
+
+
+def test_presets_are_the_papers():
+    one, two = PRESETS["paper-1"], PRESETS["paper-2"]
+    assert one.rates == {"projector": 1e-3} and two.rates == {"language": 1e-5, "projector": 1e-5, "tower": 2e-6}
+    assert (one.length, two.length, one.warmup, two.warmup, one.epochs, two.epochs) == (8192, 32768, 0.03, 0.03, 1, 1)
+    for preset in (one, two):
+        r = preset.recipe
+        assert (r.schedule, r.floor, r.weight_decay, r.precision, r.engine) == ("cosine", 0, 0, "bf16", "deepspeed")
+    with pytest.raises(TrainError, match="no preset"):
+        align("paper-3", "x.json", "nowhere")
