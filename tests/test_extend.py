@@ -36,7 +36,7 @@ def command(*args, world=1, first=""):
     return [subprocess.Popen([sys.executable, "-c", code, "extend", *map(str, args)], env=e, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for e in ranks]
 
 
-def finish(processes, seconds=240):
+def finish(processes, seconds=900):
     try:
         return [(p.communicate(timeout=seconds), p.returncode) for p in processes]
     finally:
@@ -52,7 +52,7 @@ def test_two_ranks_zero3_killed_and_resumed(tmp_path):
     done = finish(run(whole, 2))
     assert [code for _, code in done] == [0, 0], done[0][0][1][-3000:]
     shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("long"))  # the stage before is the same
-    processes, metrics, end = run(killed, 2), killed / "long/metrics.jsonl", time.time() + 240
+    processes, metrics, end = run(killed, 2), killed / "long/metrics.jsonl", time.time() + 900
     while not (killed / "long/step-000002").exists() or len(metrics.read_text().splitlines()) < 3:
         assert time.time() < end and all(p.poll() is None for p in processes)
         time.sleep(0.01)
