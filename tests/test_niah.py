@@ -323,6 +323,24 @@ def test_unknown_models(tmp_path):
     for name in ("empty", "odd"):
         with pytest.raises(NeedleError, match="No language model can be loaded") as error: load(tmp_path / name)
         assert "\n" not in str(error.value) and str(error.value).endswith(".")
+        assert "give a folder with a saved model and its tokenizer" in str(error.value)
+
+
+def test_a_name_on_an_unreachable_hub_is_asked_for_once(book, tmp_path):
+    "Nobody listens on port 9. The hub's own patience is five more attempts, with pauses of 23 seconds together, each with a warning."
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run([sys.executable, "-c", "from longva.cli import app; app()", *command("unknown/name", book, "out")], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
+    assert done.stderr == ("No language model can be loaded from unknown/name: it is no folder here, and the Hugging Face hub can't be reached to look for the name there: "
+                           "check the path, or the network.\n")
+
+
+def test_names_that_the_hub_does_not_know(monkeypatch):
+    from longva.needle import niah
+    monkeypatch.setattr(niah, "file_exists", lambda *names: False)
+    with pytest.raises(NeedleError, match="unknown/name: it is no folder here, and the Hugging Face hub shows no such model"): load("unknown/name")
+    monkeypatch.setattr(niah, "file_exists", lambda *names: pytest.fail("the hub was asked"))
+    with pytest.raises(NeedleError, match="no/such/folder: it is no folder here, and can't be a name"): load("no/such/folder")
 
 
 # --- perplexity
@@ -383,7 +401,7 @@ def test_the_command(saved, book, tmp_path):
     (dict(model="nowhere/at-all"), 2, "No language model can be loaded from nowhere/at-all"), (dict(haystack="nowhere"), 1, "no haystack folder nowhere"),
     (dict(lengths="60,many"), 2, "--lengths takes whole numbers"), (dict(lengths="60,9999999"), 1, "are wanted"), (dict(depths="2"), 2, "--depths: A depth must lie between 0 (the start) and 1 (the end), not at 2"), (dict(lengths="0"), 2, "--lengths: A length must be"),
     (dict(model=""), 2, "--model is empty"),
-    (dict(distractors="9"), 1, "0 to 6 distractors"), (dict(distractors="some"), 2, "--distractors takes"), (dict(model="mini-longva"), 1, "doesn't know every word"),
+    (dict(distractors="9"), 1, "0 to 6 distractors"), (dict(distractors="some"), 2, "--distractors takes"), (dict(model="mini-longva"), 1, "take a model that knows them"),
     ({"rope-base": "0.5"}, 2, "--rope-base must be"), ({"rope-base": "inf"}, 2, "--rope-base must be")])
 def test_one_sentence_and_nothing_written(saved, book, tmp_path, monkeypatch, change, code, said):
     monkeypatch.chdir(tmp_path)

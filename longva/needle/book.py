@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'SEED', 'END', 'Wording', 'draw_numbers', 'text_files', 'encode', 'read_tokens', 'read_haystack', 'Stops',
-           'sentence_stops', 'insert', 'Pieces', 'begin_ids', 'make_pieces', 'Spot', 'make_prompt', 'trial_draw',
+           'sentence_stops', 'insert', 'Pieces', 'begin_ids', 'make_pieces', 'Spot', 'trial_draw', 'make_prompt',
            'shape']
 
 # %% ../../nbs/42a_needle.book.ipynb #ac8c9029
@@ -76,6 +76,7 @@ def encode(
     "The tokens of a text, and nothing else."
     return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
 
+# %% ../../nbs/42a_needle.book.ipynb #72a49d10
 def read_tokens(
     # see `text_files`
     folder,
@@ -176,7 +177,7 @@ def make_pieces(
     question = wording.question.format(city=wording.city)
     for text in [question, *said, *others]:
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encode(tokenizer, text):
-            raise NeedleError(f"The tokenizer doesn't know every word of {' '.join(text.split())[:60]!r}...: give a wording in words that it knows.")
+            raise NeedleError(f"The tokenizer doesn't know every word of {' '.join(text.split())[:60]!r}...: take a model that knows them, or, in Python, other words (wording=Wording(...)).")
     prefix = np.concatenate([np.array(begin_ids(tokenizer), dtype=np.int64), encode(tokenizer, wording.prefix)])
     needles, answers, others = ([encode(tokenizer, t) for t in texts] for texts in (said, map(wording.spell, numbers), others))
     return Pieces(prefix, encode(tokenizer, question), needles, [a.tolist() for a in answers], others, sentence_stops(tokenizer))
@@ -192,6 +193,14 @@ class Spot:
     # 0 to 1
     depth: float
 
+def trial_draw(
+    seed: int,
+    spot: Spot,
+): # n -> 0..n-1
+    "A trial's own stream of places."
+    return np.random.default_rng((seed, spot.number, spot.length, round(spot.depth * 1e9))).integers
+
+# %% ../../nbs/42a_needle.book.ipynb #af4748ae
 def make_prompt(
     pieces: Pieces,
     # [at least spot.length]
@@ -206,13 +215,6 @@ def make_prompt(
     at = int(len(book) * spot.depth) if spot.depth else None
     book, place = insert(book, pieces.needles[spot.number], at, pieces.stops)
     return np.concatenate([pieces.prefix, book, pieces.question]), len(pieces.prefix) + place
-
-def trial_draw(
-    seed: int,
-    spot: Spot,
-): # n -> 0..n-1
-    "A trial's own stream of places."
-    return np.random.default_rng((seed, spot.number, spot.length, round(spot.depth * 1e9))).integers
 
 def shape(
     pieces: Pieces,

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import file_exists, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HFValidationError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -70,6 +72,24 @@ def check_room(
         raise NeedleError(f"The model has learned {room} positions and no more, and {longest} are needed, question and answer included: ask for less.")
 
 # %% ../../nbs/44_needle.niah.ipynb #c8e3e4f4
+def decisions(
+    model,
+    pieces: Pieces,
+    haystack: np.ndarray,
+    spots: list,
+    # of the distractors' places
+    seed: int = SEED,
+    batch_tokens: int = 4096,
+): # yields, batch by batch, lists of (spot, needle's place, (arg-max ids, correct, margin), seconds)
+    "Decide many trials, the short ones first."
+    for batch in together(spots, lambda s: shape(pieces, s), batch_tokens):
+        start = time.perf_counter()
+        prompts, places = zip(*(make_prompt(pieces, haystack, s, trial_draw(seed, s)) for s in batch))
+        answers = [pieces.answers[s.number] for s in batch]
+        verdicts = [judge(row, a) for row, a in zip(answer_logits(model, prompts, answers), answers)]
+        yield list(zip(batch, places, verdicts, [(time.perf_counter() - start) / len(batch)] * len(batch)))
+
+# %% ../../nbs/44_needle.niah.ipynb #52989e53
 def _haystack_id(folder):
     "Files and their beginnings."
     root, files = Path(folder), text_files(folder)
@@ -88,23 +108,6 @@ def _check_counts(numbers, distractors, digits, wording):
     if not 0 <= distractors <= len(wording.others):
         raise NeedleError(f"There can be 0 to {len(wording.others)} distractors, one for each other city, not {distractors}.")
     if not 1 <= digits <= 18: raise NeedleError(f"A number can have 1 to 18 digits, not {digits}.")
-
-def decisions(
-    model,
-    pieces: Pieces,
-    haystack: np.ndarray,
-    spots: list,
-    # of the distractors' places
-    seed: int = SEED,
-    batch_tokens: int = 4096,
-): # yields, batch by batch, lists of (spot, needle's place, (arg-max ids, correct, margin), seconds)
-    "Decide many trials, the short ones first."
-    for batch in together(spots, lambda s: shape(pieces, s), batch_tokens):
-        start = time.perf_counter()
-        prompts, places = zip(*(make_prompt(pieces, haystack, s, trial_draw(seed, s)) for s in batch))
-        answers = [pieces.answers[s.number] for s in batch]
-        verdicts = [judge(row, a) for row, a in zip(answer_logits(model, prompts, answers), answers)]
-        yield list(zip(batch, places, verdicts, [(time.perf_counter() - start) / len(batch)] * len(batch)))
 
 # %% ../../nbs/44_needle.niah.ipynb #dd9d4a44
 def run(
@@ -167,18 +170,31 @@ def load_tokenizer(
     general = get_tokenizer_config(name).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
     return (PreTrainedTokenizerFast if general else AutoTokenizer).from_pretrained(name)
 
+# %% ../../nbs/44_needle.niah.ipynb #9d55a5d4
+def _find(name):
+    "Refuse a name that is no folder and not to be had from the hub."
+    say = lambda why: NeedleError(f"No language model can be loaded from {name}: it is no folder here, and {why}.")
+    try:
+        if Path(name).exists() or isinstance(try_to_load_from_cache(str(name), "config.json"), str) or file_exists(str(name), "config.json"): return
+    except GatedRepoError: return  # transformers says what to do
+    except HFValidationError: raise say("can't be a name on the Hugging Face hub: check the path") from None
+    except Exception: raise say("the Hugging Face hub can't be reached to look for the name there: check the path, or the network") from None  # of many kinds
+    raise say("the Hugging Face hub shows no such model: check the path or the name, and log in if it is a private one")
+
 def load(
     # a folder, or an id of the Hugging Face hub; a LongVA folder gives its text side
     name,
 ) -> tuple: # (model, tokenizer), on the GPU if there is one
     "A language model in the precision it was saved in."
+    _find(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         kind = LongVA if config.model_type == "longva" else AutoModelForCausalLM
         tokenizer = load_tokenizer(name)
         model = kind.from_pretrained(name, dtype="auto", trust_remote_code=False).eval()
     except Exception as e:  # a wrong name or a torn file shows itself in many ways
-        raise NeedleError(f"No language model can be loaded from {name} ({str(e).strip().splitlines()[0].rstrip('.')[:200]}).") from None
+        why = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")[:200]
+        raise NeedleError(f"No language model can be loaded from {name} ({why}): give a folder with a saved model and its tokenizer, or a name on the hub.") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 # %% ../../nbs/44_needle.niah.ipynb #20e3e373
