@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'mini_app', 'Usage', 'one_sentence', 'numbers', 'demo_command', 'model_folder', 'load_model', 'check', 'grid',
-           'check_base', 'stretch', 'beside', 'own_needles', 'vniah_command', 'show_rows', 'reading_model',
-           'show_perplexity', 'niah_command', 'plan_command', 'extend_command', 'align_command', 'chat_model',
-           'what_it_knows', 'say_what_it_takes', 'answer_aloud', 'questions', 'chat_command', 'dpo_command',
-           'list_command', 'train_command']
+           'check_base', 'stretch', 'beside', 'own_needles', 'vniah_command', 'show_rows', 'reading_model', 'own_words',
+           'own_book', 'show_perplexity', 'niah_command', 'plan_command', 'extend_command', 'align_command',
+           'chat_model', 'what_it_knows', 'say_what_it_takes', 'answer_aloud', 'questions', 'chat_command',
+           'dpo_command', 'list_command', 'train_command']
 
 # %% ../nbs/80_cli.ipynb #93388f10
 import json
@@ -36,11 +36,6 @@ def _disk(error, out):
     reason = str(error.strerror or error)
     return f"{error.filename or out} cannot be used ({reason[:1].lower()}{reason[1:]}): check the folder, its permissions and the space on the disk."
 
-def _training_errors():
-    "Errors of training that are sentences; a module that was not loaded has raised none."
-    homes = {"longva.train.data": "CorpusError", "longva.train.loop": "TrainError", "longva.context.plan": "PlanError", "longva.model.prefill": "ChatError", "longva.model.checkpoint": "CheckpointError"}
-    return [getattr(sys.modules[home], name) for home, name in homes.items() if home in sys.modules]
-
 @contextmanager
 def one_sentence(
     # the results folder
@@ -62,9 +57,7 @@ def one_sentence(
         raise typer.Exit(1) from None
     except ValueError as error:
         from longva.mini import UnknownModel
-        from longva.needle.trials import NeedleError
-        from longva.vision.video import VideoError
-        if not isinstance(error, (Usage, UnknownModel, NeedleError, VideoError, *_training_errors())): raise
+        if not isinstance(error, Usage) and not type(error).__module__.startswith("longva."): raise  # not one of our own: a fault, which shows where it is
         _say(str(error))
         raise typer.Exit(2 if isinstance(error, (Usage, UnknownModel)) else 1) from None
 
@@ -270,21 +263,58 @@ def reading_model(
     # a miniature, a folder, or a name on the hub
     name: str,
     # another RoPE base, or None
-    rope_base,
+    rope_base=None,
+    # whether there is a text to hide numbers in; if not, only a miniature is loaded
+    book: bool = True,
 ) -> tuple: # (model, tokenizer)
     "A language model, or why there is none."
     import transformers
 
     from longva.mini import NAMES, folder
-    from longva.needle.niah import load
+    from longva.needle.niah import load, load_tokenizer
     from longva.needle.trials import NeedleError
     transformers.utils.logging.disable_progress_bar()
     if not name.strip(): raise Usage(f"--model is empty: name a folder with a language model, a model of the Hugging Face hub, or one of {', '.join(NAMES)}.")
-    try: net, tokenizer = load(folder(name) if name in NAMES else name)
+    where = folder(name) if name in NAMES else name
+    try:
+        if not book and not own_words(load_tokenizer(where)): raise Usage("Say with --haystack in which text to hide the numbers: only a miniature has a book of its own.")
+        net, tokenizer = load(where)
     except NeedleError as e: raise Usage(str(e)) from None
     if rope_base is not None: stretch(net, rope_base)
     return net, tokenizer
 
+def own_words(
+    tokenizer,
+) -> dict: # wording and digits, for `longva.needle.niah.run`; empty for any other tokenizer
+    "How a miniature is asked."
+    from longva.mini.world import mini_tokenizer
+    if tokenizer.get_vocab() != mini_tokenizer().get_vocab(): return {}
+    from longva.mini.reader import DIGITS, WORDING
+    from longva.needle.book import Wording
+    return dict(wording=Wording(**WORDING), digits=DIGITS)
+
+def own_book(
+    # the results folder
+    out: Path,
+    # tokens wanted
+    longest: int,
+    # start again where it is too short
+    repeat: bool = False,
+) -> Path: # out/book
+    "Write a book of the miniature's world, unless it is too short or something else lies there."
+    from longva.mini.reader import write_book
+    from longva.needle.book import NeedleError, check_fit
+    from longva.needle.trials import write_whole
+    with tempfile.TemporaryDirectory() as drawn: text = (write_book(drawn) / "scenes.txt").read_bytes()
+    check_fit(len(text.split()), longest, repeat, "The book of the miniature's world")
+    there = out / "book"
+    if there.exists() and any(not f.name.startswith(".") and (f.name != "scenes.txt" or f.read_bytes() != text) for f in there.iterdir()):
+        raise NeedleError(f"{there} holds something else than the book of the miniature's world: choose another folder, or name a text with --haystack.")
+    there.mkdir(parents=True, exist_ok=True)
+    write_whole(there / "scenes.txt", text)
+    return there
+
+# %% ../nbs/80_cli.ipynb #78a5195b
 def show_perplexity(
     # see `longva.needle.niah.perplexity`
     rows: list,
@@ -299,12 +329,11 @@ def show_perplexity(
     for r in rows: typer.echo(f"{r.length:>6}  {r.perplexity:>10.3f}")
     typer.echo(f"\nKept in {write_whole(out / 'perplexity.json', json.dumps([asdict(r) for r in rows], indent=2))}.")
 
-# %% ../nbs/80_cli.ipynb #78a5195b
 @app.command("niah")
 def niah_command(
     model: Annotated[str, typer.Option(help="A folder with a language model, or its name on the Hugging Face hub.")],
-    haystack: Annotated[Path, typer.Option(help="A folder of .txt or .md files: the book.")],
-    lengths: Annotated[str, typer.Option(help="How many of the book's tokens, for each column.")] = "1000,2000,4000,8000",
+    haystack: Annotated[Optional[Path], typer.Option(help="A folder of .txt or .md files: the book. A miniature needs none.")] = None,
+    lengths: Annotated[Optional[str], typer.Option(help="How many of the book's tokens, for each column; by default 1000,2000,4000,8000, for a miniature 64,128,256,384,496.")] = None,
     depths: Annotated[str, typer.Option(help="How deep, from 0 (the start) to 1 (the end).")] = "0,0.25,0.5,0.75,1",
     distractors: Annotated[str, typer.Option(help="Other cities' numbers in the book; the paper takes 0,3,5.")] = "0",
     hidden: Annotated[int, typer.Option("--numbers", help="Numbers to find, one at a time, in each cell.")] = 5,
@@ -316,24 +345,34 @@ def niah_command(
     name: Annotated[Optional[str], typer.Option(help="What to call the model in the results.")] = None,
 ):
     "Hide numbers in a book and ask for them (the paper's text needle test)."
-    name = name or Path(model).resolve().name + (f" base {rope_base:g}" if rope_base else "")
-    out = out or Path("runs") / "niah" / f"{name}_{haystack.stem}"
+    called = Path(model).resolve()  # `longva extend` leaves long/model
+    name = name or (called.parent if called.name == "model" else called).name + (f" base {rope_base:g}" if rope_base else "")
+    out = out or Path("runs") / "niah" / f"{name}_{haystack.stem if haystack else 'book'}"
     with one_sentence(out):
-        columns, rows = numbers(lengths, int, "--lengths"), numbers(depths, float, "--depths")
+        columns, rows = numbers("1000" if lengths is None else lengths, int, "--lengths"), numbers(depths, float, "--depths")
         others = numbers(distractors, int, "--distractors")
         check_base(rope_base)
-        from longva.needle.book import text_files
-        text_files(haystack)
+        from longva.needle.book import PAPER, draw_numbers, text_files
+        if haystack: text_files(haystack)
         columns, rows = grid(columns, rows, "tokens")
+        if perplexity and columns[0] < 2: raise Usage("--perplexity needs --lengths of at least 2 tokens, one to read and one to score.")
         _one_voice()
         from longva.needle import niah
-        net, tokenizer = reading_model(model, rope_base)
+        net, tokenizer = reading_model(model, rope_base, bool(haystack))
+        own = own_words(tokenizer)
+        if lengths is None: columns = [64, 128, 256, 384, 496] if own else [1000, 2000, 4000, 8000]
+        for k in others:  # all, before the first is run
+            niah.check_counts(k, own.get("wording", PAPER), train_length)
+            draw_numbers(hidden, k)
+        book = haystack or own_book(out, columns[-1], repeat)
+        if own: typer.echo(f"Wording: the miniature's own, {own['digits']} digits of {own['wording'].city}.")
+        if not haystack: typer.echo(f"Haystack: a book of the miniature's world, written to {book}.")
         for k in others:
             where = out / f"distractors_{k}"
-            trials = niah.run(net, tokenizer, haystack, columns, rows, where, hidden, k, name=name, repeat=repeat, train_length=train_length)
+            trials = niah.run(net, tokenizer, book, columns, rows, where, hidden, k, name=name, repeat=repeat, train_length=train_length, **own)
             typer.echo(f"\n{k} distractors")
             show_rows(trials, where, "tokens")
-        if perplexity: show_perplexity(niah.perplexity(net, tokenizer, haystack, columns), out)
+        if perplexity: show_perplexity(niah.perplexity(net, tokenizer, book, columns), out)
 
 # %% ../nbs/80_cli.ipynb #75bbcb19
 @app.command("plan")

@@ -77,6 +77,13 @@ def test_nothing_seen_is_nothing_said():
     assert not merge(*empty, *empty)[0].isnan().any()
 
 
+def test_mixed_dtypes_are_a_sentence():
+    q, k, v, dout = draw(4, 4, 4, 4)
+    for given in ((q.half(), k, v), (q, k.half(), v), (q, k, v.half())):
+        with pytest.raises(ValueError, match="one dtype.*float16"): block_attention(*given, True)
+        with pytest.raises(ValueError, match="one dtype.*float16"): block_attention_backward(dout, *given, q, q[..., 0].mT, True)
+
+
 def test_a_nan_is_not_hidden():
     q, k, v, _ = draw(4, 4, 4, 4)
     v[0, 2] = torch.nan

@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 
 from longva.cli import app
 from longva.mini import folder as mini_folder
+from longva.mini.reader import write_book
+from longva.mini.world import mini_tokenizer
 from longva.needle.book import (
     PAPER,
     SEED,
@@ -261,12 +263,18 @@ def test_another_test_in_the_same_folder_is_refused(book, words, tmp_path, chang
 
 @pytest.mark.parametrize("change, said", [
     (dict(lengths=[40, 99_999]), "tokens and 99999 are wanted"), (dict(lengths=[0]), "whole number of tokens"), (dict(lengths=[]), "at least one"), (dict(lengths=[2.5]), "2.5"),
-    (dict(depths=[1.5]), "1.5"), (dict(distractors=7), "0 to 6"), (dict(distractors=-1), "-1"), (dict(numbers=0), "At least one number"), (dict(digits=19), "1 to 18"),
+    (dict(depths=[1.5]), "1.5"), (dict(distractors=7), "from 0 to 6"), (dict(distractors=-1), "-1"), (dict(distractors=0.5), "0.5"),
+    (dict(numbers=0), "numbers must be a whole number from 1 to"), (dict(numbers=1.5), "1.5"), (dict(numbers=10**9), "1000000000"), (dict(numbers=True), "True"),
+    (dict(digits=19), "from 1 to 18"), (dict(digits=2.5), "2.5"), (dict(seed=-1), "seed must be a whole number from 0 to 4294967295, not -1"), (dict(seed=2**32), "4294967296"),
+    (dict(seed=1.5), "1.5"), (dict(seed=math.nan), "nan"), (dict(lengths=[10**12], repeat=True), "more than 100000000"), (dict(lengths=[math.inf]), "inf"), (dict(depths=[math.nan]), "nan"),
+    (dict(train_length=-5), "training length must be a whole number of at least 1, not -5"), (dict(train_length=math.inf), "inf"), (dict(batch_tokens=0), "batch_tokens"), (dict(batch_tokens=math.nan), "nan"),
+    (dict(wording=Wording(needle=" The number is {number}."), distractors=1), "{city}"), (dict(haystack_folder="foreign"), "100%"),
     (dict(wording=Wording(city="Atlantis")), "doesn't know every word"), (dict(haystack_folder="nowhere"), "no haystack folder nowhere"),
     (dict(haystack_folder="empty"), "is empty"), (dict(haystack_folder="blank"), "holds no text"), (dict(haystack_folder="latin"), "not UTF-8"),
     (dict(model="gpt2"), "learned 64 positions")])
 def test_refused_before_anything_is_computed(book, words, tmp_path, monkeypatch, change, said):
-    for name in ("empty", "blank", "latin"): (tmp_path / name).mkdir()
+    for name in ("empty", "blank", "latin", "foreign"): (tmp_path / name).mkdir()
+    (tmp_path / "foreign" / "a.txt").write_text("nesciunt quidem " * 50)
     (tmp_path / "blank" / "a.txt").touch()
     (tmp_path / "latin" / "a.txt").write_bytes("caf\xe9 ".encode("latin-1"))
     monkeypatch.chdir(tmp_path)
@@ -276,6 +284,43 @@ def test_refused_before_anything_is_computed(book, words, tmp_path, monkeypatch,
     with pytest.raises(NeedleError) as error: run(**given)
     assert said in str(error.value) and str(error.value).endswith(".") and "\n" not in str(error.value), str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(needle="The number of {city}."), "no {number}"), (dict(needle="{number} {town}"), "{town}"), (dict(needle="{city} {number} {}"), "{}"), (dict(needle="{number} {"), "braces"),
+    (dict(needle="{number} }"), "braces"), (dict(needle="{number:d}"), "{number:d}"), (dict(needle="{number!r}"), "{number!r}"), (dict(needle="{number:>{city}}"), "{number:"), (dict(needle="{{number}}"), "no {number}"),
+    (dict(needle="{city.upper} {number}"), "{city.upper}"), (dict(needle="{city} {number[0]}"), "{number[0]}"), (dict(needle=7), "needle"), (dict(city=None), "city"),
+    (dict(question="Which {town}?"), "{town}"), (dict(question="Is it {number} in {city}?"), "{number}"), (dict(question="{"), "braces"),
+    (dict(others=("London", "Singapore")), "Singapore"), (dict(city="Paris"), "Paris"), (dict(others="Paris"), "others"), (dict(others=(1, 2)), "others"), (dict(others=None), "others"),
+    (dict(others=("Paris", "Paris")), "twice")])
+def test_wordings_that_nothing_can_be_asked_with(change, said):
+    with pytest.raises(NeedleError) as error: Wording(**change)
+    assert said in str(error.value) and str(error.value).endswith(".") and "\n" not in str(error.value), str(error.value)
+
+
+def test_wordings_that_are_unusual_but_fine():
+    braces = Wording(needle="{{{city}}} {number} {number}", prefix="{", question="{city}")
+    assert braces.sentence("Rome", 12) == "{Rome} 12 12"
+    assert Wording(question="And the number is ", others=()).others == ()
+
+
+def test_a_book_in_words_that_the_tokenizer_does_not_know(words, tmp_path):
+    for share, fine in [(0.4, True), (0.6, False), (1, False)]:
+        (tmp_path / "a.txt").write_text(" ".join("unheard" if i % 10 < 10 * share else "river" for i in range(100)))
+        if fine: assert len(read_haystack(tmp_path, words, 100)) == 100
+        else:
+            with pytest.raises(NeedleError, match=f"{share:.0%} are unknown to the tokenizer"): read_haystack(tmp_path, words, 100)
+            with pytest.raises(NeedleError, match=f"{share:.0%} are unknown to the tokenizer"): perplexity(tiny(words), words, (tmp_path / "a.txt").read_text(), [50], progress=False)
+    assert len(read_haystack(tmp_path, byte_tokenizer(), 100)) == 100  # bytes spell everything
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(windows=0), "count of windows must be"), (dict(windows=-3), "-3"), (dict(windows=1.5), "1.5"), (dict(windows=math.inf), "inf"), (dict(score=0), "not 0"),
+    (dict(score=-1), "not -1"), (dict(score=2.5), "2.5"), (dict(score=math.nan), "nan"), (dict(lengths=[1]), "at least 2"), (dict(lengths=[-4]), "-4"), (dict(lengths=[math.nan]), "nan"),
+    (dict(lengths=[10**12]), "are wanted"), (dict(text=""), "holds 0 tokens")])
+def test_perplexity_refuses(words, change, said):
+    with pytest.raises(NeedleError) as error: perplexity(**dict(model=tiny(words), tokenizer=words, text=story(30), lengths=[16, 32], progress=False) | change)
+    assert said in str(error.value) and str(error.value).endswith(".") and "\n" not in str(error.value), str(error.value)
 
 
 def test_repeat_is_a_decision(book, words, tmp_path):
@@ -323,6 +368,24 @@ def test_unknown_models(tmp_path):
     for name in ("empty", "odd"):
         with pytest.raises(NeedleError, match="No language model can be loaded") as error: load(tmp_path / name)
         assert "\n" not in str(error.value) and str(error.value).endswith(".")
+        assert "give a folder with a saved model and its tokenizer" in str(error.value)
+
+
+def test_a_name_on_an_unreachable_hub_is_asked_for_once(book, tmp_path):
+    "Nobody listens on port 9. The hub's own patience is five more attempts, with pauses of 23 seconds together, each with a warning."
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run([sys.executable, "-c", "from longva.cli import app; app()", *command("unknown/name", book, "out")], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
+    assert done.stderr == ("No language model can be loaded from unknown/name: it is no folder here, and the Hugging Face hub can't be reached to look for the name there: "
+                           "check the path, or the network.\n")
+
+
+def test_names_that_the_hub_does_not_know(monkeypatch):
+    from longva.needle import niah
+    monkeypatch.setattr(niah, "file_exists", lambda *names: False)
+    with pytest.raises(NeedleError, match="unknown/name: it is no folder here, and the Hugging Face hub shows no such model"): load("unknown/name")
+    monkeypatch.setattr(niah, "file_exists", lambda *names: pytest.fail("the hub was asked"))
+    with pytest.raises(NeedleError, match="no/such/folder: it is no folder here, and can't be a name"): load("no/such/folder")
 
 
 # --- perplexity
@@ -350,7 +413,7 @@ def test_perplexity_by_hand(begin):
             total -= logits[:-1].log_softmax(-1)[range(window.shape[1] - 1), window[0, 1:]][-20:].sum().item()
         assert abs(rows[n].loss - total / 60) < 1e-5 and rows[n].tokens == 60 and math.isclose(rows[n].perplexity, math.exp(rows[n].loss))
     with pytest.raises(NeedleError, match="holds 200 tokens and 201"): perplexity(model, tokenizer, given, [201], progress=False)
-    with pytest.raises(NeedleError, match="can be scored"): perplexity(model, tokenizer, given, [32], score=32, progress=False)
+    with pytest.raises(NeedleError, match="from 1 to 31, not 32"): perplexity(model, tokenizer, given, [32], score=32, progress=False)
 
 
 # --- killed, stopped, and the command
@@ -365,7 +428,7 @@ def saved(tmp_path_factory, words):
 
 def command(saved, book, out, lengths="60,120", **more):
     given = dict(model=saved, haystack=book, lengths=lengths, depths="0,0.25,0.5,0.75,1", distractors="0,3", out=out) | more
-    return ["niah", *(str(w) for k, v in given.items() for w in ((f"--{k}", v) if v is not True else (f"--{k}",)))]
+    return ["niah", *(str(w) for k, v in given.items() if v is not None for w in ((f"--{k}", v) if v is not True else (f"--{k}",)))]
 
 
 def test_the_command(saved, book, tmp_path):
@@ -383,13 +446,59 @@ def test_the_command(saved, book, tmp_path):
     (dict(model="nowhere/at-all"), 2, "No language model can be loaded from nowhere/at-all"), (dict(haystack="nowhere"), 1, "no haystack folder nowhere"),
     (dict(lengths="60,many"), 2, "--lengths takes whole numbers"), (dict(lengths="60,9999999"), 1, "are wanted"), (dict(depths="2"), 2, "--depths: A depth must lie between 0 (the start) and 1 (the end), not at 2"), (dict(lengths="0"), 2, "--lengths: A length must be"),
     (dict(model=""), 2, "--model is empty"),
-    (dict(distractors="9"), 1, "0 to 6 distractors"), (dict(distractors="some"), 2, "--distractors takes"), (dict(model="mini-longva"), 1, "doesn't know every word"),
+    (dict(distractors="9"), 1, "from 0 to 6"), (dict(distractors="0,9"), 1, "from 0 to 6"), (dict(distractors="some"), 2, "--distractors takes"),
+    (dict(model="mini-longva"), 1, "are unknown to the tokenizer"), (dict(numbers=0), 1, "not 0"), ({"train-length": -5}, 1, "not -5"), (dict(lengths="1000000000000", repeat=True), 1, "more than 100000000"),
+    (dict(lengths=""), 2, "--lengths takes"), (dict(lengths="1,60", perplexity=True), 2, "--perplexity"), (dict(haystack=None), 2, "Say with --haystack"), (dict(haystack=None, model="no/where"), 2, "No language model can be loaded"),
     ({"rope-base": "0.5"}, 2, "--rope-base must be"), ({"rope-base": "inf"}, 2, "--rope-base must be")])
 def test_one_sentence_and_nothing_written(saved, book, tmp_path, monkeypatch, change, code, said):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, command(saved, book, "out", **change))
-    assert done.exit_code == code and done.stdout == "" and said in done.stderr, (done.stdout, done.stderr, done.exception)
+    told = "Wording: the miniature's own, 2 digits of lima.\n" if change.get("model") == "mini-longva" else ""
+    assert done.exit_code == code and done.stdout == told and said in done.stderr, (done.stdout, done.stderr, done.exception)
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def saved_mini(tmp_path_factory):
+    "Untrained, in a folder such as `longva extend` leaves."
+    folder = tmp_path_factory.mktemp("runs") / "long" / "model"
+    tiny(mini_tokenizer()).save_pretrained(folder)
+    mini_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_miniature_has_a_book_and_words_of_its_own(saved_mini, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["niah", "--model", str(saved_mini), "--distractors", "0,5", "--numbers", "2", "--perplexity"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    out = tmp_path / "runs" / "niah" / "long_book"
+    assert "Wording: the miniature's own" in done.stdout and f"Haystack: a book of the miniature's world, written to {out.relative_to(tmp_path) / 'book'}." in done.stdout
+    text = (out / "book" / "scenes.txt").read_text()
+    assert text == (write_book(tmp_path / "again") / "scenes.txt").read_text()
+    for k in (0, 5):
+        trials, settings = read_trials(out / f"distractors_{k}" / "trials.jsonl"), json.loads((out / f"distractors_{k}" / "settings.json").read_text())
+        assert Counter(t.frames for t in trials) == dict.fromkeys((64, 128, 256, 384, 496), 10)
+        assert settings["wording"]["city"] == "lima" and max(settings["numbers"]) < 100 and settings["distractors"] == draw_numbers(2, k, 2)[1]
+    assert [r["length"] for r in json.loads((out / "perplexity.json").read_text())] == [64, 128, 256, 384, 496]
+    before = (out / "distractors_0" / "trials.jsonl").read_bytes()
+    assert CliRunner().invoke(app, words).exit_code == 0 and (out / "distractors_0" / "trials.jsonl").read_bytes() == before  # gone on with, nothing left to do
+    given = ["niah", "--model", str(saved_mini), "--haystack", str(out / "book"), "--lengths", "64", "--numbers", "1", "--out", "own"]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0 and "Wording" in done.stdout and "Haystack" not in done.stdout and not (tmp_path / "own" / "book").exists()
+
+
+def test_a_miniatures_book_is_refused_before_it_is_written(saved_mini, tmp_path):
+    go = lambda *more: CliRunner().invoke(app, ["niah", "--model", str(saved_mini), "--out", str(tmp_path / "out"), *more])
+    for more, code, said in [(["--lengths", "9000"], 1, "holds 2000 tokens and 9000 are wanted"), (["--distractors", "6"], 1, "from 0 to 5"), (["--numbers", "0"], 1, "not 0"),
+                             (["--train-length", "-5"], 1, "not -5"), (["--lengths", "1000000000000", "--repeat"], 1, "more than 100000000")]:
+        done = go(*more)
+        assert done.exit_code == code and said in done.stderr and len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir()), (done.output, done.exception)
+    (tmp_path / "out" / "book").mkdir(parents=True)
+    (tmp_path / "out" / "book" / "scenes.txt").write_text("bear red plain .")
+    done = go()
+    assert done.exit_code == 1 and "holds something else" in done.stderr and (tmp_path / "out" / "book" / "scenes.txt").read_text() == "bear red plain ."
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["book"]
 
 
 def test_killed_then_stopped_then_finished(saved, book, tmp_path):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from longva.context import parallel
 from longva.context.parallel import (
@@ -151,6 +151,12 @@ def other_batch():
     with context_parallel(): return said(shard_batch, dict(input_ids=torch.arange(9)[None] + dist.get_rank()))
 
 
+def generating():
+    "A text of eight tokens, and one of a single token."
+    model = tiny("longva_cp", (4, 4)).eval()
+    with context_parallel(): return [said(model.generate, torch.arange(3, 3 + n)[None], max_new_tokens=2, do_sample=False, use_cache=True) for n in (8, 1)]
+
+
 def with_cache():
     with context_parallel(): return said(longva_cp, SimpleNamespace(is_causal=True), torch.randn(1, 4, 1, 8), torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8), None)
 
@@ -180,7 +186,7 @@ def cases(W):
     found |= {("model", kind, heads, documents): (model, kind, heads, documents, True) for kind in KINDS for heads in HEADS for documents in DOCUMENTS}
     found |= {("plain", kind): (model, kind, (14, 2), DOCUMENTS[1], False) for kind in KINDS}
     if W == 2: found |= {"late": (model, "ring", (14, 2), DOCUMENTS[1], True, True), "reentrant": (model, "ring", (14, 2), DOCUMENTS[1], "reentrant")}
-    if W == 2: found |= {f.__name__: (f,) for f in (uncut, other_batch, with_cache, autocast)}
+    if W == 2: found |= {f.__name__: (f,) for f in (uncut, generating, other_batch, with_cache, autocast)}
     if W == 4: found["halves"] = (halves,)
     if W > 1: found |= {("sent", kind): (sent, kind) for kind in KINDS}
     return found
@@ -272,9 +278,9 @@ def test_bytes_sent(ranks, W, kind):
 
 def test_silent_mistakes_are_sentences(ranks):
     for rank in ranks(2):
-        assert "Cut position_ids with shard_batch" in rank["uncut"]
+        assert "Every rank holds the same positions, 0 to 7" in rank["uncut"] and "cut the batch with shard_batch" in rank["uncut"]
+        for sentence in (rank["uncut"], rank["with_cache"], *rank["generating"]): assert "leave context_parallel" in sentence and "can't be spread over ranks" in sentence
         assert "Ranks [1] hold another batch than rank 0" in rank["other_batch"]
-        assert "can't be spread over ranks" in rank["with_cache"]
 
 
 @pytest.mark.parametrize("W", [2, 3, 8, 64])
@@ -323,3 +329,59 @@ def test_documents_and_keys_must_fit_the_queries():
     for keys, documents in [(k, None), (k[:, :4], [(0, 3, 4)] * 2), (k[:, :4], [(0, 3, 2, 4)] * 3)]:
         with pytest.raises(ValueError, match="same tokens|never back"):
             parallel.parallel_attention(q, keys, keys, documents)
+
+
+def test_a_mask_that_numbers_documents_is_refused():
+    ids, mask = torch.arange(6)[None], torch.tensor([[1, 1, 1, 2, 2, 0]])
+    assert "restart at 0" in said(shard_batch, dict(input_ids=ids, attention_mask=mask))
+    assert shard_batch(dict(input_ids=ids, attention_mask=mask.clamp(max=1)))["input_ids"].tolist() == ids.tolist()
+    q = torch.randn(1, 4, 6, 8)
+    assert "restart at 0" in said(longva_cp, SimpleNamespace(is_causal=True), q, q, q, mask)
+
+
+def test_generation_after_packed_documents_is_refused():
+    "A token that follows them must not see all of them; a text of one document is generated as ever."
+    ids, (model, plain) = torch.arange(3, 14)[None], (tiny(name, (4, 2)).eval() for name in ("longva_cp", "eager"))
+    packed, more = torch.cat([torch.arange(5), torch.arange(6)])[None], torch.tensor([[7]])
+    with torch.no_grad():
+        for how in (dict(position_ids=packed), dict(position_ids=packed, cu_seq_lens_q=torch.tensor([0, 5, 11]))):
+            cache = model(ids, use_cache=True, **how).past_key_values
+            for position in ({}, dict(position_ids=torch.tensor([[6]]))):
+                assert "several documents" in said(model, more, past_key_values=cache, use_cache=True, **position)
+        assert "several documents" in said(model.generate, ids, position_ids=packed, max_new_tokens=3, do_sample=False, use_cache=True)
+        assert "several documents" in said(model, more, past_key_values=model(ids, use_cache=True).past_key_values, cu_seq_lens_q=torch.tensor([0, 5, 12]))
+        assert torch.equal(*(m.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True) for m in (model, plain)))
+
+
+def test_padding_in_a_batch_says_what_to_do():
+    model, ids, mask = tiny("longva_cp", (4, 2)).eval(), torch.arange(3, 19).view(2, 8), torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    left = said(model, ids, attention_mask=mask.flip(1))
+    assert "padding_side to right" in left and "to generate, give prompts of one length" in left
+    right = said(model.generate, ids, attention_mask=mask, max_new_tokens=3, do_sample=False, use_cache=True)
+    assert "give prompts of one length" in right and "padding_side" not in right
+    assert said(model, ids, attention_mask=mask) == "nothing"
+
+
+@pytest.mark.parametrize("Config, Model, settings, off", [
+    (Qwen2Config, Qwen2ForCausalLM, dict(use_sliding_window=True, max_window_layers=1), dict(use_sliding_window=False)),
+    (MistralConfig, MistralForCausalLM, {}, dict(sliding_window=None)), (Gemma3TextConfig, Gemma3ForCausalLM, {}, dict(layer_types=["full_attention"] * 2))])
+def test_a_sliding_window_is_refused_by_its_own_setting(Config, Model, settings, off):
+    def build(**more):
+        return Model(Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+                            attn_implementation="longva_cp", pad_token_id=0, **dict(sliding_window=4) | more)).eval()
+    (name,), ids = off, torch.arange(8)[None]
+    sentence = said(build(**settings), ids)
+    assert f"set {name} to" in sentence and said(build(**settings), ids[:, :4]) == "nothing"
+    assert said(build(**settings | off), ids) == "nothing"  # the advice helps
+
+
+def test_odd_shapes_and_dtypes_are_sentences():
+    ids = torch.arange(16).view(2, 8)
+    assert "input_ids [5]" in said(shard_batch, dict(input_ids=torch.arange(5)))
+    assert "labels [2, 7]" in said(shard_batch, dict(input_ids=ids, labels=ids[:, 1:]))
+    first = shard_batch(dict(position_ids=torch.arange(8)[None], input_ids=ids), Context(ranks=2))
+    assert first["input_ids"].tolist() == [[0, 1, 6, 7], [8, 9, 14, 15]] and first["position_ids"].tolist() == [[0, 1, 6, 7]]
+    for length in (99, -1): assert f"not {length}" in said(unshard, ids, length=length)
+    assert "1 token per rank" in said(unshard, ids[:, :1], context=Context(ranks=2)) and "7 tokens per rank" in said(unshard, ids[:, :7], context=Context(ranks=2))
+    q, k = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 2, 8)
+    for given in ((q.half(), k, k), (q, k.half(), k), (q, k, k.half())): assert "one dtype" in said(parallel_attention, *given)

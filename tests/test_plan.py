@@ -79,6 +79,12 @@ def test_the_limiting_sentence():
     assert "\n" not in p.limit + host.limit + tiny.limit
 
 
+def test_one_token_is_a_singular():
+    p = plan("qwen2-7b", 1, gpu_gib=8)
+    assert p.limit.startswith("1 token does not fit: ") and p.table.startswith("1 token on 1 GPU of 8 GiB, host of 0 GiB; 1 token on each GPU\n")
+    assert plan("qwen2-0.5b", 1, gpu_gib=80).limit.startswith("1 token fits; up to ")
+
+
 def test_advice_is_true():
     p = plan("qwen2-7b", 224_000, gpu_gib=80, host_gib=1000, checkpoints="none", offload="optimizer")
     before = longest(p)

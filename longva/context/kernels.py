@@ -272,6 +272,7 @@ def explain(
 def _check(q, k, v, cu_q, cu_k):
     if q.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"Attention wants q [B,L,H,E] and k, v [B,S,K,E], and got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}.")
+    if not q.dtype == k.dtype == v.dtype: raise ValueError(f"q, k and v must be of one dtype, not {', '.join(str(t.dtype).removeprefix('torch.') for t in (q, k, v))}.")
     if q.shape[2] % k.shape[2]: raise ValueError(f"{q.shape[2]} query heads can't share {k.shape[2]} key/value heads: the first must be a multiple of the second.")
     if cu_q is not None and (cu_k is None or len(cu_q) != len(cu_k) or (cu_q[0], cu_q[-1], cu_k[0], cu_k[-1]) != (0, q.shape[1], 0, k.shape[1])):
         raise ValueError(f"The borders of the documents must run from 0 to {q.shape[1]} in cu_q and from 0 to {k.shape[1]} in cu_k, as many in both.")

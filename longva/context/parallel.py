@@ -27,6 +27,8 @@ from .kernels import block_attention, block_attention_backward, merge
 # %% ../../nbs/02_context.parallel.ipynb #c4f2470f
 KINDS = ("all_gather", "ring", "contiguous")
 
+def _tokens(n): return f"{n} token{'s' * (n != 1)}"
+
 @dataclass(frozen=True)
 class Context:
     "How a sequence is spread over ranks, and which of them this one is."
@@ -55,7 +57,7 @@ class Context:
 
     def order(self, length) -> Tensor: # [W, length/W] int64
         "The permutation: row r lists the tokens that rank r holds."
-        if length % self.multiple: raise ValueError(f"{length} tokens can't be dealt to {self.ranks} ranks: pad them to a multiple of {self.multiple}, as shard does.")
+        if length % self.multiple: raise ValueError(f"{_tokens(length)} can't be dealt to {self.ranks} ranks: pad them to a multiple of {self.multiple}, as shard does.")
         return torch.stack([torch.cat([torch.arange(a, b) for a, b in self.held(length, r)]) for r in range(self.ranks)])
 
 def zigzag_order(
@@ -110,6 +112,13 @@ def shard(
         tensor = torch.cat([tensor, filler], dim)
     return torch.cat([tensor.narrow(dim, a, b - a) for a, b in context.held(tensor.shape[dim])], dim)
 
+_UNCUT = "cut the batch with shard_batch; to generate, leave context_parallel first, for generation can't be spread over ranks."
+
+def _whole(n, context):
+    "Length of the padded sequence of which each rank holds n tokens."
+    if n * context.ranks % context.multiple: raise ValueError(f"{_tokens(n)} per rank can't be a shard of a zigzag order: {_UNCUT}")
+    return n * context.ranks
+
 def _join(pieces, dim, context):
     "Pieces of all ranks, in the order of the sequence."
     chunks = sorted((held[0], part) for r, piece in enumerate(pieces)
@@ -127,7 +136,8 @@ def unshard(
 ) -> Tensor: # the whole, on every rank, without gradients
     "Undo shard."
     context, tensor = context or current_context(), tensor.detach().contiguous()
-    pieces = [tensor]
+    padded, pieces = _whole(tensor.shape[dim], context), [tensor]
+    if length is not None and not 0 <= length <= padded: raise ValueError(f"The shards hold {_tokens(padded)}: unshard can cut them to a length of 0 to {padded}, not {length}.")
     if context.ranks > 1:
         pieces = [torch.empty_like(tensor) for _ in range(context.ranks)]
         dist.all_gather(pieces, tensor, group=context.group)
@@ -160,10 +170,8 @@ def shard_batch(
     "Cut every per-token tensor of a batch by one permutation."
     context, batch = context or current_context(), {n: t for n, t in batch.items() if t is not None}
     if not batch: raise ValueError("The batch is empty: give at least input_ids or inputs_embeds.")
-    B, L = next(iter(batch.values())).shape[:2]
-    wrong = {n: list(t.shape) for n, t in batch.items() if tuple(t.shape[:2]) not in {(B, L), (1, L)}}
-    if wrong: raise ValueError(f"Every tensor of a batch must be [{B},{L},...], as its first one is: {wrong}.")
-    if (mask := batch.pop("attention_mask", None)) is not None: _right_padded(mask)
+    B, L = _batch_shape(batch)
+    if (mask := batch.pop("attention_mask", None)) is not None: _check_mask(mask)
     if context.group is not None and context.ranks > 1: _same_batch(batch, context)
     positions = batch.get("position_ids")
     if positions is None: positions = torch.arange(L, device=next(iter(batch.values())).device).expand(B, L)
@@ -171,9 +179,21 @@ def shard_batch(
     batch["position_ids"] = torch.cat([positions, filler.to(positions.dtype)], 1)
     return {n: shard(t, 1, PADDING.get(n, 0), context) for n, t in batch.items()}
 
-def _right_padded(mask):
-    if mask.ndim == 2 and (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
-        raise ValueError("Context parallel attention takes padding at the right end only: set the tokenizer's padding_side to right.")
+def _batch_shape(batch):
+    "(B, L) of all tensors; positions may be [1,L]."
+    shapes = {n: tuple(t.shape) for n, t in batch.items()}
+    rows, lengths = ({s[d] for s in shapes.values() if len(s) > 1} for d in (0, 1))
+    if any(len(s) < 2 for s in shapes.values()) or len(lengths) != 1 or len(rows - {1}) > 1:
+        raise ValueError(f"Every tensor of a batch must be [B,L,...], with one B and one L: {', '.join(f'{n} {list(s)}' for n, s in shapes.items())}.")
+    return max(rows), *lengths
+
+def _check_mask(mask):
+    "Only a mask [B,L] of 0 and 1, padded on the right, says nothing that attention would have to know."
+    if mask.ndim != 2: return
+    if mask.dtype != torch.bool and mask.numel() and mask.max() > 1:
+        raise ValueError(f"The attention mask counts to {mask.max():g}, as one that numbers documents: give documents by position_ids that restart at 0, and a mask of 0 and 1.")
+    if (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
+        raise ValueError("Context parallel attention takes padding at the right end only: set the tokenizer's padding_side to right; to generate, give prompts of one length, or one at a time.")
 
 # %% ../../nbs/02_context.parallel.ipynb #d47fb08a
 @dataclass(frozen=True)
@@ -391,8 +411,9 @@ def parallel_attention(
     context: Context = None,
 ) -> Tensor: # [B,s,H,E]
     "Causal attention over the whole sequence, of which each rank holds its shard. Differentiable once."
-    context, length = context or current_context(), q.shape[1] * (context or current_context()).ranks
-    if length % context.multiple: raise ValueError(f"{q.shape[1]} tokens per rank can't be a shard of a zigzag order: cut the batch with shard_batch.")
+    context = context or current_context()
+    length = _whole(q.shape[1], context)
+    if not q.dtype == k.dtype == v.dtype: raise ValueError(f"Queries, keys and values must be of one dtype, not {', '.join(str(t.dtype).removeprefix('torch.') for t in (q, k, v))}.")
     if q.shape[:2] != k.shape[:2] or k.shape != v.shape: raise ValueError(f"Queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} must be of the same tokens.")
     if documents is not None and (len(documents) != q.shape[0] or any(d[0] != 0 or d[-1] != length or list(d) != sorted(d) for d in documents)):
         raise ValueError(f"The borders of the documents must run from 0 to {length}, the padded length of the whole sequence, and never back, in each of the {q.shape[0]} rows.")
@@ -423,27 +444,47 @@ def _from_positions(local, B, context):
     if kept and kept[0]() is local and kept[1] == version:
         again = _current is None and torch._C._current_graph_task_id() != -1  # checkpointing computes a layer again after context_parallel has ended
         if kept[2] == context or again: return kept[3], kept[2]
-    whole = local.contiguous()
-    if context.ranks > 1: whole = unshard(whole, 1, context=context)
-    documents = documents_of(whole)
+    whole = local.contiguous() if context.ranks == 1 else unshard(local, 1, context=context)
+    try: documents = documents_of(whole)
+    except ValueError:
+        if context.ranks == 1 or not torch.equal(whole, _join([local] * context.ranks, 1, context)): raise
+        raise ValueError(f"Every rank holds the same positions, {local.min()} to {local.max()}: {_UNCUT}") from None
     documents = documents * B if len(documents) == 1 else documents
     key = id(local)
     _known[key] = weakref.ref(local, lambda _: _known.pop(key, None)), version, context, documents
     return documents, context
 
 # %% ../../nbs/02_context.parallel.ipynb #6a1fb251
+def _window_setting(config):
+    "How this kind of model does without a sliding window."
+    if hasattr(config, "use_sliding_window"): return "use_sliding_window to False"
+    return "layer_types to full_attention for all layers" if "sliding_attention" in (getattr(config, "layer_types", None) or ()) else "sliding_window to None"
+
 def _refuse(module, context, q, k, attention_mask, dropout, options):
+    "What longva_cp has no answer to, in a sentence."
     if dropout: raise ValueError("longva_cp knows no attention dropout: set attention_dropout to 0 in the config.")
     window = options.get("sliding_window")
-    if window and window < k.shape[2] * context.ranks: raise ValueError(f"longva_cp knows no sliding window, and layer {getattr(module, 'layer_idx', '?')} wants one of {window} tokens: set use_sliding_window to False.")
+    if window and window < k.shape[2] * context.ranks:
+        raise ValueError(f"longva_cp knows no sliding window, and layer {getattr(module, 'layer_idx', '?')} wants one of {_tokens(window)}: "
+                         f"set {_window_setting(getattr(module, 'config', None))} in the config, or use another attn_implementation.")
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None: raise ValueError(f"longva_cp knows no {name}: use another attn_implementation for this model.")
     if attention_mask is not None and attention_mask.ndim == 4: raise ValueError("longva_cp makes no use of a mask [B,1,L,S]: give documents by position_ids that restart at 0.")
-    if context.ranks > 1 and q.shape[2] != k.shape[2]: raise ValueError("A key/value cache can't be spread over ranks: generate on one rank.")
-    at = options.get("position_ids")
-    if q.shape[2] != k.shape[2] and at is not None and int(at.max()) + 1 != k.shape[2]:
-        raise ValueError(f"The key/value cache has {k.shape[2]} places for {int(at.max()) + 1} tokens: longva_cp needs a dynamic cache, which holds the tokens so far and nothing else.")
+    if attention_mask is not None: _check_mask(attention_mask)
 
+_packed = weakref.WeakSet()  # attention modules that last read several documents at once
+
+def _refuse_cache(module, context, q, k, options):
+    "Queries that come after cached keys: one rank, one document, and no place is empty."
+    if context.ranks > 1: raise ValueError("A key/value cache can't be spread over ranks: leave context_parallel first, and generate on one rank.")
+    borders = options.get("cu_seq_lens_q")
+    if borders is not None and len(borders) > 2 or isinstance(module, torch.nn.Module) and module in _packed:
+        raise ValueError("The key/value cache holds several documents, and longva_cp would let the next token see all of them: generate from a single document, with position_ids that never restart.")
+    at = options.get("position_ids")
+    if at is not None and int(at.max()) + 1 != k.shape[2]:
+        raise ValueError(f"The key/value cache has {k.shape[2]} places for {_tokens(int(at.max()) + 1)}: longva_cp needs a dynamic cache, which holds the tokens of one document so far and nothing else.")
+
+# %% ../../nbs/02_context.parallel.ipynb #1ba3b88f
 def longva_cp(
     module,
     # [B,H,s,E]
@@ -462,22 +503,27 @@ def longva_cp(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, False, **options)
     context = current_context()
     _refuse(module, context, query, key, attention_mask, dropout, options)
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    if q.shape[1] != k.shape[1]: return block_attention(q.to(v.dtype), k.to(v.dtype), v, True, scaling)[0], None  # generation, one document
+    q, k, v = (t.to(value.dtype).transpose(1, 2) for t in (query, key, value))  # norms and rotations may come out wider
+    if q.shape[1] != k.shape[1]:
+        _refuse_cache(module, context, query, key, options)
+        return block_attention(q, k, v, True, scaling)[0], None
     borders, positions = options.get("cu_seq_lens_q"), options.get("position_ids")
     documents = None
     if borders is not None: documents = [tuple(borders.tolist() if isinstance(borders, Tensor) else borders)] * len(q)
     elif positions is not None and positions.ndim == 2: documents, context = _from_positions(positions, len(q), context)
+    if isinstance(module, torch.nn.Module): (_packed.add if documents and max(map(len, documents)) > 2 else _packed.discard)(module)
     device = query.device.type
     if torch.is_autocast_enabled(device): q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
     with torch.autocast(device, enabled=False): return parallel_attention(q, k, v, documents, scaling, context), None
 
-def _no_mask(*args, attention_mask=None, use_vmap=False, **options):
+def _no_mask(*args, attention_mask=None, use_vmap=False, q_length=None, kv_length=None, **options):
     "The mask of longva_cp is none; what would need one is refused."
     if "allow_is_bidirectional_skip" in options and "allow_is_causal_skip" not in options or options.get("allow_is_causal_skip") is False and options.get("allow_is_bidirectional_skip"):
-        return sdpa_mask(*args, attention_mask=attention_mask, use_vmap=use_vmap, **options)
+        return sdpa_mask(*args, attention_mask=attention_mask, use_vmap=use_vmap, q_length=q_length, kv_length=kv_length, **options)
     if use_vmap: raise ValueError("longva_cp knows causal attention within documents only; this model asks for a mask of its own.")
-    if attention_mask is not None: _right_padded(attention_mask)
+    if attention_mask is None: return
+    if q_length == kv_length: _check_mask(attention_mask)
+    elif not attention_mask.all(): raise ValueError("longva_cp can't generate from padded prompts: give prompts of one length, or one at a time.")
 
 AttentionInterface.register("longva_cp", longva_cp)
 AttentionMaskInterface.register("longva_cp", _no_mask)

@@ -273,22 +273,24 @@ def advice(
     return [x for x in found if x[1] >= plan.length] + sorted((x for x in found if x[1] < plan.length), key=lambda x: (x[0][0] == "*", -x[1]))
 
 # %% ../../nbs/04_context.plan.ipynb #0e517ffb
+def _tokens(n): return f"{n:,} token{'s' * (n != 1)}"
+
 def _gb(x): return f"{x / 1e12:.2f} TB" if x >= 1e12 else f"{x / 1e9:.1f} GB"
 
 def _limit(p):
     "What limits, as a sentence."
     most, over = longest(p), p.over
-    if over is None: return f"{p.length:,} tokens fit; up to {most:,} would, then {_over(replace(p, length=most + 1))} memory runs out."
+    if over is None: return f"{_tokens(p.length)} fit{'s' * (p.length == 1)}; up to {most:,} would, then {_over(replace(p, length=most + 1))} memory runs out."
     parts, has = (p.parts[0], p.gpu_gib * 2**30) if over == "GPU" else (p.parts[1], p.host_gib * 2**30)
     largest = max((k for k in parts if k != "left alone"), key=parts.get)
     who = ("the GPU" if p.gpus == 1 else "each GPU") if over == "GPU" else "the host"
-    said = f"{p.length:,} tokens do not fit: {who} has {_gb(has)} and would need {_gb(sum(parts.values()))}, of which {largest} {_gb(parts[largest])}; "
+    said = f"{_tokens(p.length)} {'does' if p.length == 1 else 'do'} not fit: {who} has {_gb(has)} and would need {_gb(sum(parts.values()))}, of which {largest} {_gb(parts[largest])}; "
     said += f"the longest sequence that fits is {most:,}" if most else "not even one token fits"
     return said + (f"; next: {p.advice[0][0].lstrip('*')}, for up to {p.advice[0][1]:,}." if p.advice else ".")
 
 def _table(p):
     "The plan as text."
-    lines = [f"{p.length:,} tokens on {p.gpus} GPU{'s' * (p.gpus > 1)} of {p.gpu_gib:g} GiB, host of {p.host_gib:g} GiB; {p.tokens:,} tokens on each GPU"]
+    lines = [f"{_tokens(p.length)} on {p.gpus} GPU{'s' * (p.gpus > 1)} of {p.gpu_gib:g} GiB, host of {p.host_gib:g} GiB; {_tokens(p.tokens)} on each GPU"]
     for title, parts, has in [("each GPU", p.parts[0], p.gpu_gib), ("host", p.parts[1], p.host_gib)]:
         if not parts: continue
         lines += ["", f"{title:<26}{'GB':>9}"] + [f"  {name:<24}{size / 1e9:>9.1f}" for name, size in parts.items()]

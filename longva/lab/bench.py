@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDLES', 'Word', 'answer_words', 'Answer', 'NeedleBench', 'mini_film', 'mini_bench', 'Place', 'strip', 'fill',
-           'growing_map', 'ring', 'recorded']
+           'growing_map', 'recorded']
 
 # %% ../../nbs/64_lab.bench.ipynb #585ce5f5
 import json
@@ -232,10 +232,10 @@ def growing_map(
     if not trials: figure.layout.annotations[0].text = f"{title}<br><sup>nothing filled yet</sup>"
     line = border(frames, train_frames)
     if line is not None: figure.add_vline(x=line, line=dict(color="black", dash="dot", width=2))
-    if spot: ring(figure, frames, depths, *spot)
+    if spot: _ring(figure, frames, depths, *spot)
     return figure
 
-def ring(figure, frames, depths, n, depth):
+def _ring(figure, frames, depths, n, depth):
     "Mark a place of the map; between two columns it stands between them."
     x = float(np.interp(math.log(n), np.log(frames), range(len(frames))))
     y = float(np.interp(depth, depths, range(len(depths))))
