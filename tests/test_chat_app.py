@@ -1,49 +1,15 @@
 """The chat app in a real browser: it answers about uploads, stops, refuses in sentences, keeps no upload, and sends nothing out."""
-import os
 import socket
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
-from queue import Empty, Queue
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from app_toy import flags, free_port, patience, start, wait_for
 from PIL import Image
 
 from longva.mini.world import draw_frame, film_scenes, scene_words, write_film
 from longva.vision.video import write_video
-
-root = Path(__file__).resolve().parents[1]
-app = root / "apps" / "chat" / "app.py"
-flags = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-patience = 180  # seconds; for a machine with other things to do
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def start(*options, **env):
-    env = os.environ | {"NO_PROXY": "127.0.0.1,localhost", "PYTHONUNBUFFERED": "1"} | env
-    return subprocess.Popen([sys.executable, app, *map(str, options)], env=env, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(process, word):
-    "The first printed line with this word."
-    lines, said = Queue(), []
-    threading.Thread(target=lambda: ([lines.put(line) for line in process.stdout], lines.put(None)), daemon=True).start()
-    try:
-        while (line := lines.get(timeout=patience)) is not None:
-            said.append(line)
-            if word in line:
-                return line
-    except Empty:
-        pass
-    pytest.fail(f"the app did not say {word}:\n{''.join(said)}")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +21,7 @@ def rooms(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(chromium, rooms):
     pytest.importorskip("gradio", reason="gradio is not installed, so the chat app is not tested (make env)")
-    process = start("--port", free_port(), TMPDIR=str(rooms))
+    process = start("chat", "--port", free_port(), TMPDIR=str(rooms))
     yield wait_for(process, "http://").split()[1].rstrip("/")
     process.terminate()
     process.wait(30)
@@ -184,7 +150,7 @@ def test_stop(page, rooms, tmp_path):
 
 def test_refusals(tmp_path):
     def refusal(*options):
-        process = start(*options)
+        process = start("chat", *options)
         said, _ = process.communicate(timeout=patience)
         said = [line for line in said.strip().splitlines() if not line.startswith("Loading")]
         assert process.returncode != 0 and len(said) == 1 and said[0].endswith("."), said

@@ -1,49 +1,15 @@
 """The needle app in a real browser: nothing leaves the machine, and what the page says is what the bench says."""
-import os
 import socket
-import subprocess
-import sys
-import threading
-from pathlib import Path
-from queue import Empty, Queue
 from urllib.parse import urlsplit
 
 import pytest
-
-root = Path(__file__).resolve().parents[1]
-app = root / "apps" / "needle" / "app.py"
-flags = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
-patience = 180  # seconds; for a machine with other things to do
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def start(*options):
-    env = os.environ | {"NO_PROXY": "127.0.0.1,localhost", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, app, *map(str, options)], env=env, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(process, word):
-    "The first printed line with this word."
-    lines, said = Queue(), []
-    threading.Thread(target=lambda: ([lines.put(line) for line in process.stdout], lines.put(None)), daemon=True).start()
-    try:
-        while (line := lines.get(timeout=patience)) is not None:
-            said.append(line)
-            if word in line:
-                return line
-    except Empty:
-        pass
-    pytest.fail(f"the app did not say {word}:\n{''.join(said)}")
+from app_toy import flags, free_port, patience, start, wait_for
 
 
 @pytest.fixture(scope="module")
 def process(chromium, tmp_path_factory):
     pytest.importorskip("gradio", reason="gradio is not installed, so the needle app is not tested (make env)")
-    process = start("--port", free_port(), "--demo", tmp_path_factory.mktemp("none"))  # whatever runs/demo holds, the maps begin empty
+    process = start("needle", "--port", free_port(), "--demo", tmp_path_factory.mktemp("none"))  # whatever runs/demo holds, the maps begin empty
     yield process
     process.terminate()
     process.wait(30)
@@ -150,7 +116,7 @@ def test_heat_map_and_short_twin(page, bench):
 
 
 def refusal(*options):
-    process = start(*options)
+    process = start("needle", *options)
     said, _ = process.communicate(timeout=patience)
     assert process.returncode != 0 and "Traceback" not in said
     assert len(said.strip().splitlines()) == 1 and said.strip().endswith("."), said

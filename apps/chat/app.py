@@ -2,13 +2,11 @@
 
     python apps/chat/app.py [--model mini-longva] [--device-map auto] [--host 127.0.0.1] [--port 7861] [--share]
 """
-import argparse
 import base64
 import io
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from pathlib import Path
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}  # before gradio: nothing is sent
 
 from longva import mini
+from longva.lab.serve import check_address, launch, server_options
 
 FILM, SEED, LARGEST = 96, 11, 2 << 30  # frames of the film to try, what it shows, bytes of an upload
 ABOUT = """
@@ -180,28 +179,11 @@ def about_world():
     return len(OBJECTS), next(thing for thing in OBJECTS if shown.count(thing) == 1)
 
 
-def port(text):
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 65535: raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, not {text}")
-    return int(text)
-
-
 def options():
-    parser = argparse.ArgumentParser(description="The chat app.")
+    parser = server_options("The chat app.", 7861)
     parser.add_argument("--model", default="mini-longva", help=f"{', '.join(mini.NAMES)}, a folder, or a name on the Hugging Face hub (with HF_HUB_OFFLINE=0)")
     parser.add_argument("--device-map", help="for transformers: auto, cpu, cuda:1; by default the GPU if there is one")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=port, default=7861)
-    parser.add_argument("--share", action="store_true", help="a public address through Gradio's servers")
-    parser.error = lambda message: parser.exit(2, f"{message}.\n")
     return parser.parse_args()
-
-
-def check_address(host, port):
-    "Fail at once, not after everything is loaded."
-    try: socket.create_server((host, port)).close()
-    except OSError as error:
-        busy = error.errno in (48, 98, 10048)  # as macOS, Linux and Windows count
-        sys.exit(f"Port {port} is in use: stop what runs there, or choose another with --port." if busy else f"There is no serving at {host}, port {port}: {error.strerror}.")
 
 
 def main():
@@ -222,12 +204,7 @@ def main():
             from longva.mini.world import write_film
             film = write_film(rooms / "film.mp4", FILM, SEED, side=56)
         page = build(gr, model, processor, asked.model, hint, film)
-        try:
-            page.launch(server_name=asked.host, server_port=asked.port, share=asked.share, quiet=True, prevent_thread_lock=True, ssr_mode=False, max_file_size=LARGEST,
-                        run_history=False, footer_links=[], css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
-        except OSError: check_address(asked.host, asked.port); raise
-        print(f"Open {page.share_url or page.local_url} (ctrl-c stops it)", flush=True)
-        page.block_thread()
+        launch(gr, page, asked, css=CSS, max_file_size=LARGEST)
     finally: shutil.rmtree(rooms, ignore_errors=True)
 
 

@@ -2,11 +2,9 @@
 
     python apps/needle/app.py [--model mini-longva] [--demo runs/demo] [--host 127.0.0.1] [--port 7860] [--share]
 """
-import argparse
 import base64
 import io
 import os
-import socket
 import sys
 from functools import lru_cache
 from html import escape
@@ -15,6 +13,7 @@ from pathlib import Path
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}  # before gradio: nothing is fetched, nothing is sent
 
 from longva import mini
+from longva.lab.serve import check_address, launch, server_options
 
 DEMO = Path(__file__).resolve().parents[2] / "runs" / "demo"
 ABOUT = """
@@ -186,28 +185,11 @@ def build(gr, first, demo):
     return page.queue(max_size=32)
 
 
-def port(text):
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 65535: raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, not {text}")
-    return int(text)
-
-
 def options():
-    parser = argparse.ArgumentParser(description="The needle app.")
+    parser = server_options("The needle app.", 7860)
     parser.add_argument("--model", default="mini-longva", help=f"the first to be shown: {', '.join(mini.NAMES)}")
     parser.add_argument("--demo", type=Path, default=DEMO, help="results of `longva demo`, for the heat maps")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=port, default=7860)
-    parser.add_argument("--share", action="store_true", help="a public address through Gradio's servers")
-    parser.error = lambda message: parser.exit(2, f"{message}.\n")
     return parser.parse_args()
-
-
-def check_address(host, port):
-    "Fail at once, not after everything is loaded."
-    try: socket.create_server((host, port)).close()
-    except OSError as error:
-        busy = error.errno in (48, 98, 10048)  # as macOS, Linux and Windows count
-        sys.exit(f"Port {port} is in use: stop what runs there, or choose another with --port." if busy else f"There is no serving at {host}, port {port}: {error.strerror}.")
 
 
 def main():
@@ -222,12 +204,7 @@ def main():
     try: bench(asked.model)
     except mini.UnknownModel as error: sys.exit(str(error))
     page = build(gr, asked.model, asked.demo)
-    try:
-        page.launch(server_name=asked.host, server_port=asked.port, share=asked.share, quiet=True, prevent_thread_lock=True, ssr_mode=False,
-                    run_history=False, footer_links=[], css=CSS, theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
-    except OSError: check_address(asked.host, asked.port); raise
-    print(f"Open {page.share_url or page.local_url} (ctrl-c stops it)", flush=True)
-    page.block_thread()
+    launch(gr, page, asked, css=CSS)
 
 
 if __name__ == "__main__":
