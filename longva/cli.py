@@ -42,6 +42,8 @@ def one_sentence(
     out,
 ):
     "Errors that a user can do something about are one sentence on stderr; ctrl-c is another."
+    said_here = lambda record: not record.getMessage().startswith("Stopped.")  # a sweep says itself how to go on; here the command says it
+    logging.getLogger("longva").addFilter(said_here)
     try:
         from longva.needle.trials import check_folder
         check_folder(out)
@@ -60,6 +62,7 @@ def one_sentence(
         if not isinstance(error, Usage) and not type(error).__module__.startswith("longva."): raise  # not one of our own: a fault, which shows where it is
         _say(str(error))
         raise typer.Exit(2 if isinstance(error, (Usage, UnknownModel)) else 1) from None
+    finally: logging.getLogger("longva").removeFilter(said_here)
 
 # %% ../nbs/80_cli.ipynb #9737929f
 def numbers(
@@ -100,13 +103,8 @@ def demo_command(
     "The paper's Figure 4 in miniature: four panels and a control, two minutes at most on two cores."
     with one_sentence(out):
         typer.echo("Four panels and a control. Ctrl-c stops and keeps what is done.")
-        _one_voice()
         from longva.lab.demo import SEED, demo, report
         report(demo(out, workers, SEED if seed is None else seed), out)
-
-def _one_voice():
-    "A sweep says itself how to go on after ctrl-c; here the command says it."
-    logging.getLogger("longva").addFilter(lambda record: not record.getMessage().startswith("Stopped."))
 
 # %% ../nbs/80_cli.ipynb #92c287b2
 def model_folder(
@@ -228,7 +226,6 @@ def vniah_command(
         hide, seed = needles or beside(haystack), 0
         check_base(rope_base)
         where, (lengths, places) = model_folder(model), check(haystack, hide, frames, depths, fps)
-        _one_voice()
         from longva.lab.demo import put_needles
         from longva.needle.vniah import run
         net, processor = load_model(where)
@@ -356,7 +353,6 @@ def niah_command(
         if haystack: text_files(haystack)
         columns, rows = grid(columns, rows, "tokens")
         if perplexity and columns[0] < 2: raise Usage("--perplexity needs --lengths of at least 2 tokens, one to read and one to score.")
-        _one_voice()
         from longva.needle import niah
         net, tokenizer = reading_model(model, rope_base, bool(haystack))
         own = own_words(tokenizer)

@@ -286,14 +286,24 @@ def _ends_with(path, sign) -> bool:
         return file.read().rstrip(b"\0").endswith(sign)
 
 
+def _breaks_off(path, container, stream, packets) -> bool:
+    "Whether a GIF has no end, or a Flash film ends more than two frames before the length that it tells."
+    if container.format.name == "gif": return not _ends_with(path, b";")
+    if container.format.name != "flv" or not container.duration or not len(packets.pts): return False
+    rate = float(stream.guessed_rate or stream.average_rate or 25)
+    return float(packets.pts.max() * stream.time_base) + 2 / rate < container.duration / 1e6 - 1 / rate
+
+
 @lru_cache(maxsize=4)
 def _indexed(path, state) -> _Index:
     "The index of a file in this `state`."
     with _open(path) as (container, stream):
         packets = _packets(container, stream, path.stat().st_size)
-        if packets.torn or container.format.name == "gif" and not _ends_with(path, b";"): raise VideoError(f"{path} is truncated, it breaks off before its end: copy or download it again.")
+        if packets.torn or _breaks_off(path, container, stream, packets): raise VideoError(f"{path} is truncated, it breaks off before its end: copy or download it again.")
         kind, rate, tick = container.format.name, stream.average_rate, stream.time_base
         guess, label = stream.guessed_rate or rate or 25, _label(kind, stream.codec_context.codec, packets)
+        empty = VideoError(f"{path} has a video track without a single frame: copy it again, or re-encode it with ffmpeg.")
+        if not len(packets.pts): raise empty
         strict = packets.closed and kind != "mpegts" and stream.codec_context.name != "mjpeg"       # broadcast and webcams are sloppy, and fine to look at
     if label == "count":
         seconds, rate = _steady(_frame_times(path, tick), float(guess)), guess
@@ -305,7 +315,7 @@ def _indexed(path, state) -> _Index:
         places = np.unique(places[~packets.hidden & (places >= keys[0, 0])])           # nothing before the first keyframe can be decoded
         seconds = (places - places[:1]) * tick.numerator / tick.denominator
         if kind == "mpegts": seconds = _steady(seconds, float(guess), longest=10)
-    if not len(places): raise VideoError(f"{path} has a video track without a single frame: copy it again, or re-encode it with ffmpeg.")
+    if not len(places): raise empty
     mean = (len(places) - 1) / seconds[-1] if seconds[-1] else float(rate or 1)
     fps = float(rate if rate and abs(mean / float(rate) - 1) < 0.02 else mean)    # the declared rate, where times agree
     return _Index(seconds, places, keys, fps, label, kind, strict)
