@@ -419,6 +419,15 @@ def test_a_file_that_changed_is_read_anew(tmp_path):
     with pytest.raises(VideoError, match="no file"): read_frames(path)
 
 
+@pytest.mark.parametrize("path", ["", "  "])
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, path):
+    from PIL import Image
+    for k in range(3): Image.fromarray(bars(1)[0]).save(tmp_path / f"{k}.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VideoError, match="path of a video is empty"): read_frames(path, n=1)
+    assert len(read_frames(".", n=3)) == 3  # a name that was given
+
+
 def test_moving_webp_is_a_sentence(tmp_path):
     from PIL import Image
     first, *more = [Image.fromarray(frame) for frame in bars(3)]

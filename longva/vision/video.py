@@ -49,6 +49,7 @@ def _one_sentence(
 def _path(path) -> Path:
     "A path, or a sentence."
     if not isinstance(path, (str, os.PathLike)): raise VideoError(f"The path of a video must be a text or a Path, not {str(path)[:60]!r} ({type(path).__name__}).")
+    if not str(path).strip(): raise VideoError("The path of a video is empty: name a file, or a folder of pictures.")
     return Path(path)
 
 
