@@ -141,9 +141,18 @@ def test_rows_that_cannot_be_used(world):
         with pytest.raises(BadRow):
             read_row(row(dict(video=film, conversations=talk("<video>\nhm", "red"))), reading)
         assert row_length(row(dict(video=film, conversations=talk("<video>\nhm", "red"))), reading) == 0
-    for data in (None, 3, [], "broken JSON", {}, dict(good, conversations=[]), dict(good, conversations=talk("<image>")), dict(good, conversations=talk("<image> <image>", "red")), dict(good, conversations=[{"from": "gpt", "value": None}])):
+    for data in (None, 3, [], "broken JSON", {}, dict(good, conversations=[]), dict(good, conversations=talk("<image>")), dict(good, conversations=talk("<image> <image>", "red")), dict(good, conversations=[{"from": "gpt", "value": None}]),
+                 dict(good, conversations=talk("<image>\n" + question, " \n")), dict(good, conversations=[{"from": ["human"], "value": "<image>"}, {"from": "gpt", "value": "red"}]),
+                 dict(good, conversations=talk("<image>\nhm \ud800", "red"))):
         with pytest.raises(BadRow):
             read_row(row(data), reading)
+
+
+def test_one_rate_for_all_parts_is_refused(world, tmp_path):
+    "It would be without effect."
+    with pytest.raises(TrainError, match="learning rate of its own"):
+        align("mini-2", world / "captions.json", tmp_path / "run", world / "model", lr=1e-9)
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_and_mixtures(tmp_path):
@@ -156,7 +165,8 @@ def test_files_and_mixtures(tmp_path):
     assert ids[:6] == [0, 1, 2, 7, 8, 9] and len(set(ids[6:11])) == 5 and ids[11:] == [*range(10)] * 2
     assert ids == [r.data["id"] for r in open_data(tmp_path / "mix.yaml")] and [r.number for r in take(open_data(tmp_path / "b.jsonl"), "end:2")] == [9, 10]
     for name, content, why in [("c.json", "[1,", "broken JSON"), ("c.json", "{}", "list of rows"), ("c.json", "[]", "no rows"), ("c.yaml", "- a", "`datasets`"),
-                               ("c.yaml", "datasets: [{a: 1}]", "json_path"), ("c.yaml", f"datasets: [{{json_path: {tmp_path}/a.json, sampling_strategy: 'last:3'}}]", "sampling strategy"), ("c.csv", "", "must be")]:
+                               ("c.yaml", "datasets: [{a: 1}]", "json_path"), ("c.yaml", f"datasets: [{{json_path: {tmp_path}/a.json, sampling_strategy: 'last:3'}}]", "sampling strategy"), ("c.yaml", "datasets: 3", "list `datasets`"),
+                               ("c.yaml", f"datasets: [{{json_path: {tmp_path}/a.json, sampling_strategie: 'first:2'}}]", "known are json_path"), ("c.csv", "", "must be")]:
         (tmp_path / name).write_text(content)
         with pytest.raises(DataError, match=why):
             open_data(tmp_path / name)

@@ -207,3 +207,9 @@ def test_full_disk(things, tmp_path):
 def test_mini_list(tmp_path):
     done = longva("mini", "list", cwd=tmp_path)
     assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == ["mini-longva", "mini-anyres", "mini-short"]
+
+
+@pytest.mark.parametrize("command", [["vniah", "--model", "mini-longva", "--haystack", ""], ["extend", "--preset", "mini", "--out", ""], ["extend", "--preset", "mini", "--text", ""]], ids=" ".join)
+def test_an_empty_path_is_not_the_current_folder(tmp_path, command):
+    done = longva(*command, cwd=tmp_path)
+    assert done.returncode == 2 and ("it is empty" in done.stderr or "Say with --text" in done.stderr) and not list(tmp_path.iterdir())

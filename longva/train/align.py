@@ -202,6 +202,7 @@ def named_preset(name: str) -> Preset:
 
 def recipe_for(preset: Preset, count: int, **changes) -> Recipe:
     "The preset's Recipe for so many rows of data; steps and warm-up follow from them."
+    if "lr" in changes: raise TrainError("Each part of the model has a learning rate of its own: change the preset's rates, and not lr.")
     try: recipe = replace(preset.recipe, **changes)
     except TypeError as e: raise TrainError(f"A recipe has no such setting ({e}).") from None
     steps = recipe.steps or max(1, math.ceil(preset.epochs * count / recipe.rows))

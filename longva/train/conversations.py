@@ -94,12 +94,15 @@ def open_data(
 
 def _mixture(file, seed):
     "Rows of a YAML mixture; names in it are as seen from the working folder, or else from the file's own."
-    try: parts = yaml.safe_load(file.read_text())["datasets"]
+    try:
+        parts = yaml.safe_load(file.read_text())["datasets"]
+        if not isinstance(parts, list): raise TypeError
     except OSError as e: raise DataError(f"The data {file} cannot be read ({e.strerror}).") from None
-    except (yaml.YAMLError, KeyError, TypeError): raise DataError(f"{file} must be YAML with a list `datasets`.") from None
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError): raise DataError(f"{file} must be YAML with a list `datasets`.") from None
     rows = []
-    for k, part in enumerate(parts or [], 1):
+    for k, part in enumerate(parts, 1):
         if not isinstance(part, dict) or "json_path" not in part: raise DataError(f"Data set {k} of {file} has no json_path.")
+        if unknown := {*part} - {"json_path", "sampling_strategy"}: raise DataError(f"Data set {k} of {file} has {min(map(str, unknown))!r}: known are json_path and sampling_strategy.")
         path = str(part["json_path"])
         here = path if Path(path).is_absolute() or Path(path).exists() else str(file.parent / path)
         rows += take(open_data(here, seed), part.get("sampling_strategy", "all"), seed + k)
@@ -147,7 +150,10 @@ def parse_row(data) -> Conversation:
     if not isinstance(turns, list) or not turns: raise BadRow("it has no conversations")
     messages = []
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str): raise BadRow("a turn must have `from` (human or gpt) and a text `value`")
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in ("from", "value")) or turn["from"] not in ROLES:
+            raise BadRow("a turn must have `from` (human or gpt) and a text `value`")
+        if re.search("[\ud800-\udfff]", turn["value"]): raise BadRow("half a character stands in the text (a lone surrogate)")
+        if ROLES[turn["from"]] == "assistant" and not turn["value"].strip(): raise BadRow("an answer is empty")
         messages.append(dict(role=ROLES[turn["from"]], content=place_pictures(turn["value"], videos and not images)))
     asked = [m["role"] for m in messages if m["role"] != "system"]
     if asked != ["user", "assistant"] * (len(asked) // 2) or not asked: raise BadRow(f"human and gpt must take turns, and a human begins: here speak {', '.join(asked) or 'none'}")
