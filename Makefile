@@ -9,7 +9,7 @@ HOW := install one, or name one: make PYTHON=/path/to/python3.12 $(or $(MAKECMDG
 export GRADIO_ANALYTICS_ENABLED := False
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env demo test app chat lab export notebooks readme clean
+.PHONY: help env demo test app chat lab export notebooks readme docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -28,7 +28,7 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear .venv || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt-get install python3-venv)."; exit 1; }
 	@echo "Setting up .venv: a minute or more, the first time only."
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools
-	$(BIN)/python -m pip install --no-compile -c constraints.txt --no-build-isolation -e ".[dev,lab,apps,train]"
+	$(BIN)/python -m pip install --no-compile -c constraints.txt --no-build-isolation -e ".[dev,lab,apps,train,docs]"
 	@printf '%s' "$(CURDIR)" > $@
 
 demo: $(STAMP)  ## the paper's Figure 4 in miniature, on two CPU cores
@@ -57,6 +57,9 @@ notebooks: $(STAMP)  ## run notebooks again and save their outputs; NB="nbs/a.ip
 
 readme: $(STAMP)  ## nbs/index.ipynb -> README.md
 	$(BIN)/python tools/readme.py
+
+docs: $(STAMP)  ## the notebooks as pages, in _docs
+	$(BIN)/python tools/docs.py
 
 clean:  ## caches and build leftovers; .venv and runs/ stay
 	rm -rf build dist _proc _docs _site_src *.egg-info .pytest_cache .ruff_cache .gradio

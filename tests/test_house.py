@@ -2,6 +2,7 @@
 import configparser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,23 @@ def test_run_notebooks(house):
     assert path.read_bytes() == saved
 
 
+def test_docs(house):
+    figure = {"data": {"application/vnd.plotly.v1+json": {"data": [{"type": "bar", "y": [3, 1]}], "layout": {}}}, "metadata": {}, "output_type": "display_data"}
+    change_cell(house / "nbs" / "index.ipynb", outputs=[figure])
+    (house / "nbs" / "paper").mkdir()
+    write_notebook(house / "nbs" / "paper" / "table1.ipynb", "Table 1\n\nSee [thing](../10_room.thing.ipynb) and `twice`, $x^2$ and `$HOME`.\n", "#| hide\n1/0", "2 + 2")
+    assert run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house).returncode == 0
+    done = run(sys.executable, "tools/docs.py", cwd=house)
+    assert done.returncode == 0 and "3 notebooks are pages now: open _docs/index.html" in done.stdout, done.stderr
+    pages = {page.relative_to(house / "_docs").as_posix(): page.read_text() for page in (house / "_docs").glob("**/*.html")}
+    assert 'id="twice"' in pages["room.thing.html"] and "default_exp" not in pages["room.thing.html"]
+    table = pages["paper/table1.html"]
+    assert 'href="../room.thing.html"' in table and "<math" in table and "$HOME" in table and "1/0" not in table
+    assert "Plotly.newPlot" in pages["index.html"] and (house / "_docs" / "assets" / "plotly.min.js").stat().st_size > 1e6
+    fetched = r'<(?:script|img|iframe|link)\b(?=[^>]*\b(?:rel="(?:stylesheet|preconnect|preload)"|src=))[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"'
+    assert not [(name, found[0]) for name, text in pages.items() if (found := re.search(fetched, text))]
+
+
 def test_import_is_light():
     code = "import sys, time; t = time.perf_counter(); import longva; print(time.perf_counter() - t, *{'torch', 'transformers', 'numpy'} & set(sys.modules))"
     seconds, *heavy = run(sys.executable, "-c", code, cwd=root).stdout.split()
@@ -179,7 +197,7 @@ def test_requirements_and_pins(tmp_path):
             extras.setdefault(name, [])
         elif line:
             extras[name].append(Requirement(line))
-    assert set(extras) == {"", "lab", "apps", "train", "gpu", "dev"}
+    assert set(extras) == {"", "lab", "apps", "train", "gpu", "dev", "docs"}
     pins = dict(line.split("==") for line in (root / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     for need in (need for name, needs in extras.items() if name != "gpu" for need in needs):
