@@ -45,6 +45,7 @@ from longva.train.run import (
     same_run,
     save_checkpoint,
     trained,
+    versions,
 )
 
 # %% ../../nbs/31_train.loop.ipynb #3b09b3cf
@@ -98,7 +99,7 @@ class TokenLoss(torch.nn.Module):
 
     def count(self, batch: dict) -> float: return counted(batch)
 
-    def length(self, batch: dict) -> list: return [batch["input_ids"].shape[1]] * len(batch["input_ids"])
+    def length(self, sample: dict) -> list: return [len(sample["input_ids"])]
 
     def shard(self, batch: dict) -> dict: return shard_batch(batch)
 
@@ -268,11 +269,10 @@ def _told(wrong, ranks):
     said = agree(str(wrong) if wrong else None, ranks)
     return wrong or TrainError(said)
 
-def _operations(config, lengths, recipe):
-    "FLOPs of the model, and with those that are done twice; 0 for an architecture that the planner doesn't know."
-    try: each = [operations(config, L, recipe.checkpointing) for L in lengths]
-    except PlanError: each = []
-    return [sum(done[what] for done in each) for what in ("model", "hardware")]
+def _operations(config, lengths, padded, recipe):
+    "FLOPs that the model needs, and those that are done: padding, too, and some of it twice. 0 for an architecture that the planner doesn't know."
+    try: return [sum(operations(config, L, recipe.checkpointing)[what] for L in Ls) for what, Ls in (("model", lengths), ("hardware", padded))]
+    except PlanError: return [0.0, 0.0]
 
 def _figures(loss, ranks):
     "What the loss has to tell of this step, added up over ranks."
@@ -299,11 +299,13 @@ def _sharing(loss, recipe, ranks):
 def _step(engine, batches, step, recipe, ranks, cut):
     "All micro-batches of one step: mean loss, tokens and FLOPs of all ranks; gradients are left on the engine."
     torch.manual_seed((recipe.seed * 1_000_003 + step) % 2**63)
-    loss, wrong, micros = engine.loss, None, []
-    try: micros = [loss.collate([batches(step, r) for r in rows]) for rows in ranks.rows(recipe)]
+    loss, wrong, samples, micros = engine.loss, None, [], []
+    try:
+        samples = [[batches(step, r) for r in rows] for rows in ranks.rows(recipe)]
+        micros = list(map(loss.collate, samples))
     except (ValueError, OSError) as e: wrong = e
-    lengths = [L for m in micros for L in loss.length(m)]
-    sums = [sum(map(loss.count, micros)), sum(lengths), *_operations(loss.model.config, lengths, recipe), float(wrong is not None)]
+    lengths, padded = [L for part in samples for s in part for L in loss.length(s)] if micros else [], [m["input_ids"].shape[1] for m in micros for _ in m["input_ids"]]
+    sums = [sum(map(loss.count, micros)), sum(lengths), *_operations(loss.model.config, lengths, padded, recipe), float(wrong is not None)]
     sums = torch.tensor(sums, dtype=torch.float64, device=ranks.device)
     if ranks.world > 1: dist.all_reduce(sums); sums /= ranks.cp  # ranks that share a sequence have counted it alike
     normalizer, tokens, *flops, failed = sums.tolist()
@@ -384,9 +386,9 @@ def train(
     check_memory(model, getattr(batches, "length", 1), recipe, ranks)
     loss = TokenLoss(model) if loss is None else loss
     groups = [dict(g, top=g["lr"]) for g in groups or weight_groups(loss, recipe)]
-    begun = dict(rates=[g["lr"] for g in groups], model=model_facts(loss), about=about or {})
+    begun = dict(rates=[g["lr"] for g in groups], model=model_facts(loss), about=about or {}, versions=versions())
     with one_run(out, ranks):
-        together(ranks, lambda: same_run(out, recipe, **begun))
+        together(ranks, lambda: same_run(out, recipe, begun["rates"], begun["model"], begun["about"]))
         model.train()
         if recipe.checkpointing: recompute_layers(model, recipe.offload, use_reentrant=recipe.engine == "deepspeed")
         losses, asked = _run(loss, batches, out, recipe, groups, ranks, dict(recipe=asdict(recipe), **begun))
