@@ -67,7 +67,7 @@ def test_both_stages_learn(world, tmp_path):
     assert all("layers.2." in n or "post_layernorm" in n for n in still)  # the tower's last layer is not used
     metrics = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
     found = bad(tmp_path / "two")
-    assert {(f["row"], Path(f["file"]).name) for f in found} == {(41, "talk.jsonl")} and "truncated" in found[0]["why"]
+    assert {(f["row"], Path(f["file"]).name) for f in found} == {(41, "talk.jsonl")} and "cannot be read as an image" in found[0]["why"]
     assert sum(m["bad_rows"] for m in metrics) == len(found) in (8, 9) and found[0]["instead"].endswith("line 1")
     assert [f["step"] for f in found] == [m["step"] for m in metrics if m["bad_rows"]]
 
@@ -133,7 +133,7 @@ def test_rows_that_cannot_be_used(world):
     (world / "text.png").write_text("no picture")
     (world / "empty.mp4").write_bytes(b"")
     for change, why in {
-        "lost.png": "no file", "half.png": "truncated", "text.png": "cannot identify", "": "0 images are named", ".": "s a directory",
+        "lost.png": "no file", "half.png": "half.png cannot be read as an image", "text.png": "cannot be read as an image", "": "0 images are named", ".": "is a folder, not an image",
     }.items():
         with pytest.raises(BadRow, match=f"(?i){why}"):
             read_row(row(dict(good, image=change)), reading)

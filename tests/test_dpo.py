@@ -16,18 +16,8 @@ from PIL import Image
 
 from longva.mini import folder, load
 from longva.train.conversations import BadRow, DataError, Row
-from longva.train.dpo import (
-    Clips,
-    DPOLoss,
-    answer_log_probs,
-    collate_pairs,
-    dpo,
-    dpo_loss,
-    encode_pair,
-    kept_reference,
-    read_pair,
-    read_pairs,
-)
+from longva.train.dpo import DPOLoss, answer_log_probs, dpo, dpo_loss, kept_reference
+from longva.train.pairs import Clips, collate_pairs, encode_pair, read_pair, read_pairs
 from longva.train.recipe import TrainError
 from longva.train.run import checkpoints
 from longva.vision.video import write_video
@@ -206,11 +196,11 @@ def test_command_names_bad_rows_and_margins_grow(unbroken, data):
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert any("mm_projector" in n for n in moved) and any("layers.0" in n for n in moved) and not any("vision_tower" in n for n in moved)
     pairs, _ = read_pairs(data)
-    clips = Clips(processor, frames=4)
+    clips = Clips(model, processor, frames=4)
     kept, sure = kept_reference(out / "reference"), []
     for i, pair in enumerate(pairs):
         if "bad" in kept[i]: continue
-        with torch.no_grad(): sums, _ = DPOLoss(model).log_probs(collate_pairs([encode_pair(pair, processor, clips)]))
+        with torch.no_grad(): sums, _ = DPOLoss(model).log_probs(collate_pairs([encode_pair(pair, clips)]))
         sure.append(float(sums[0] - sums[1]) > kept[i]["chosen"] - kept[i]["rejected"])
     assert sure == [True] * 5
 
@@ -274,7 +264,7 @@ def test_frozen_tower_runs_once_for_each_clip(unbroken, data, tmp_path, monkeypa
     trainer(data, tmp_path / "never", steps=2, rows=5, loss="ipo", beta=0.5, reference=tmp_path / "once/reference")
     assert calls == []
     trainer(data, tmp_path / "always", steps=1, rows=5, parts=("tower", "projector", "language"))
-    assert len(calls) == 5 + 5  # five pairs for the reference, the text with a black frame, and once a pair in training: not once an answer
+    assert len(calls) == 4 + 5  # four clips for the reference; in training once a pair, the text with a black frame: not once an answer
 
 
 def test_trained_tower_gets_gradients(data, tmp_path):
@@ -291,7 +281,7 @@ def test_time_stamps_of_the_processor_are_kept(data, tmp_path):
     pair = read_pairs(data)[0][0]
     for stamps in (False, True):
         processor.time_stamps = stamps
-        ids = encode_pair(pair, processor, Clips(processor, 3, folder=tmp_path, model=model))["prompt"]
+        ids = encode_pair(pair, Clips(model, processor, 3, folder=tmp_path))["prompt"]
         text = processor.apply_chat_template(pair.prompt, tokenize=False, add_generation_prompt=True)
         film = read_frames(pair.files("video")[0], n=3)
         assert torch.equal(ids, processor(text=text, videos=[film])["input_ids"][0]) and (len(ids) > 14) == stamps
