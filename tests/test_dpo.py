@@ -1,10 +1,8 @@
 """Preference training: losses against reference numbers, log-probabilities against plain ones, `longva dpo` killed, resumed, and on two ranks."""
 import json
 import math
-import os
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -21,8 +19,6 @@ from longva.train.pairs import Clips, collate_pairs, encode_pair, read_pair, rea
 from longva.train.recipe import TrainError
 from longva.train.run import checkpoints
 from longva.vision.video import write_video
-
-toy.context.set_forkserver_preload(["train_toy", "test_dpo"])  # ranks are forked with everything imported
 
 
 @pytest.fixture(scope="module")
@@ -132,37 +128,21 @@ def data(tmp_path_factory):
     return where / "pairs.jsonl"
 
 
-def command(args, env, said, slow):
+def command(out, settings):
     "One rank of `longva dpo`."
-    os.environ.update(env)
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    torch.set_num_threads(1)
     from longva.cli import app
     from longva.train import dpo as module
     PRESETS, replace = module.PRESETS, module.replace
     PRESETS["mini"] = replace(PRESETS["mini"], recipe=replace(PRESETS["mini"].recipe, save_every=2))
     first = DPOLoss.forward
-    def slowly(self, batch, normalizer): time.sleep(slow); return first(self, batch, normalizer)
-    if slow: DPOLoss.forward = slowly
-    app(["dpo", *map(str, args)])
+    def slowly(self, batch, normalizer): time.sleep(settings["slow"]); return first(self, batch, normalizer)
+    if settings["slow"]: DPOLoss.forward = slowly
+    app(["dpo", *map(str, settings["args"])])
 
 
-def start(out, data, *args, world=1, slow=0):
-    path = os.environ.get("PYTHONPATH", "")
-    if str(toy.folder) not in path.split(os.pathsep):  # the server looks there for what it imports
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(toy.folder), str(toy.folder.parent), path]))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+def start(out, data, *args, world=1, slow=0, **more):
     options = ["--preset", "mini", "--data", data, "--out", out, "--steps", 8, "--rows", 4, "--bad-share", 0.3, "--lr", 1e-3, *args]
-    ranks = []
-    for r in range(world):
-        said = Path(f"{out}.{time.time_ns()}.{r}.err")
-        ranks.append(toy.context.Process(target=command, args=(options, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, str(said), slow)))
-        ranks[-1].said = said
-        ranks[-1].start()
-    return ranks
+    return toy.start(out, world, body=command, args=options, slow=slow, **more)
 
 
 def run(out, data, *args, world=1):

@@ -275,7 +275,9 @@ def frames_of(path, fps: float, most: int | None) -> tuple: # (how many, argumen
 def image_layout(path, p) -> tuple: # (columns, rows)
     "How an image will be cut, from its header; `p` is a LongVAImageProcessor."
     if p.image_fit != "grids": return 1, 1
-    with Image.open(path) as image: size, turned = image.size, image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF: on its side
+    with Image.open(path) as image:
+        told = "exif" in image.info or image.format == "TIFF"  # asked without reason, a PNG would be decoded to its end
+        size, turned = image.size, told and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # on its side
     return choose_grid(*(size[::-1] if turned else size), p.grid, p.max_grids, p.grids and [tuple(g) for g in p.grids])
 
 # %% ../../nbs/32a_train.conversations.ipynb #2ff0655a
