@@ -30,9 +30,10 @@ from ..context.loss import linear_cross_entropy
 from ..context.parallel import current_context, shard, shard_batch
 from ..model.modeling import LongVA, LongVAConfig, arrange, pool_patches, put_tokens
 from ..model.processing import LongVAProcessor
+from .batch import TokenLoss, collate
 from .conversations import BadRow, DataError, Reading, Row, front_end, open_data, read_row, row_length, squares
 from .extend import open_tokenizer
-from .loop import TokenLoss, collate, train, trained_weights
+from .loop import train, trained_weights
 from .recipe import Ranks, Recipe, TrainError, agree, find_ranks, together
 from .run import RECORD, checkpoints, finished, trained, weights_hash
 

@@ -31,8 +31,9 @@ from ..model.checkpoint import CheckpointError
 from ..model.modeling import LongVA
 from ..model.processing import LongVAProcessor
 from .align import embed_pictures, save_model, weight_groups, whole_weights
+from .batch import TokenLoss
 from .conversations import BadRow, Row
-from .loop import TokenLoss, train
+from .loop import train
 from .pairs import Clips, bad_row, collate_pairs, content_key, encode_pair, half, read_pairs, refuse_bad, render
 from .recipe import Ranks, Recipe, TrainError, agree, find_ranks, together
 from .run import checkpoints, finished, weights_hash

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..model.processing import expand_placeholders, frames_text
+from .batch import PADDING
 from .conversations import BadRow, DataError, Row, front_end, names_in, open_data
-from .loop import PADDING
 from .recipe import TrainError
 from .run import weights_hash
 from ..vision.video import read_frames
