@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from longva.train import data as D
+from longva.train.text import TextFolder
 
 words = ["<|endoftext|>", "<unk>", *"abcdefgh"]
 
@@ -189,7 +190,7 @@ def test_odd_json_is_named_by_line(tmp_path, row):
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa b")
-    assert D.TextFolder(tmp_path)[0] == ("text", "a b")
+    assert TextFolder(tmp_path)[0] == ("text", "a b")
 
 
 def test_broken_line_is_found_before_anything_is_written(text, tmp_path):
