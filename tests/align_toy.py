@@ -1,5 +1,6 @@
 """A small world to align with: pictures of one colour, a film, text, and a picture that broke off; and one rank of a run."""
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -69,3 +70,10 @@ def one_rank(out, settings):
         Rows.__call__ = lambda *at: (time.sleep(slow), read(*at))[1]
     world = Path(settings.pop("folder"))
     align(settings.pop("stage", "mini-2"), world / settings.pop("data", "talk.jsonl"), Path(out), world / "model", **{"bad_share": 0.1, "workers": 1, **settings})
+
+
+def command(out, settings):
+    "`longva align`; what it prints goes where its errors go."
+    from longva.cli import app
+    os.dup2(2, 1)
+    app(["align", *map(str, settings["args"])])

@@ -153,7 +153,7 @@ def parse_row(data) -> Conversation:
     "Check a row of LLaVA's format, and put its placeholders in order."
     if isinstance(data, str): raise BadRow(data)
     if not isinstance(data, dict): raise BadRow(f"a row must be an object, not {type(data).__name__}")
-    images, videos, turns = names_in(data, "image"), names_in(data, "video"), data.get("conversations")
+    images, videos, turns = (*(names_in(data, kind) or names_in(data, f"{kind}s") for kind in ("image", "video")), data.get("conversations"))
     if not isinstance(turns, list) or not turns: raise BadRow("it has no conversations")
     messages = []
     for turn in turns:
