@@ -1,12 +1,12 @@
 """A small world to align with: pictures of one colour, a film, text, and a picture that broke off; and one rank of a run."""
 import json
+import os
 import re
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import train_toy as toy
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +16,6 @@ from longva.model.processing import LongVAProcessor
 from longva.train.align import Rows, align
 from longva.vision.video import write_video
 
-toy.context.set_forkserver_preload(["train_toy", "align_toy"])
 colours = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "grey": (128, 128, 128)}
 names, question = list(colours), "which colour?"
 said = "You are a helpful assistant. system user which colour? red green blue grey say\n"
@@ -70,4 +69,11 @@ def one_rank(out, settings):
     if slow:
         Rows.__call__ = lambda *at: (time.sleep(slow), read(*at))[1]
     world = Path(settings.pop("folder"))
-    align(settings.pop("stage", "mini-2"), world / "talk.jsonl", Path(out), world / "model", **{"bad_share": 0.1, "workers": 1, **settings})
+    align(settings.pop("stage", "mini-2"), world / settings.pop("data", "talk.jsonl"), Path(out), world / "model", **{"bad_share": 0.1, "workers": 1, **settings})
+
+
+def command(out, settings):
+    "`longva align`; what it prints goes where its errors go."
+    from longva.cli import app
+    os.dup2(2, 1)
+    app(["align", *map(str, settings["args"])])

@@ -1,8 +1,5 @@
 """Corpora: killed and gone on with, broken text, and the reader against a plain reading of the files."""
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_toy as toy
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from longva.train import data as D
+from longva.train.text import TextFolder
 
 words = ["<|endoftext|>", "<unk>", *"abcdefgh"]
 
@@ -45,38 +44,44 @@ def prepare(text, out, **kw):
     return D.prepare_corpus(text, tokenizer(), out, **{"length": 256, "min_upsample": 512, "shard": 2**13, **kw})
 
 
+@pytest.fixture(scope="module")
+def made(text, tmp_path_factory):
+    "The corpus of the text, and its report."
+    out = tmp_path_factory.mktemp("made") / "corpus"
+    return out, prepare(text, out)
+
+
 def files(folder):
     return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
 
 
-def test_sigkill_changes_nothing(text, tmp_path):
-    prepare(text, tmp_path / "whole")
-    code = f"""
-import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_data as T
-T.D._write = (lambda write: lambda path, save: (time.sleep(0.05), write(path, save)))(T.D._write)
-T.prepare({str(text)!r}, {str(tmp_path / 'killed')!r})
-"""
+def slow(out, settings):
+    "A preparation that takes its time over every file."
+    write = D._write
+    D._write = lambda path, save: (time.sleep(0.05), write(path, save))
+    prepare(settings["text"], out)
+
+
+def test_sigkill_changes_nothing(text, made, tmp_path):
     for shards in (1, 3):
-        process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+        (process,) = toy.start(tmp_path / "killed", body=slow, text=str(text))
         end = time.time() + 120
         while len(list((tmp_path / "killed").glob("shard-*[0-9].bin"))) < shards:
-            assert process.poll() is None and time.time() < end
+            assert process.exitcode is None and time.time() < end
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not (tmp_path / "killed/corpus.json").exists()
         with pytest.raises(D.CorpusError, match="half a corpus"):
             D.Corpus(tmp_path / "killed")
     prepare(text, tmp_path / "killed")
     left = files(tmp_path / "killed")
-    assert {k: v for k, v in left.items() if not k.endswith(".part")} == files(tmp_path / "whole")
+    assert {k: v for k, v in left.items() if not k.endswith(".part")} == files(made[0])
 
 
-def test_mixture_stays_and_long_documents_gain(text, tmp_path):
+def test_mixture_stays_and_long_documents_gain(made):
     "Counted again from the tokens on disk."
-    report = prepare(text, tmp_path / "corpus")
-    corpus = D.Corpus(tmp_path / "corpus", length=2)
+    report, corpus = made[1], D.Corpus(made[0], length=2)
     flat = np.concatenate([t for t, _ in corpus.shards])
     lengths = np.diff(np.append(np.flatnonzero(flat == 0), len(flat))) - 1
     assert abs(sum(n for cell in report.after.values() for n in cell[1:]) - lengths.sum()) < 256  # less than a sample is dropped
@@ -96,7 +101,7 @@ def test_no_class_of_length_is_off_by_more_than_a_document(text, tmp_path):
         assert rate < 1 + 1e-9 and abs(report.after.get((d, octave, long), [0])[0] - n * rate) < 1
 
 
-@pytest.mark.parametrize("tokens", [20_000, 400_000])
+@pytest.mark.parametrize("tokens", [20_000, 250_000])
 def test_asked_amount(text, tmp_path, tokens):
     "Less than there is, or more: then documents come again."
     report = prepare(text, tmp_path / "corpus", tokens=tokens)
@@ -110,10 +115,9 @@ def test_stream_stops_at_the_wanted_amount(tmp_path):
     assert abs(report.domains()["even"][1] - 26 / 51) < 0.05
 
 
-def test_samples_are_the_tokens_in_a_row(text, tmp_path):
-    prepare(text, tmp_path / "corpus")
-    flat = np.concatenate([np.fromfile(p, dtype=np.uint16) for p in sorted((tmp_path / "corpus").glob("shard-?????.bin"))])
-    corpus = D.Corpus(tmp_path / "corpus", documents=True)
+def test_samples_are_the_tokens_in_a_row(made):
+    flat = np.concatenate([np.fromfile(p, dtype=np.uint16) for p in sorted(made[0].glob("shard-?????.bin"))])
+    corpus = D.Corpus(made[0], documents=True)
     assert torch.equal(torch.cat([corpus[i]["input_ids"] for i in range(len(corpus))]), torch.from_numpy(flat[: len(corpus) * 256].astype(np.int64)))
     for i in (0, 5, len(corpus) - 1):
         p, expected = 0, []
@@ -123,12 +127,11 @@ def test_samples_are_the_tokens_in_a_row(text, tmp_path):
         assert corpus[i]["position_ids"].tolist() == expected
 
 
-def test_order_depends_on_step_and_row_alone(text, tmp_path):
-    prepare(text, tmp_path / "corpus")
-    one, two = (D.Corpus(tmp_path / "corpus", rows=4) for _ in range(2))
+def test_order_depends_on_step_and_row_alone(made):
+    one, two = (D.Corpus(made[0], rows=4) for _ in range(2))
     two(7, 1)
     assert torch.equal(one(3, 2)["input_ids"], two(3, 2)["input_ids"])
-    other = D.Corpus(tmp_path / "corpus", rows=4, seed=1)
+    other = D.Corpus(made[0], rows=4, seed=1)
     assert any(not torch.equal(one(k, 0)["input_ids"], other(k, 0)["input_ids"]) for k in range(3))
 
 
@@ -189,7 +192,7 @@ def test_odd_json_is_named_by_line(tmp_path, row):
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa b")
-    assert D.TextFolder(tmp_path)[0] == ("text", "a b")
+    assert TextFolder(tmp_path)[0] == ("text", "a b")
 
 
 def test_broken_line_is_found_before_anything_is_written(text, tmp_path):
@@ -199,6 +202,55 @@ def test_broken_line_is_found_before_anything_is_written(text, tmp_path):
     with pytest.raises(D.CorpusError, match=r"mail\.jsonl, line 21: broken JSON"):
         prepare(broken, tmp_path / "corpus")
     assert not (tmp_path / "corpus").exists()
+
+
+class Stream:
+    "As an IterableDataset of `datasets`: it begins anew each time, skips, and may break off in one of its passes."
+    def __init__(self, rows, broken=None):
+        self.rows, self.broken, self.passes = rows, broken, 0
+
+    def __iter__(self):
+        self.passes += 1
+        for n, row in enumerate(self.rows):
+            if self.broken == (self.passes, n):
+                raise ConnectionError("Connection reset by peer")
+            yield row
+
+    def skip(self, n):
+        rest = Stream(self.rows[n:])
+        if self.broken:
+            self.passes += 1
+            rest.broken = (1, self.broken[1] - n) if self.passes == self.broken[0] else None
+        return rest
+
+
+def test_stream_of_the_hub_goes_on_where_it_broke_off(tmp_path, monkeypatch):
+    "By its name, and with a `datasets` of three lines; the result is that of a list of the same rows. Another dataset is noticed."
+    rows = [{"text": " ".join("abcdefgh"[(i * k) % 8] for k in range(1 + i % 40)), "domain": "even" if i % 2 else "odd"} for i in range(400)]
+    served = {}
+    hub = type(sys)("datasets")
+    hub.load_dataset = lambda name, split, streaming: served[name]
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    make = lambda source, out: prepare(source, tmp_path / out, length=32, min_upsample=30, shard=256)
+    make(rows, "list")
+    shards = lambda out: {name: data for name, data in files(tmp_path / out).items() if name.startswith("shard")}
+    served["some/text"] = Stream(rows)
+    make("some/text", "whole")
+    assert shards("whole") == shards("list")
+    for number, broken in enumerate([(1, 3), (2, 100), (3, 1), (3, 250)]):  # the first rows, the measuring, the packing before a shard and after
+        served["some/text"] = Stream(rows, broken)
+        with pytest.raises(D.StreamError, match=rf"^some/text broke off at row {broken[1]} .Connection reset by peer.: call again"):
+            make("some/text", f"broken-{number}")
+        assert (tmp_path / f"broken-{number}/journal.json").exists() == (broken[0] == 3)
+        served["some/text"] = Stream(rows)
+        make("some/text", f"broken-{number}")
+        assert shards(f"broken-{number}") == shards("list")
+    served |= {"some/text": Stream([dict(rows[0], text="h h h"), *rows[1:]]), "other/text": Stream(rows)}
+    for name, out in (("some/text", "whole"), ("other/text", "whole")):
+        with pytest.raises(D.CorpusError, match="another text"):
+            make(name, out)
+    with pytest.raises(D.CorpusError, match="another text"):
+        make(rows[:-1] + [dict(rows[-1], text="h")], "list")
 
 
 def test_hub_without_datasets_is_a_sentence(tmp_path, monkeypatch):

@@ -1,10 +1,9 @@
 """Preference training: losses against reference numbers, log-probabilities against plain ones, `longva dpo` killed, resumed, and on two ranks."""
 import json
 import math
-import os
+import re
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -16,23 +15,11 @@ from PIL import Image
 
 from longva.mini import folder, load
 from longva.train.conversations import BadRow, DataError, Row
-from longva.train.dpo import (
-    Clips,
-    DPOLoss,
-    answer_log_probs,
-    collate_pairs,
-    dpo,
-    dpo_loss,
-    encode_pair,
-    kept_reference,
-    read_pair,
-    read_pairs,
-)
+from longva.train.dpo import DPOLoss, answer_log_probs, dpo, dpo_loss, kept_reference
+from longva.train.pairs import Clips, collate_pairs, encode_pair, read_pair, read_pairs
 from longva.train.recipe import TrainError
 from longva.train.run import checkpoints
 from longva.vision.video import write_video
-
-toy.context.set_forkserver_preload(["train_toy", "test_dpo"])  # ranks are forked with everything imported
 
 
 @pytest.fixture(scope="module")
@@ -142,37 +129,21 @@ def data(tmp_path_factory):
     return where / "pairs.jsonl"
 
 
-def command(args, env, said, slow):
+def command(out, settings):
     "One rank of `longva dpo`."
-    os.environ.update(env)
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    torch.set_num_threads(1)
     from longva.cli import app
     from longva.train import dpo as module
     PRESETS, replace = module.PRESETS, module.replace
     PRESETS["mini"] = replace(PRESETS["mini"], recipe=replace(PRESETS["mini"].recipe, save_every=2))
     first = DPOLoss.forward
-    def slowly(self, batch, normalizer): time.sleep(slow); return first(self, batch, normalizer)
-    if slow: DPOLoss.forward = slowly
-    app(["dpo", *map(str, args)])
+    def slowly(self, batch, normalizer): time.sleep(settings["slow"]); return first(self, batch, normalizer)
+    if settings["slow"]: DPOLoss.forward = slowly
+    app(["dpo", *map(str, settings["args"])])
 
 
-def start(out, data, *args, world=1, slow=0):
-    path = os.environ.get("PYTHONPATH", "")
-    if str(toy.folder) not in path.split(os.pathsep):  # the server looks there for what it imports
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(toy.folder), str(toy.folder.parent), path]))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+def start(out, data, *args, world=1, slow=0, **more):
     options = ["--preset", "mini", "--data", data, "--out", out, "--steps", 8, "--rows", 4, "--bad-share", 0.3, "--lr", 1e-3, *args]
-    ranks = []
-    for r in range(world):
-        said = Path(f"{out}.{time.time_ns()}.{r}.err")
-        ranks.append(toy.context.Process(target=command, args=(options, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, str(said), slow)))
-        ranks[-1].said = said
-        ranks[-1].start()
-    return ranks
+    return toy.start(out, world, body=command, args=options, slow=slow, **more)
 
 
 def run(out, data, *args, world=1):
@@ -206,11 +177,11 @@ def test_command_names_bad_rows_and_margins_grow(unbroken, data):
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert any("mm_projector" in n for n in moved) and any("layers.0" in n for n in moved) and not any("vision_tower" in n for n in moved)
     pairs, _ = read_pairs(data)
-    clips = Clips(processor, frames=4)
+    clips = Clips(model, processor, frames=4)
     kept, sure = kept_reference(out / "reference"), []
     for i, pair in enumerate(pairs):
         if "bad" in kept[i]: continue
-        with torch.no_grad(): sums, _ = DPOLoss(model).log_probs(collate_pairs([encode_pair(pair, processor, clips)]))
+        with torch.no_grad(): sums, _ = DPOLoss(model).log_probs(collate_pairs([encode_pair(pair, clips)]))
         sure.append(float(sums[0] - sums[1]) > kept[i]["chosen"] - kept[i]["rejected"])
     assert sure == [True] * 5
 
@@ -235,7 +206,8 @@ def test_killed_run_goes_on_bit_for_bit(unbroken, data, tmp_path):
 def test_two_ranks_equal_one(unbroken, data, tmp_path):
     run(tmp_path / "two", data, world=2)
     for a, b in zip(log(unbroken[0]), log(tmp_path / "two"), strict=True):
-        assert all(abs(a[k] - b[k]) < 1e-4 for k in ("loss", "reward_margin", "reward_chosen", "reward_accuracy", "sft_loss")), (a, b)
+        assert all(abs(a[k] - b[k]) < 1e-4 for k in ("loss", "reward_margin", "reward_chosen", "sft_loss")) and a["tokens"] == b["tokens"], (a, b)
+        assert a["step"] == 1 or a["reward_accuracy"] == b["reward_accuracy"]  # at the start all margins are rounding
     lines = [f.read_text().splitlines() for f in sorted((tmp_path / "two/reference").glob("rank-*.jsonl"))]
     assert [len(x) for x in lines] == [3, 3]  # six pairs, shared out
     assert kept_reference(tmp_path / "two/reference") == kept_reference(unbroken[0] / "reference")
@@ -245,7 +217,8 @@ def test_two_ranks_share_a_sequence(unbroken, data, tmp_path):
     shutil.copytree(unbroken[0] / "reference", tmp_path / "cp/reference")
     run(tmp_path / "cp", data, "--cp", 2, world=2)
     for a, b in zip(log(unbroken[0]), log(tmp_path / "cp"), strict=True):
-        assert all(abs(a[k] - b[k]) < 1e-4 for k in ("loss", "reward_margin", "reward_accuracy", "sft_loss")), (a, b)
+        assert all(abs(a[k] - b[k]) < 1e-4 for k in ("loss", "reward_margin", "sft_loss")) and a["tokens"] == b["tokens"], (a, b)
+        assert a["step"] == 1 or a["reward_accuracy"] == b["reward_accuracy"]  # at the start all margins are rounding
 
 
 def test_zero3_with_a_text_on_one_rank(unbroken, data, tmp_path):
@@ -254,7 +227,7 @@ def test_zero3_with_a_text_on_one_rank(unbroken, data, tmp_path):
     shutil.copytree(unbroken[0] / "reference", tmp_path / "zero/reference")
     run(tmp_path / "zero", data, "--engine", "deepspeed", world=2)
     for a, b in zip(log(unbroken[0]), log(tmp_path / "zero"), strict=True):
-        assert all(abs(a[k] - b[k]) < 1e-3 for k in ("loss", "reward_margin", "reward_accuracy", "sft_loss")), (a, b)
+        assert all(abs(a[k] - b[k]) < 1e-3 for k in ("loss", "reward_margin", "sft_loss")), (a, b)
     a, b = toy.weights(unbroken[0] / "model"), toy.weights(tmp_path / "zero/model")
     apart = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])  # Adam follows even the sign of rounding, where there is no gradient
     assert a.keys() == b.keys() and apart.mean() < 1e-5
@@ -274,7 +247,7 @@ def test_frozen_tower_runs_once_for_each_clip(unbroken, data, tmp_path, monkeypa
     trainer(data, tmp_path / "never", steps=2, rows=5, loss="ipo", beta=0.5, reference=tmp_path / "once/reference")
     assert calls == []
     trainer(data, tmp_path / "always", steps=1, rows=5, parts=("tower", "projector", "language"))
-    assert len(calls) == 5 + 5  # five pairs for the reference, the text with a black frame, and once a pair in training: not once an answer
+    assert len(calls) == 4 + 5  # four clips for the reference; in training once a pair, the text with a black frame: not once an answer
 
 
 def test_trained_tower_gets_gradients(data, tmp_path):
@@ -284,38 +257,87 @@ def test_trained_tower_gets_gradients(data, tmp_path):
     assert moved and all("vision_tower" in n for n in moved)
 
 
-def test_time_stamps_of_the_processor_are_kept(data, tmp_path):
-    "The prompt is what the processor makes of it, also when it writes the time of each frame; and the tower's cache knows the difference."
+@pytest.mark.parametrize("front", [{}, dict(time_stamps=True), dict(frame_delimiters=" and ", time_stamps=True), dict(frames_fit="pad"), dict(image_fit="crop", image_pool_stride=1)], ids=str)
+def test_prompt_and_pixels_are_the_processors(data, tmp_path, front):
+    "Also with words before the picture, with features from the disk, and in the embeddings that the model itself makes; and the tower's cache tells front ends apart."
+    from longva.model.modeling import LongVA
+    from longva.model.processing import LongVAProcessor
     from longva.vision.video import read_frames
-    model, processor = load("mini-longva")
-    pair = read_pairs(data)[0][0]
-    for stamps in (False, True):
-        processor.time_stamps = stamps
-        ids = encode_pair(pair, processor, Clips(processor, 3, folder=tmp_path, model=model))["prompt"]
-        text = processor.apply_chat_template(pair.prompt, tokenize=False, add_generation_prompt=True)
-        film = read_frames(pair.files("video")[0], n=3)
-        assert torch.equal(ids, processor(text=text, videos=[film])["input_ids"][0]) and (len(ids) > 14) == stamps
-    assert len(list(tmp_path.iterdir())) == 2
+    model, plain = load("mini-longva")
+    ours = {k: v for k, v in front.items() if not k.startswith("image")}
+    config = type(model.config)(**{**model.config.to_dict(), **{k: v for k, v in front.items() if k not in ours}})
+    torch.manual_seed(0)
+    model, processor = LongVA(config).eval(), LongVAProcessor.from_config(config, plain.tokenizer, plain.chat_template, **ours)
+    row = dict(images=["a.png"], videos=["0.mp4"], prompt=[dict(role="user", content="find owl <image> red <video> blue")], chosen="rings", rejected="dots")
+    pair = read_pair(Row(str(data), 1, row))
+    film = read_frames(pair.files("video")[0], n=3)
+    text = processor.apply_chat_template(pair.prompt, tokenize=False, add_generation_prompt=True)
+    made = processor(text=text, images=[str(pair.files("image")[0])], videos=[film])
+    whole = model.embed(made["input_ids"], made["pixel_values"], made["image_layouts"], made["pixel_values_videos"])
+    for place in (None, tmp_path, tmp_path):
+        sample = encode_pair(pair, Clips(model, processor, 3, folder=place))
+        assert torch.equal(sample["prompt"], made["input_ids"][0]) and torch.equal(sample["image_layouts"], made["image_layouts"])
+        if place is None: assert torch.equal(sample["image_pixels"], made["pixel_values"]) and torch.equal(sample["video_pixels"], made["pixel_values_videos"])
+        with torch.no_grad(): embeds = DPOLoss(model).embed(collate_pairs([sample]))
+        n = len(sample["prompt"])
+        assert torch.allclose(embeds[0, :n], whole[0], atol=1e-6) and torch.allclose(embeds[1, :n], whole[0], atol=1e-6)
+    Clips(model, LongVAProcessor.from_config(config, plain.tokenizer, plain.chat_template, **{**ours, "frame_delimiters": " or "}), 3, folder=tmp_path)("video", pair.files("video")[0])
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_file_that_goes_away_in_training_is_a_sentence(unbroken, data, tmp_path):
-    where = shutil.copytree(data.parent, tmp_path / "data")
-    shutil.copytree(unbroken[0] / "reference", tmp_path / "run/reference")
-    shutil.rmtree(tmp_path / "run/reference/features")
-    (where / "0.mp4").write_bytes(bytes((where / "0.mp4").stat().st_size))
-    with pytest.raises(TrainError, match="could be read before training, and no more"): trainer(where / data.name, tmp_path / "run", steps=4, rows=5)
+def test_file_that_goes_away_in_training_is_a_sentence(unbroken, data, tmp_path, monkeypatch):
+    "Between the reference and the training; the tower is trained, so pixels are read again."
+    where, first = shutil.copytree(data.parent, tmp_path / "data"), DPOLoss.forward
+    def lose(self, batch, normalizer): (where / "0.mp4").unlink(missing_ok=True); return first(self, batch, normalizer)
+    monkeypatch.setattr(DPOLoss, "forward", lose)
+    with pytest.raises(TrainError, match="could be read before training, and no more"): trainer(where / data.name, tmp_path / "run", steps=4, rows=5, parts=("tower", "projector", "language"))
 
 
 def test_reference_of_something_else_is_refused(unbroken, data, tmp_path):
+    "Another model, were it in one number; other settings; other words; and another film of the same name and size."
     folder_of = lambda name: shutil.copytree(unbroken[0] / "reference", tmp_path / name / "reference") and tmp_path / name
-    with pytest.raises(TrainError, match="belong to another model"): trainer(data, folder_of("a"), model=str(unbroken[0] / "model"))
+    model, processor = load("mini-longva")
+    with torch.no_grad(): next(p for n, p in model.named_parameters() if "layers.0" in n).view(-1)[5] += 1e-3
+    model.save_pretrained(tmp_path / "model"); processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(TrainError, match="belong to another model"): trainer(data, folder_of("a"), model=str(tmp_path / "model"))
     with pytest.raises(TrainError, match="belong to other settings"): trainer(data, folder_of("b"), frames=2)
     rows = data.read_text().splitlines()
     other = data.parent / "other.jsonl"
     other.write_text("\n".join([rows[0].replace("rings", "dots"), *rows[1:]]))
     with pytest.raises(TrainError, match="belong to other pairs"): trainer(other, folder_of("c"))
-    assert not any((tmp_path / x / "metrics.jsonl").exists() for x in "abc")
-    with pytest.raises(TrainError, match="was begun with beta 0.1 .now 0.5."): trainer(data, unbroken[0], beta=0.5)
+    where = shutil.copytree(data.parent, tmp_path / "data")
+    film, size = (where / "0.mp4").read_bytes(), (where / "0.mp4").stat().st_size
+    (where / "0.mp4").write_bytes(film[:-1] + bytes([film[-1] ^ 1]))
+    assert (where / "0.mp4").stat().st_size == size
+    with pytest.raises(TrainError, match="belong to other pairs"): trainer(where / data.name, folder_of("d"))
+    assert not any((tmp_path / x / "metrics.jsonl").exists() for x in "abcd")
+
+
+def test_finished_run_is_done_for_its_own_settings_alone(unbroken, data, tmp_path):
+    "As long as its checkpoints are there, and afterwards."
+    out = shutil.copytree(unbroken[0], tmp_path / "run")
+    again = lambda **changes: trainer(data, out, **{**dict(steps=8, rows=4), **changes})
+    for _ in ("with checkpoints", "without"):
+        for wrong, said in ((dict(beta=0.5), "beta 0.1 .now 0.5"), (dict(loss="hinge"), "loss sigmoid .now hinge"), (dict(lr=1e-4), "lr 0.001 .now 0.0001"), (dict(rows=2), "rows 4 .now 2"), (dict(steps=9), "steps 8 .now 9"),
+                            (dict(sft=0.5), "sft 0.0 .now 0.5"), (dict(seed=3), "seed 0 .now 3"), (dict(parts=("language",)), "parts .*now"), (dict(frames=2, reference=tmp_path / "two"), "frames 4 .now 2"), (dict(length=900, reference=tmp_path / "short"), "length 1024 .now 900")):
+            with pytest.raises(TrainError, match=f"was begun with {said}"): again(**wrong)
+        assert again() == out / "model"
+        for checkpoint in out.glob("step-*"): shutil.rmtree(checkpoint)
+
+
+def test_settings_that_would_be_ignored(data, tmp_path):
+    for wrong, said in ((dict(steps=3, epochs=2), "steps and epochs"), (dict(steps=0), "Nothing would be trained"), (dict(steps=None, epochs=-1), "steps is None|Nothing would"), (dict(fps=1.0, frames=3), "fps and frames"), (dict(warmup=3, warm_up=0.1), "warmup and warm_up")):
+        with pytest.raises(TrainError, match=said): trainer(data, tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("largest, said", [(4_000, "features of .* cannot be saved"), (60_000, "checkpoint of step .* cannot be saved")])
+def test_full_disk_is_one_sentence_and_no_bad_row(data, tmp_path, largest, said):
+    "What cannot be written is not a row that cannot be read."
+    (code, error), *_ = toy.wait(start(tmp_path / "run", data, largest=largest))
+    assert code == 1 and re.search(said, error) and "Traceback" not in error, error[-2000:]
+    bad = [row for row in kept_reference(tmp_path / "run/reference").values() if "bad" in row]
+    assert all("broken.mp4" in row["bad"] for row in bad) and not list((tmp_path / "run").glob("step-*"))
 
 
 def test_torn_reference_is_asked_again(unbroken, data, tmp_path):

@@ -1,11 +1,7 @@
 """longva extend with the miniature preset, as a user runs it: from the terminal, with several ranks, killed, and on bad text."""
 import json
-import os
 import random
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,50 +10,29 @@ import pytest
 import torch
 import train_toy as toy
 
-root = Path(__file__).resolve().parents[1]
+
+def command(out, settings):
+    "One rank of `longva extend`, with a checkpoint every second step; what it prints goes where its errors go."
+    import os
+    from dataclasses import replace
+
+    from longva.cli import app
+    from longva.train.extend import PRESETS
+    PRESETS["mini"] = replace(PRESETS["mini"], recipe=replace(PRESETS["mini"].recipe, save_every=2))
+    os.dup2(2, 1)
+    app(["extend", "--out", out, *map(str, settings["args"])])
 
 
-often = """
-from dataclasses import replace
-from longva.train.extend import PRESETS
-mini = PRESETS["mini"]
-PRESETS["mini"] = replace(mini, recipe=replace(mini.recipe, save_every=2))
-"""
-
-
-def command(*args, world=1, first=""):
-    "Processes of one `longva extend`; `first` is run before it."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
-    ranks = [env | {"WORLD_SIZE": str(world), "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)] if world > 1 else [env]
-    code = first + "from longva.cli import app; app()"
-    return [subprocess.Popen([sys.executable, "-c", code, "extend", *map(str, args)], env=e, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for e in ranks]
-
-
-def finish(processes, seconds=900):
-    try:
-        return [(p.communicate(timeout=seconds), p.returncode) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-
-
-def one_rank(out, settings):
-    "What the command does, in a process that has imported everything already."
-    exec(often)
-    from longva.mini.reader import extend_reader
-    extend_reader(Path(out), **settings)
+def start(out, *args, world=1): return toy.start(out, world, body=command, args=args)
 
 
 def test_two_ranks_zero3_killed_and_resumed(tmp_path):
-    "From the terminal; killed, it ends with bit-equal weights on the same ranks, and on one rank with the same losses to rounding. A checkpoint every second step."
+    "As from the terminal; killed, it ends with bit-equal weights on the same ranks, and on one rank with the same losses to rounding."
     pytest.importorskip("deepspeed")
     whole, killed, alone = (tmp_path / name for name in ("whole", "killed", "alone"))
-    run = lambda out, world: toy.start(out, world, body=one_rank, steps=4, rows=4, engine="deepspeed")
-    done = finish(command("--preset", "mini", "--steps", 4, "--rows", 4, "--engine", "deepspeed", "--out", whole, world=2, first=often))
-    assert [code for _, code in done] == [0, 0], done[0][0][1][-3000:]
+    run = lambda out, world: start(out, "--preset", "mini", "--steps", 4, "--rows", 4, "--engine", "deepspeed", world=world)
+    done = toy.wait(run(whole, 2))
+    assert [code for code, _ in done] == [0, 0], done[0][1][-3000:]
     shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("long"))  # the stage before is the same
     processes, metrics, end = run(killed, 2), killed / "long/metrics.jsonl", time.time() + 900
     while not (killed / "long/step-000002").exists() or len(metrics.read_text().splitlines()) < 3:
@@ -77,46 +52,75 @@ def test_two_ranks_zero3_killed_and_resumed(tmp_path):
     assert max(abs(x - y) for x, y in zip(toy.losses(whole / "long"), toy.losses(alone / "long"), strict=True)) < 1e-4
 
 
-def _rank(rank, folder, error):
+def waiting(out, settings):
+    "The first rank works for longer than the ranks wait for each other."
+    import os
+
     import torch.distributed as dist
 
     from longva.train.extend import first_rank_does
     from longva.train.loop import Ranks
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=4))
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=4))
 
     def slow():
         time.sleep(9)
-        if error:
+        if settings["error"]:
             raise OSError("no space left")
     try:
         first_rank_does(slow, Ranks(rank, 2), seconds=1)
         said = "done"
     except Exception as e:
         said = f"{type(e).__name__}: {e}"
-    (Path(folder) / f"said-{rank}").write_text(said)
+    Path(f"{out}-{rank}").write_text(said)
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("error, said", [(False, ["done", "done"]), (True, ["OSError: no space left", "TrainError: The first rank stopped: no space left."])])
 def test_ranks_wait_longer_than_their_deadline_for_the_text(tmp_path, error, said):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path), error), 2)
+    toy.wait(toy.start(tmp_path / "said", 2, body=waiting, error=error))
     assert [(tmp_path / f"said-{r}").read_text() for r in range(2)] == said
 
 
 def test_broken_text_is_one_sentence(tmp_path):
-    "In the terminal; and another kind of broken line from Python, which is quicker."
+    "As in the terminal; and another kind of broken line from Python."
     from longva.mini.reader import short_reader
     from longva.train.data import CorpusError
     from longva.train.extend import extend
     (tmp_path / "text").mkdir()
     torn, reader = tmp_path / "text/a.jsonl", short_reader(tmp_path / "reader")
     torn.write_text(json.dumps({"text": "find owl ."}) + '\n{"text": "a b')
-    ((_, error), code), = finish(command("--preset", "mini", "--text", tmp_path / "text", "--model", reader, "--out", tmp_path / "run"))
+    ((code, error),) = toy.wait(start(tmp_path / "run", "--preset", "mini", "--text", tmp_path / "text", "--model", reader))
     assert code == 1 and "a.jsonl, line 2: broken JSON" in error and "Traceback" not in error
     torn.write_text(json.dumps({"text": "find owl ."}) + '\n{"words": "a"}')
     with pytest.raises(CorpusError, match="line 2: no text under 'text'"):
         extend("mini", tmp_path / "text", tmp_path / "run", model=reader)
     assert not (tmp_path / "run").exists()
+
+
+def test_another_start_is_refused(tmp_path):
+    "A run that is half done, and one that is whole, whose checkpoints are gone: other weights of the same shapes, other weights of tokens, another seed."
+    from longva.mini.reader import short_reader
+    from longva.train.extend import extend
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("find owl . red rings . " * 60)
+    reader, out = short_reader(tmp_path / "reader"), tmp_path / "run"
+    go = lambda model=reader, **more: extend("mini", tmp_path / "text", out, model=model, length=16, **{"corpus": dict(separator=2), "steps": 2, "rows": 2, **more})
+    made = go(save_every=1)
+    other = shutil.copytree(reader, tmp_path / "other")
+    from safetensors.torch import load_file, save_file
+    weights = load_file(other / "model.safetensors")
+    name = next(n for n in weights if "layers.0" in n)
+    weights[name].flatten()[7] += 1e-3  # one number
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(out / "step-000002"); shutil.rmtree(made)
+    for _ in ("half", "whole"):
+        for wrong, said in ((dict(model=other), "starting weights"), (dict(weigh=lambda ids: torch.ones(len(ids))), "weighed False .now True"), (dict(lr=1e-5), "lr 0.0015 .now 1e-05"), (dict(steps=3), "steps 2 .now 3")):
+            with pytest.raises(toy.TrainError, match=f"was begun with {said}"):
+                go(**wrong)
+        assert go() == made
+        for checkpoint in out.glob("step-*"):
+            shutil.rmtree(checkpoint)
 
 
 def test_context_that_does_not_fit_is_the_planners_sentence(tmp_path):

@@ -14,7 +14,8 @@ import torch
 import train_toy as toy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from longva.train.loop import Plain, Ranks, Recipe, TokenLoss, TrainError, checkpoints, collate, load_checkpoint, same_run, train
+from longva.train.batch import TokenLoss, collate
+from longva.train.loop import Plain, Ranks, Recipe, TrainError, checkpoints, load_checkpoint, same_run, train
 
 
 def equal(a, b):

@@ -16,7 +16,7 @@ from longva.train.loop import TrainError, train
 
 folder = Path(__file__).resolve().parent
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train_toy"])
+context.set_forkserver_preload(["preloaded"])
 
 
 def start(out, world=1, **settings):
@@ -38,7 +38,7 @@ def start(out, world=1, **settings):
     return ranks
 
 
-def wait(ranks, seconds=200):
+def wait(ranks, seconds=400):
     "(exit code, stderr) of every rank; a deadlock is killed and fails."
     end = time.time() + seconds
     try:
@@ -79,6 +79,7 @@ def rank(out, settings, env, said):
     os.environ.update(env)
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     torch.set_num_threads(1)
+    limit(settings.pop("largest", None))
     try:
         settings.pop("body", count)(out, settings)
     except (TrainError, OSError) as e:
@@ -86,9 +87,16 @@ def rank(out, settings, env, said):
         sys.exit(1)
 
 
+def limit(largest):
+    "A full disk: the first rank can write so many bytes into a file, and no more."
+    if largest and os.environ["RANK"] == "0":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+
 def count(out, settings):
     "Rows that count upwards, and a small Qwen2."
-    die, nan, slow, packed, broken, largest = (settings.pop(k, None) for k in ("die", "nan", "slow", "packed", "broken", "largest"))
+    die, nan, slow, packed, broken = (settings.pop(k, None) for k in ("die", "nan", "slow", "packed", "broken"))
     length = settings.pop("length", 48)
 
     def batches(step, row):
@@ -103,15 +111,14 @@ def count(out, settings):
             sample["position_ids"] = torch.cat([torch.arange(cut), torch.arange(length - cut)])
         return sample
 
-    if largest and os.environ["RANK"] == "0":
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     train(tiny(), batches, Path(out), **{"precision": "fp32", "lr": 1e-2, **settings})
 
 
 def train_and_save(out, settings):
-    "A step, and the model as transformers saves it; the device is left to the code."
+    "A step, and the model as transformers saves it; the device is left to the code, and DeepSpeed is as in a process that has not imported it."
     os.environ.pop("DS_ACCELERATOR")
+    for name in [n for n in sys.modules if n.partition(".")[0] == "deepspeed"]:
+        del sys.modules[name]
     os.dup2(2, 1)  # what is printed, too
     model = tiny()
     train(model, lambda step, row: dict(input_ids=torch.arange(9)), out, steps=1, precision="fp32")

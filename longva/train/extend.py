@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..context.rope import extend_rope
 from .data import Corpus, CorpusError, prepare_corpus
 from .loop import train, trained_weights
-from .recipe import Recipe, TrainError, find_ranks
-from .run import checkpoints, same_run
+from .recipe import Recipe, TrainError, agree, find_ranks, together
+from .run import RECORD, checkpoints, finished, weights_hash
 
 # %% ../../nbs/32_train.extend.ipynb #33604483
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def new_config(
     text.max_position_embeddings = max(text.max_position_embeddings, length)
     return config
 
+# %% ../../nbs/32_train.extend.ipynb #6589ade1
 def open_model(
     # a live transformers model, a folder, or a name at the hub
     model,
@@ -152,22 +154,13 @@ def open_corpus(
 
 # %% ../../nbs/32_train.extend.ipynb #49e90d11
 def extend(
-    # one of PRESETS, or a Preset
-    preset,
-    # a folder of text, the name of a dataset at the hub, or a prepared corpus
-    text,
-    # folder of the run: corpus, checkpoints, metrics.jsonl, and at the end model/
-    out,
-    # instead of the preset's
-    model=None,
-    theta: float | None = None,
-    length: int | None = None,
-    # weights of tokens from their ids [L]; by default all 1
-    weigh=None,
-    # further arguments of `prepare_corpus`
-    corpus: dict | None = None,
-    # changes to the preset's Recipe
-    **changes,
+    preset, # one of PRESETS, or a Preset
+    text, # a folder of text, the name of a dataset at the hub, or a prepared corpus
+    out, # folder of the run: corpus, checkpoints, metrics.jsonl, and at the end model/
+    model=None, theta: float | None = None, length: int | None = None, # instead of the preset's
+    weigh=None, # weights of tokens from their ids [L]; by default all 1
+    corpus: dict | None = None, # further arguments of `prepare_corpus`
+    **changes, # to the preset's Recipe
 ) -> Path: # the folder of the extended model
     "Extend a model's context by training, or go on with it."
     preset, recipe = _choose(preset, changes)
@@ -178,13 +171,12 @@ def extend(
     tokenizer, ranks = open_tokenizer(name), find_ranks(recipe)
     samples = open_corpus(text, tokenizer, out / "corpus", length, recipe, **(corpus or {}))
     samples.check(tokenizer, config.get_text_config().vocab_size)
-    about = dict(theta=theta, length=length, corpus=samples.name)
-    if (out / "model/config.json").exists(): return _finished(out, recipe, about)
     half = recipe.engine == "deepspeed" and recipe.precision == "bf16"
     model = _all_learn(open_model(model, config, torch.bfloat16 if half else torch.float32))
+    about = {"theta": theta, "length": length, "corpus": samples.name, "weighed": weigh is not None, "starting weights": agree(weights_hash(model) if ranks.rank == 0 else None, ranks)}
+    if finished(out, recipe, about): return out / "model"
     train(model, samples if weigh is None else Weighed(samples, weigh), out, recipe, about=about)
-    if ranks.rank == 0: save_model(model, tokenizer, checkpoints(out)[-1], out / "model")
-    if ranks.world > 1: dist.barrier()
+    together(ranks, (lambda: save_model(model, tokenizer, checkpoints(out)[-1], out / "model")) if ranks.rank == 0 else None)
     return out / "model"
 
 # %% ../../nbs/32_train.extend.ipynb #2f2c9026
@@ -194,19 +186,13 @@ def _choose(preset, changes) -> tuple: # (Preset, Recipe)
     try: return preset, replace(preset.recipe, **changes)
     except TypeError as e: raise TrainError(f"A recipe has no such setting ({e}).") from None
 
-def _finished(out, recipe, about) -> Path:
-    "The model of an earlier call, if it was the same call."
-    same_run(out, recipe, about=about)
-    done = int(checkpoints(out)[-1].name.split("-")[1])
-    if done != recipe.steps: raise TrainError(f"{out} holds a model of {done} steps, and not of {recipe.steps}: take another folder.")
-    return out / "model"
-
 def _all_learn(model):
     "Extension trains everything, and the saved model is what was trained."
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     if frozen: raise TrainError(f"{len(frozen)} weights of the model are frozen ({frozen[0]} for one), and extending trains all: call requires_grad_(True) on it.")
     return model
 
+# %% ../../nbs/32_train.extend.ipynb #f14db1d4
 def save_model(
     model,
     tokenizer,
@@ -220,6 +206,9 @@ def save_model(
     dtype = next(model.parameters()).dtype
     if model.config.get_text_config().tie_word_embeddings: weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part, state_dict={n: w.to(dtype) for n, w in weights.items()})
-    tokenizer.save_pretrained(part)
-    os.replace(part, out)
+    try:
+        model.save_pretrained(part, state_dict={n: w.to(dtype) for n, w in weights.items()}); tokenizer.save_pretrained(part)
+        shutil.copy(checkpoint / "state.json", part / RECORD); os.replace(part, out)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise TrainError(f"The model cannot be saved in {out} ({getattr(e, 'strerror', None) or e}). Make room, and the same call saves it.") from None
