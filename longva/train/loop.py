@@ -331,7 +331,7 @@ def trained_weights(
     return weights
 
 # %% ../../nbs/31_train.loop.ipynb #78a33b40
-def _run(loss, batches, out, recipe, groups, ranks, begun):
+def _run(loss, batches, out, recipe, groups, ranks, begun, on_step=None):
     "The steps that are left. Returns the losses, and the signal that asked for the end."
     start, done, asked = checkpoints(out), 0, None
     bar = tqdm(total=recipe.steps, disable=ranks.rank > 0, delay=2, mininterval=1, desc=out.name)
@@ -355,6 +355,7 @@ def _run(loss, batches, out, recipe, groups, ranks, begun):
             bar.update(); bar.set_postfix(loss=f"{mean:.3f}", tokens_s=f"{rate['tokens_per_second']:.0f}", mfu=f"{rate['mfu']:.0%}", refresh=False)
             asked = agree(said or stop.asked, ranks)  # by any rank; what stop says may change at any moment
             if isinstance(asked, str): raise TrainError(asked)
+            if on_step: together(ranks, lambda: on_step(loss.model, done, done == recipe.steps))
             if done == recipe.steps or done % recipe.save_every == 0 or asked: save_checkpoint(engine, out, done, ranks, dict(begun, loss=mean), recipe.keep)
     return losses, asked
 
@@ -374,6 +375,8 @@ def train(
     groups=None,
     # what else the run is about, such as a fingerprint of its text: plain values, with which alone it goes on
     about: dict | None = None,
+    # on_step(model, step, last), called on all ranks after each step and before its checkpoint; it must leave the model as it was
+    on_step=None,
     **settings,
 ) -> list: # loss of every step
     "Train, or go on from the last checkpoint in `out`."
@@ -389,7 +392,7 @@ def train(
         together(ranks, lambda: same_run(out, recipe, **begun))
         model.train()
         if recipe.checkpointing: recompute_layers(model, recipe.offload, use_reentrant=recipe.engine == "deepspeed")
-        losses, asked = _run(loss, batches, out, recipe, groups, ranks, dict(recipe=asdict(recipe), **begun))
+        losses, asked = _run(loss, batches, out, recipe, groups, ranks, dict(recipe=asdict(recipe), **begun), on_step)
     if not asked or len(losses) == recipe.steps: return losses
     if asked == signal.SIGINT: raise KeyboardInterrupt
     if ranks.rank == 0: logging.getLogger("longva").warning("Stopped after step %d of %d, as it was asked to. What is done is kept in %s: the same call goes on from there.", len(losses), recipe.steps, out)
