@@ -118,7 +118,7 @@ def small(
     model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():  # larger weights, so that what it says depends on what it sees
         for p in model.parameters(): p.mul_(6 if p.ndim == 2 else 1)
-    if family.startswith("qwen"): pixels = Qwen2VLImageProcessorPil(patch_size=4, size=dict(shortest_edge=64, longest_edge=4096))
+    if family.startswith("qwen"): pixels = Qwen2VLImageProcessorPil(patch_size=4, size=dict(shortest_edge=64, longest_edge=4096), **dict(image_mean=[0.5] * 3, image_std=[0.5] * 3) if family == "qwen3_vl" else {})
     elif family == "llava_onevision": pixels = LlavaOnevisionImageProcessorPil(size=dict(height=16, width=16), image_grid_pinpoints=[[16, 16]])
     else: pixels = LlavaNextImageProcessorPil(size=dict(shortest_edge=16), crop_size=dict(height=16, width=16), image_grid_pinpoints=[[16, 16]])
     return model, PlainProcessor(tokenizer, pixels, video)

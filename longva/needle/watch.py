@@ -7,7 +7,6 @@ __all__ = ['undisturbed', 'NeedleWatch', 'watched']
 
 # %% ../../nbs/45a_needle.watch.ipynb #45a0003
 import json
-import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch.distributed as dist
 
 from ..model.prefill import kv_cache
 from .adapters import reader_for
-from .haystack import Needle
 from .sweep import check_grid, judge
 from .trials import NeedleError, Trial, check_folder, versions, write_whole
 from .trie import decide_paths
