@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['borders_of', 'atoms', 'join', 'Enough', 'TrieLayer', 'trie_cache', 'Reader', 'Node', 'trie', 'measure', 'read_flops',
-           'Cost', 'trie_cost', 'chunks', 'decide_paths', 'shares', 'devices', 'decide_apart']
+           'Cost', 'trie_cost', 'chunks', 'decide_paths', 'Counting', 'shares', 'devices', 'decide_apart']
 
 # %% ../../nbs/41_needle.trie.ipynb #41a00003
 import queue
@@ -401,6 +401,22 @@ def decide_paths(
         if decided is None: return
         spent.trials += 1
         yield *decided, time.perf_counter() - begin
+
+# %% ../../nbs/41_needle.trie.ipynb #41a00058
+class Counting:
+    "A reader without a model: what it is given to read, it only counts."
+    start = None
+
+    def __init__(self, sizes: Sizes, tokens_per_frame: int): self.sizes, self.tokens_per_frame = sizes, tokens_per_frame
+
+    def step(self, piece, state):
+        if piece[0] == "ids": return len(piece[1]), state
+        return (piece[2] - piece[1] if piece[0] == "hay" else 1) * self.tokens_per_frame, state
+
+    def read(self, pieces, state, cache, asked=0): return torch.zeros(asked, 1)
+    def head(self, hidden): return hidden
+    def cache(self, room, host=False): return Cache(layers=[])
+    def mode(self): return nullcontext()
 
 # %% ../../nbs/41_needle.trie.ipynb #41a00061
 def shares(
