@@ -9,6 +9,7 @@ __all__ = ['borders_of', 'atoms', 'join', 'Enough', 'TrieLayer', 'trie_cache', '
 # %% ../../nbs/41_needle.trie.ipynb #41a00003
 import queue
 import signal
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -445,7 +446,6 @@ def shares(
 # %% ../../nbs/41_needle.trie.ipynb #41a00063
 def _worker(reader, device, threads, part, paths, answers, how, out):
     "Decide one stretch, and send what comes of it."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is the parent's business
     try:
         torch.set_num_threads(threads)
         spent = Cost()
@@ -462,6 +462,16 @@ def devices(model, workers: int) -> list:
     return [f"cuda:{k % torch.cuda.device_count()}" for k in range(workers)]
 
 # %% ../../nbs/41_needle.trie.ipynb #41a00064
+def _start(running):
+    "Start processes that don't hear ctrl-c, not even while they start."
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        for p in running: p.start()
+    finally:
+        if main: signal.signal(signal.SIGINT, before)
+
+
 def _next(out, running):
     "The next message, or a sentence if somebody died without one."
     while True:
@@ -489,7 +499,7 @@ def decide_apart(
     out, threads = started.Queue(), max(1, torch.get_num_threads() // len(parts))
     running = [started.Process(target=_worker, args=(reader, device, threads, part, paths, answers, how, out), daemon=True) for device, part in zip(devices(reader.model, len(parts)), parts)]
     try:
-        for p in running: p.start()
+        _start(running)
         yield from _collected(out, running, spent)
     finally:
         for p in running: p.terminate() if p.pid else None
