@@ -6,13 +6,16 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
+from typer.testing import CliRunner
 
+from longva.cli import app
 from longva.needle.adapters import ADAPTERS, reader_for
 from longva.needle.families import FAMILIES, byte_tokenizer, load_family, small
-from longva.needle.haystack import Needle
+from longva.needle.haystack import Needle, save_needles
 from longva.needle.sweep import judge
-from longva.needle.trials import NeedleError
+from longva.needle.trials import NeedleError, key, read_trials
 from longva.needle.trie import Cost, atoms, decide_paths, join, measure
+from longva.vision.video import write_video
 
 FILM = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
 RED = Needle("red", Image.new("RGB", (16, 16), "red"), "Which colour?", "red")
@@ -120,11 +123,28 @@ def test_frames_are_independent_and_the_plan_knows_the_layers(family):
     assert (reader.sizes.N, reader.sizes.D, reader.sizes.V) == (text.num_hidden_layers, text.hidden_size, text.vocab_size)
 
 
-def test_saved_and_loaded_it_answers_the_same(family, tmp_path):
-    _, model, processor, reader, prompt = family
-    for part in (model, processor): part.save_pretrained(tmp_path)
-    again = reader_for(*load_family(tmp_path), side=16)
+def test_saved_it_is_loaded_and_swept_by_the_command(family, tmp_path):
+    kind, model, processor, reader, prompt = family
+    for part in (model, processor): part.save_pretrained(tmp_path / "mine")
+    again = reader_for(*load_family(tmp_path / "mine"), side=16)
     assert again.prompt(RED) == prompt and torch.equal(again.encode(FILM), reader.haystack)
+    write_video(FILM, tmp_path / "film.mp4", fps=1.0)
+    save_needles([RED], tmp_path / "needles")
+    words = ["vniah", "--model", tmp_path / "mine", "--haystack", tmp_path / "film.mp4", "--frames", "2,4", "--depths", "0,1", "--out", tmp_path / "out"]
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    assert done.exit_code == 0, done.output
+    assert "4 trials: " in done.output and "one by one; memory" in done.output
+    trials = read_trials(tmp_path / "out/trials.jsonl")
+    assert sorted((t.frames, t.depth) for t in trials) == [(2, 0), (2, 1), (4, 0), (4, 1)] and {t.model for t in trials} == {"mine"}
+    alone = CliRunner().invoke(app, [str(w) for w in [*words[:-1], tmp_path / "naive", "--naive"]])
+    assert alone.exit_code == 0, alone.output
+    for a, b in zip(*(sorted(found, key=key) for found in (read_trials(tmp_path / "naive/trials.jsonl"), trials))):
+        assert (key(a), a.argmax_ids) == (key(b), b.argmax_ids) and abs(a.margin - b.margin) < 1e-4
+    if kind != "qwen2_vl": return
+    config = tmp_path / "mine/config.json"
+    config.write_text(config.read_text().replace('"qwen2_vl"', '"blip"', 1))
+    refused = CliRunner().invoke(app, [str(w) for w in words])
+    assert refused.exit_code == 2 and "holds a model of type blip, and known are longva, llava_onevision" in refused.output
 
 
 def test_a_tokenizer_that_begins_with_a_token_of_its_own(family):

@@ -9,6 +9,7 @@ __all__ = ['Prompt', 'make_prompt', 'encode', 'encode_needles', 'Spot', 'trial_e
 # %% ../../nbs/43_needle.vniah.ipynb #0ed67767
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -171,8 +172,11 @@ def path_of(
 # %% ../../nbs/43_needle.vniah.ipynb #c93ec0e4
 def fingerprint(
     model,
+    # of a model that is no LongVA
+    adapter=None,
 ) -> str: # 12 hex digits
     "Tell models apart by sixteen values of each weight and buffer, and by how frames are pooled."
+    if adapter: return weights_id(model, *adapter.facts())
     config = model.config
     return weights_id(model, config.pool_mode, config.pool_stride, config.vision_feature_layer)
 
@@ -190,12 +194,14 @@ def describe(
     haystack,
     needles: list,
     prompts: list,
+    # of a model that is no LongVA
+    adapter=None,
     **more, # further settings that decide the outcome
 ) -> dict: # goes to settings.json
     "What a sweep is about: everything that its trials have in common."
     fps = more.get("fps")
     shown = [dict(name=n.name, question=n.question, answer=n.answer, digest=digest(n.image.size, n.image.tobytes(), asdict(p))) for n, p in zip(needles, prompts)]
-    return dict(model=name, weights=fingerprint(model), dtype=str(model.dtype).removeprefix("torch."),
+    return dict(model=name, weights=fingerprint(model, adapter), dtype=str(model.dtype).removeprefix("torch."),
                 haystack=_haystack_id(haystack, fps), needles=shown) | {k: v for k, v in more.items() if k != "fps"}
 
 # %% ../../nbs/43_needle.vniah.ipynb #5c792adb
@@ -230,12 +236,12 @@ def _long_enough(haystack, n, fps):
     if not isinstance(haystack, Frames): return count_frames(haystack, n, fps)
     if len(haystack) < n: raise NeedleError(f"The haystack holds {len(haystack)} frames, and {n} are wanted: give a longer one, or ask for fewer.")
 
-def _encoded(model, processor, haystack, needles, n, fps, fit, with_needle):
+def _encoded(model, processor, haystack, needles, n, fps, fit, with_needle, adapter):
     "Visual tokens of the first n frames, and of the needles."
-    grid = processor.image_processor.grid
+    grid, see = (adapter.side, adapter.encode) if adapter else (processor.image_processor.grid, partial(encode, model, processor))
     if isinstance(haystack, Frames): array = haystack.array[:n]
     else: array = load_haystack(haystack, n, fps, shrink=lambda frames: fit_frames(frames, grid, fit)).array
-    return encode(model, processor, array, fit), encode_needles(model, processor, needles, fit) if with_needle else None
+    return see(array, fit), torch.cat([see(np.asarray(n.image.convert("RGB"))[None], fit) for n in needles]) if with_needle else None
 
 def _work(reader, prompts, todo, with_needle, **how):
     "Decide the open trials, one by one."
@@ -244,7 +250,7 @@ def _work(reader, prompts, todo, with_needle, **how):
 
 # %% ../../nbs/43_needle.vniah.ipynb #a3d9dd8b
 def run(
-    # a LongVA; it is put into evaluation mode and back
+    # a LongVA, or a model with an adapter; it is put into evaluation mode and back
     model,
     processor,
     # a video file, or Frames
@@ -283,6 +289,8 @@ def run(
     workers: int = 1,
     # where keys and values lie: "device" or "host"
     kv: str = "device",
+    # how a model that is no LongVA is read: from `longva.needle.adapters.reader_for`
+    adapter=None,
 ) -> list: # of Trial: those of this grid, by length, depth and needle
     "Run V-NIAH, or go on with it."
     frames, depths = check_grid(frames, depths)
@@ -290,13 +298,14 @@ def run(
     if fit not in ("pad", "crop", "resize"): raise NeedleError(f"A frame can be fitted by pad, crop or resize, not by {fit}.")
     if kv not in ("device", "host"): raise NeedleError(f"Keys and values can lie on the device or on the host, not on {kv}.")
     needles = _need(needles)
-    prompts = [make_prompt(processor, n) for n in needles]
+    prompts = [adapter.prompt(n) if adapter else make_prompt(processor, n) for n in needles]
     _long_enough(haystack, frames[-1], fps)
     name, by = name or model_name(model), versions()
-    about = describe(model, name, haystack, needles, prompts, seed=seed, fps=fps, fit=fit, with_needle=with_needle, **dict(generate=True) if generate else {})
+    about = describe(model, name, haystack, needles, prompts, adapter, seed=seed, fps=fps, fit=fit, with_needle=with_needle, **dict(generate=True) if generate else {})
     spots = {(needles[j].name, n, d): Spot(j, n, d) for n in frames for d in depths for j in range(len(needles))}
     def decide_open(todo):
-        reader = Reader(model, *_encoded(model, processor, haystack, needles, max(s.frames for s in todo), fps, fit, with_needle))
+        seen = _encoded(model, processor, haystack, needles, max(s.frames for s in todo), fps, fit, with_needle, adapter)
+        reader = adapter.reader(*seen) if adapter else Reader(model, *seen)
         for s, verdict, seconds in _work(reader, prompts, todo, with_needle, workers=workers, naive=naive, generate=generate, chunk=batch_tokens, host=kv == "host"):
             yield [Trial(name, needles[s.needle].name, s.frames, s.depth, s.insert if with_needle else -1, prompts[s.needle].answer,
                          *verdict, seconds, seed, by)]
