@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'mini_app', 'Usage', 'one_sentence', 'path', 'numbers', 'demo_command', 'model_folder', 'load_model', 'check',
-           'grid', 'check_base', 'stretch', 'beside', 'own_needles', 'vniah_command', 'show_rows', 'reading_model',
-           'own_words', 'own_book', 'show_perplexity', 'niah_command', 'plan_command', 'extend_command',
-           'align_command', 'chat_model', 'what_it_knows', 'say_what_it_takes', 'answer_aloud', 'questions',
-           'chat_command', 'dpo_command', 'list_command', 'train_command']
+           'grid', 'check_base', 'stretch', 'beside', 'own_needles', 'say_forecast', 'vniah_command', 'show_rows',
+           'reading_model', 'own_words', 'own_book', 'show_perplexity', 'niah_command', 'plan_command',
+           'extend_command', 'align_command', 'chat_model', 'what_it_knows', 'say_what_it_takes', 'answer_aloud',
+           'questions', 'chat_command', 'dpo_command', 'list_command', 'train_command']
 
 # %% ../nbs/80_cli.ipynb #93388f10
 import json
@@ -128,7 +128,10 @@ def model_folder(
     if not file.is_file(): raise UnknownModel(f"The folder {name} holds no model, for it has no config.json.")
     try: kind = dict(json.loads(file.read_text())).get("model_type")
     except (ValueError, TypeError, RecursionError): raise UnknownModel(f"The folder {name} holds no model, for its config.json is not readable.") from None
-    if kind != "longva": raise UnknownModel(f"The folder {name} holds a model of type {kind}, not longva.")
+    if kind != "longva":
+        from longva.needle.families import FAMILIES  # loads torch
+        if kind in FAMILIES: return Path(name)
+        raise UnknownModel(f"The folder {name} holds a model of type {kind}, and known are longva, {', '.join(FAMILIES)}.")
     if not (Path(name) / "processor_config.json").is_file():
         raise UnknownModel(f"The folder {name} holds no processor, for it has no processor_config.json: save the processor beside the model.")
     return Path(name)
@@ -144,13 +147,16 @@ def load_model(
     from longva.mini import UnknownModel
     from longva.model.modeling import LongVA
     from longva.model.processing import LongVAProcessor
+    from longva.needle.families import FAMILIES, load_family
     transformers.utils.logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()).get("model_type") in FAMILIES: return load_family(folder, device)
     try:
         processor = LongVAProcessor.from_pretrained(folder, local_files_only=True)
         model = LongVA.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
     except Exception as e:  # a torn file shows itself in many ways
         raise UnknownModel(f"The model in {folder} cannot be loaded ({str(e).strip().splitlines()[0].rstrip('.')[:200]}).") from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return model.to(device), processor
 
 # %% ../nbs/80_cli.ipynb #2bfcf466
 def check(
@@ -213,10 +219,34 @@ def own_needles(
     if not same: raise NeedleError(f"{there} holds something else than this film's needles: choose another folder, or name them with --needles.")
     return needles, seed or 0, "drawn with seed 0, for the film does not say that it shows the miniature's world" if seed is None else f"the miniature's own, of seed {seed} as the film"
 
+# %% ../nbs/80_cli.ipynb #80f0ca57
+def say_forecast(
+    model, processor,
+    # a folder, or a list of Needle
+    needles,
+    lengths: list, depths: list,
+    # the results folder, whose trials are not counted again
+    out: Path,
+    # of a model that is no LongVA
+    adapter=None,
+    **how, # naive, generate, workers
+):
+    "What the sweep will take, or the rest of it."
+    from longva.needle.adapters import what_it_takes
+    from longva.needle.forecast import forecast
+    from longva.needle.haystack import load_needles
+    from longva.needle.trials import key, read_trials
+    from longva.needle.vniah import Spot, make_prompt
+    needles = needles if isinstance(needles, list) else load_needles(needles)
+    done = {key(t) for t in read_trials(out / "trials.jsonl")}
+    spots = [Spot(j, n, d) for n in lengths for d in depths for j, needle in enumerate(needles) if (needle.name, n, d) not in done]
+    if spots and adapter: typer.echo(what_it_takes(adapter, [adapter.prompt(n) for n in needles], spots, **how))
+    elif spots: typer.echo(forecast(model, [make_prompt(processor, n) for n in needles], spots, **how))
+
 # %% ../nbs/80_cli.ipynb #6ea6e395
 @app.command("vniah")
 def vniah_command(
-    model: Annotated[str, typer.Option(help="mini-longva, mini-anyres, mini-short, or a folder with a model.")],
+    model: Annotated[str, typer.Option(help="mini-longva, mini-anyres, mini-short, or a folder with a model: a LongVA, or LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL, Qwen2.5-VL or Qwen3-VL in the format of transformers.")],
     haystack: Annotated[Path, typer.Option(parser=path, help="The video to hide pictures in.")],
     needles: Annotated[Optional[Path], typer.Option(parser=path, help="Folder with needles.json and its pictures; by default needles/ beside the video, or a miniature's own.")] = None,
     frames: Annotated[str, typer.Option(help="How many of the video's frames, for each column.")] = "16,64,256",
@@ -225,22 +255,31 @@ def vniah_command(
     fps: Annotated[Optional[float], typer.Option(help="Frames to take per second of video; by default all.")] = None,
     rope_base: Annotated[Optional[float], typer.Option(help="Another RoPE base, without training.")] = None,
     name: Annotated[Optional[str], typer.Option(help="What to call the model in the results.")] = None,
+    naive: Annotated[bool, typer.Option("--naive", help="One full pass for each trial, instead of reading what trials share once.")] = False,
+    generate: Annotated[bool, typer.Option("--generate", help="Let the model write its answer, instead of showing it the right one.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with a model of its own; on GPUs, each on the next.")] = 1,
+    kv: Annotated[str, typer.Option(help="Where keys and values lie: device, or host for a GPU that is too small.")] = "device",
 ):
     "Hide pictures in a video and ask for them (the paper's V-NIAH)."
     name = name or Path(model).resolve().name + (f" base {rope_base:g}" if rope_base else "")
     out = out or Path("runs") / "vniah" / f"{name}_{haystack.stem}"
+    how = dict(naive=naive, generate=generate, workers=workers)
     with one_sentence(out):
+        if kv not in ("device", "host"): raise Usage(f"--kv is device or host, and not {kv!r}.")
         hide, seed = needles or beside(haystack), 0
         check_base(rope_base)
         where, (lengths, places) = model_folder(model), check(haystack, hide, frames, depths, fps)
         from longva.lab.demo import put_needles
+        from longva.needle.adapters import reader_for
         from longva.needle.vniah import run
         net, processor = load_model(where)
+        adapter = None if net.config.model_type == "longva" else reader_for(net, processor)
         if rope_base is not None: stretch(net, rope_base)
         words, own = f"those beside the film, in {hide}", hide is None
         if own: hide, seed, words = own_needles(processor, haystack, out)
         if needles is None: typer.echo(f"Needles: {words}.")
-        trials = run(net, processor, haystack, hide, lengths, places, out, seed, name=name, fps=fps)
+        say_forecast(net, processor, hide, lengths, places, out, adapter, **how)
+        trials = run(net, processor, haystack, hide, lengths, places, out, seed, name=name, fps=fps, kv=kv, adapter=adapter, **how)
         if own: put_needles(out / "needles", 20, seed)
         show_rows(trials, out)
 

@@ -275,7 +275,7 @@ def trained_weights(
     return weights
 
 # %% ../../nbs/31_train.loop.ipynb #78a33b40
-def _run(loss, batches, out, recipe, groups, ranks, begun):
+def _run(loss, batches, out, recipe, groups, ranks, begun, on_step=None):
     "The steps that are left. Returns the losses, and the signal that asked for the end."
     start, done, asked = checkpoints(out), 0, None
     bar = tqdm(total=recipe.steps, disable=ranks.rank > 0, delay=2, mininterval=1, desc=out.name)
@@ -298,6 +298,7 @@ def _run(loss, batches, out, recipe, groups, ranks, begun):
             bar.update(); bar.set_postfix(loss=f"{mean:.3f}", tokens_s=f"{rate['tokens_per_second']:.0f}", mfu=f"{rate['mfu']:.0%}", refresh=False)
             asked = agree(said or stop.asked, ranks)  # by any rank; what stop says may change at any moment
             if isinstance(asked, str): raise TrainError(asked)
+            if on_step: together(ranks, lambda: on_step(loss.model, done, done == recipe.steps))
             if done == recipe.steps or done % recipe.save_every == 0 or asked: save_checkpoint(engine, out, done, ranks, dict(begun, loss=mean), recipe.keep)
     return losses, asked
 
@@ -310,6 +311,7 @@ def train(
     loss=None, # a TokenLoss, or a class derived from it, around the model
     groups=None, # AdamW groups with params and each its own lr, which the schedule scales; by default all weights, no decay on norms and biases
     about: dict | None = None, # what else the run is about, such as a fingerprint of its text: plain values, with which alone it goes on
+    on_step=None, # on_step(model, step, last), called on all ranks after each step and before its checkpoint; it must leave the model as it was
     **settings,
 ) -> list: # loss of every step
     "Train, or go on from the last checkpoint in `out`."
@@ -324,7 +326,7 @@ def train(
         together(ranks, lambda: same_run(out, recipe, begun["rates"], begun["model"], begun["about"]))
         model.train()
         if recipe.checkpointing: recompute_layers(model, recipe.offload, use_reentrant=recipe.engine == "deepspeed")
-        losses, asked = _run(loss, batches, out, recipe, groups, ranks, dict(recipe=asdict(recipe), **begun))
+        losses, asked = _run(loss, batches, out, recipe, groups, ranks, dict(recipe=asdict(recipe), **begun), on_step)
     if asked and len(losses) < recipe.steps: _stopped(asked, len(losses), recipe, out, ranks)
     return losses
 
