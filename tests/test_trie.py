@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
+from longva.context.parallel import context_parallel
 from longva.context.plan import per_token, sizes
 from longva.model.prefill import LiveBytes
 from longva.needle.sweep import judge
@@ -130,13 +133,13 @@ def test_one_buffer(reader):
 def test_shares_are_whole_and_even():
     reader = Counting(sizes("qwen2-7b"), 144)
     paths = [(("ids", (1, 2)), ("hay", 0, i), ("needle", j), ("hay", i, n), ("ids", (5, 6))) for n in range(200, 3001, 200) for i in range(0, n + 1, n // 5) for j in range(5)]
-    answers, all_ = [[1]] * len(paths), None
-    all_ = trie_cost(reader, paths, answers).flops
+    answers = [[1]] * len(paths)
+    whole = trie_cost(reader, paths, answers).flops
     for workers in (1, 2, 4, 8):
         parts = shares(reader, paths, answers, workers)
         assert len(parts) == workers and sorted(i for part in parts for i in part) == list(range(len(paths)))
         dearest = max(trie_cost(reader, [paths[i] for i in part], [answers[i] for i in part]).flops for part in parts)
-        assert dearest < 1.35 * all_ / workers
+        assert dearest < 1.35 * whole / workers
     assert len(shares(reader, paths[:1], answers[:1], 4)) == 1
 
 
@@ -159,10 +162,24 @@ def test_original_numbers_through_the_trie(parity):  # noqa: F811
     assert seen == 100 == spent.trials and next(rows, None) is None
 
 
-def test_on_one_rank_only(reader, monkeypatch):
-    from longva.needle import trie as module
-    monkeypatch.setattr(module, "current_context", lambda: type("Two", (), dict(ranks=2))())
-    with pytest.raises(NeedleError, match="naive=True"): next(decide_paths(reader, *odd_paths(3)))
+def _rank(rank, folder, tensors):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model, (paths, answers) = toy()[0], odd_paths(6)
+    model.set_attn_implementation({"text_config": "longva_cp"})
+    with context_parallel():
+        with pytest.raises(NeedleError, match="naive=True"): next(decide_paths(Reader(model, *tensors), paths, answers))
+        torch.save({i: logits for i, logits, _ in decide_paths(Reader(model, *tensors), paths, answers, naive=True)}, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_full_passes_over_two_ranks(reader, tmp_path):
+    "One sequence on two ranks: both get the logits that one rank alone gets; the trie stays on one rank and says so."
+    mp.start_processes(_rank, (str(tmp_path), (reader.haystack, reader.needles)), 2, start_method="fork")
+    paths, answers = odd_paths(6)
+    for rank in range(2):
+        found = torch.load(tmp_path / str(rank))
+        assert sorted(found) == list(range(len(paths)))
+        for i, logits in found.items(): assert (logits - by_hand(reader, paths[i], answers[i])).abs().max() < 1e-4
 
 
 # --- sweeps: shared by processes, killed and taken up again
@@ -196,8 +213,7 @@ def equal(folder, trials):
     for t in found:
         other = right[key(t)]
         assert (t.argmax_ids, t.correct, t.insert, t.answer_ids) == (other.argmax_ids, other.correct, other.insert, other.answer_ids) and abs(t.margin - other.margin) < 1e-4
-    maps = [json.loads((p / "all_accuracies.json").read_text()) for p in (folder,)]
-    assert len(maps[0]) == 15
+    assert len(json.loads((folder / "all_accuracies.json").read_text())) == 15
 
 
 def test_killed_five_times(tmp_path, unbroken):
