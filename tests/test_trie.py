@@ -1,10 +1,8 @@
 """The trie: every trial as a pass of its own would decide it, however the paths look; its cost by a formula of its own; killed, shared and resumed."""
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -26,8 +24,6 @@ from longva.needle.vniah import Spot, path_of, run
 sys.path.insert(0, str(Path(__file__).parent))
 from needle_toy import film, needles, toy
 from test_vniah import parity  # noqa: F401
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -184,26 +180,13 @@ def test_full_passes_over_two_ranks(reader, tmp_path):
 
 # --- sweeps: shared by processes, killed and taken up again
 
-CODE = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from needle_toy import film, needles, toy
-from longva.needle.vniah import run
-if __name__ == "__main__":
+def sweep(out, pause=0.0, **how):
     model, processor = toy()
-    run(model, processor, film(10), needles(), range(2, 11, 2), [0, 0.5, 1], {out!r}, name="toy", progress=False, workers={workers}, on_trial=lambda t: time.sleep({pause}))
-"""
-
-
-def start(out, workers=1, pause=0.0, script=None):
-    script.write_text(CODE.format(tests=str(Path(__file__).parent), out=str(out), pause=pause, workers=workers))
-    return subprocess.Popen([sys.executable, script], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    return run(model, processor, film(10), needles(), range(2, 11, 2), [0, 0.5, 1], out, name="toy", progress=False, on_trial=lambda trial: time.sleep(pause), **how)
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    model, processor = toy()
-    return run(model, processor, film(10), needles(), range(2, 11, 2), [0, 0.5, 1], tmp_path_factory.mktemp("unbroken"), name="toy", progress=False)
+def unbroken(tmp_path_factory): return sweep(tmp_path_factory.mktemp("unbroken"))
 
 
 def equal(folder, trials):
@@ -217,34 +200,30 @@ def equal(folder, trials):
 
 
 def test_killed_five_times(tmp_path, unbroken):
-    draw, log = random.Random(7), tmp_path / "out" / "trials.jsonl"
+    draw, log = random.Random(7), tmp_path / "trials.jsonl"
     for _ in range(5):
-        process, begun = start(tmp_path / "out", pause=0.05, script=tmp_path / "sweep.py"), log.read_bytes().count(b"\n") if log.exists() else 0
-        limit = time.time() + 120
-        while time.time() < limit and process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > begun): time.sleep(0.005)
+        begun, limit = log.read_bytes().count(b"\n") if log.exists() else 0, time.time() + 120
+        process = mp.get_context("fork").Process(target=sweep, args=(tmp_path, 0.05))
+        process.start()
+        while time.time() < limit and process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") > begun): time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert begun < log.read_bytes().count(b"\n") < len(unbroken)
-    model, processor = toy()
-    run(model, processor, film(10), needles(), range(2, 11, 2), [0, 0.5, 1], tmp_path / "out", name="toy", progress=False)
-    equal(tmp_path / "out", unbroken)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and begun < log.read_bytes().count(b"\n") < len(unbroken)
+    sweep(tmp_path)
+    equal(tmp_path, unbroken)
 
 
 def test_two_processes(tmp_path, unbroken):
-    process = start(tmp_path / "out", workers=2, script=tmp_path / "sweep.py")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    equal(tmp_path / "out", unbroken)
+    sweep(tmp_path, workers=2)
+    equal(tmp_path, unbroken)
 
 
 def test_modes_agree_and_generation_is_another_test(tmp_path, unbroken):
-    model, processor = toy()
-    go = lambda out, **how: run(model, processor, film(10), needles(), range(2, 11, 2), [0, 0.5, 1], tmp_path / out, name="toy", progress=False, **how)
     for out, how in (("naive", dict(naive=True)), ("host", dict(kv="host", batch_tokens=8))):
-        go(out, **how)
+        sweep(tmp_path / out, **how)
         equal(tmp_path / out, unbroken)
-    written = go("written", generate=True)
+    written = sweep(tmp_path / "written", generate=True)
     assert [t.correct for t in written] == [t.correct for t in unbroken]  # a right word is followed by the same words either way
     assert any(len(t.answer_ids) > 1 for t in written)
-    with pytest.raises(NeedleError, match="generate"): go("written")
+    with pytest.raises(NeedleError, match="generate"): sweep(tmp_path / "written")
