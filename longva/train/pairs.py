@@ -141,7 +141,7 @@ def refuse_bad(
     if len(bad) == rows: raise DataError(f"No pair is left: {said}.")
 
 # %% ../../nbs/33a_train.pairs.ipynb #373ee351
-@lru_cache(100_000)
+@lru_cache(1_000_000)
 def _digest(
     path: Path, size: int, changed: int, # as `stat` tells: a file is read again when these change
 ) -> bytes:
