@@ -115,48 +115,48 @@ def demo_command(
 
 # %% ../nbs/80_cli.ipynb #92c287b2
 def model_folder(
-    # a miniature, or a folder
+    # a miniature, a folder in our format or the original's, or a name on the hub
     name: str,
-) -> Path: # with config.json and weights
+): # what `load_model` takes
     "Where a model lies, or why it doesn't."
     from longva.mini import NAMES, UnknownModel, folder
-    choose = f"choose one of {', '.join(NAMES)}, or name a folder with a model."
+    choose = f"choose one of {', '.join(NAMES)}, or name a folder with a model, or one on the Hugging Face hub as OWNER/NAME."
     if not name.strip(): raise UnknownModel(f"--model is empty: {choose}")
     if name in NAMES: return folder(name)
-    if not Path(name).is_dir(): raise UnknownModel(f"There is no miniature called {name}: {choose}")
+    if not Path(name).is_dir():
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")): return name  # of the hub
+        raise UnknownModel(f"There is no miniature called {name}: {choose}")
     file = Path(name) / "config.json"
     if not file.is_file(): raise UnknownModel(f"The folder {name} holds no model, for it has no config.json.")
-    try: kind = dict(json.loads(file.read_text())).get("model_type")
+    from longva.model.checkpoint import is_original
+    try: original = is_original(raw := dict(json.loads(file.read_text())))
     except (ValueError, TypeError, RecursionError): raise UnknownModel(f"The folder {name} holds no model, for its config.json is not readable.") from None
-    if kind != "longva":
+    if not original and (kind := raw.get("model_type")) != "longva":
         from longva.needle.families import FAMILIES  # loads torch
         if kind in FAMILIES: return Path(name)
         raise UnknownModel(f"The folder {name} holds a model of type {kind}, and known are longva, {', '.join(FAMILIES)}.")
-    if not (Path(name) / "processor_config.json").is_file():
+    if not original and not (Path(name) / "processor_config.json").is_file():
         raise UnknownModel(f"The folder {name} holds no processor, for it has no processor_config.json: save the processor beside the model.")
     return Path(name)
 
 def load_model(
     # from `model_folder`
-    folder: Path,
+    where,
+    # for transformers; by default the GPU if there is one
+    device_map=None,
 ) -> tuple: # (model, processor)
-    "A model in the precision it was saved in, on the GPU if there is one."
+    "A model in the precision it was saved in."
     import torch
     import transformers
 
     from longva.mini import UnknownModel
-    from longva.model.modeling import LongVA
-    from longva.model.processing import LongVAProcessor
+    from longva.model.chat import ChatError, load
     from longva.needle.families import FAMILIES, load_family
     transformers.utils.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()).get("model_type") in FAMILIES: return load_family(folder, device)
-    try:
-        processor = LongVAProcessor.from_pretrained(folder, local_files_only=True)
-        model = LongVA.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
-    except Exception as e:  # a torn file shows itself in many ways
-        raise UnknownModel(f"The model in {folder} cannot be loaded ({str(e).strip().splitlines()[0].rstrip('.')[:200]}).") from None
-    return model.to(device), processor
+    file = Path(where) / "config.json"
+    if file.is_file() and json.loads(file.read_text()).get("model_type") in FAMILIES: return load_family(Path(where), device_map or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try: return load(where, device_map)
+    except ChatError as e: raise UnknownModel(str(e)) from None
 
 # %% ../nbs/80_cli.ipynb #2bfcf466
 def check(
@@ -246,7 +246,7 @@ def say_forecast(
 # %% ../nbs/80_cli.ipynb #6ea6e395
 @app.command("vniah")
 def vniah_command(
-    model: Annotated[str, typer.Option(help="mini-longva, mini-anyres, mini-short, or a folder with a model: a LongVA, or LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL, Qwen2.5-VL or Qwen3-VL in the format of transformers.")],
+    model: Annotated[str, typer.Option(help="mini-longva, mini-anyres, mini-short, a folder or a name on the Hugging Face hub: a LongVA (ours or the original's), or LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL, Qwen2.5-VL or Qwen3-VL in the format of transformers.")],
     haystack: Annotated[Path, typer.Option(parser=path, help="The video to hide pictures in.")],
     needles: Annotated[Optional[Path], typer.Option(parser=path, help="Folder with needles.json and its pictures; by default needles/ beside the video, or a miniature's own.")] = None,
     frames: Annotated[str, typer.Option(help="How many of the video's frames, for each column.")] = "16,64,256",
@@ -515,13 +515,7 @@ def chat_model(
     device_map,
 ) -> tuple: # (model, processor)
     "A model to talk to, or why there is none."
-    import transformers
-
-    from longva.mini import NAMES, folder
-    from longva.model.chat import load
-    transformers.utils.logging.disable_progress_bar()
-    if not name.strip(): raise Usage(f"--model is empty: name a folder with a LongVA, a model of the Hugging Face hub, or one of {', '.join(NAMES)}.")
-    return load(folder(name) if name in NAMES else name, device_map)
+    return load_model(model_folder(name), device_map)
 
 def what_it_knows(
     processor,

@@ -31,11 +31,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .mini import NAMES, folder
-from .model.checkpoint import LongVA, LongVAProcessor
+from .model.chat import load
 from .model.prefill import prefill
 from .needle.haystack import count_frames, load_haystack, load_needles
 from .needle.sweep import check_grid
 from .needle.trials import versions, write_whole
+from .vision.image import open_image
 from .vision.unires import fit_frames
 from .vision.video import Frames, read_frames, video_info
 
@@ -94,7 +95,7 @@ def splice_frames(
 ) -> np.ndarray: # [N+1,S,S,3] uint8
     "The frames of a trial."
     hay = _haystack(splice.film, splice.frames, splice.fps, grid, splice.fit)
-    with Image.open(splice.needle) as picture: needle = fit_frames(np.asarray(picture.convert("RGB"))[None], grid, splice.fit)
+    needle = fit_frames(np.asarray(open_image(splice.needle))[None], grid, splice.fit)
     return np.concatenate([hay[: splice.insert], needle, hay[splice.insert :]])
 
 # %% ../nbs/46_lmms.ipynb #b714f32b
@@ -178,10 +179,7 @@ def load_model(
 ) -> tuple: # (LongVA in evaluation mode, LongVAProcessor)
     "Model and processor: bfloat16 on a GPU, float32 on a CPU."
     where, on_gpu = folder(pretrained) if pretrained in NAMES else pretrained, device_map is not None or torch.device(device).type == "cuda"
-    ask = {k: v for k, v in dict(device_map=device_map, attn_implementation=attn_implementation).items() if v is not None}
-    here = dict(local_files_only=Path(where).is_dir())  # a folder has nothing to ask the hub
-    model = LongVA.from_pretrained(where, dtype=torch.bfloat16 if on_gpu else torch.float32, **ask, **here).eval()
-    return model if device_map is not None else model.to(device), LongVAProcessor.from_pretrained(where, **here)
+    return load(where, device_map or {"": device}, torch.bfloat16 if on_gpu else torch.float32, attn_implementation)
 
 # %% ../nbs/46_lmms.ipynb #815b17e2
 class Answerer:

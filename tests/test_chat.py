@@ -90,7 +90,7 @@ def test_weights_on_the_disk_and_the_originals_format(pair, film, tmp_path):
     model, processor = pair
     thing, right = next(iter(answers().items()))
     parts = ["model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "model.mm_projector", "model.vision_tower", "lm_head"]
-    away = LongVA.from_pretrained(mini.folder("mini-longva"), device_map={part: "disk" if part in ("model.layers", "model.mm_projector") else "cpu" for part in parts}, offload_folder=tmp_path / "away")
+    away = LongVA.from_pretrained(mini.folder("mini-longva"), device_map={part: "disk" if part in ("model.layers", "model.mm_projector", "model.vision_tower") else "cpu" for part in parts}, offload_folder=tmp_path / "away")
     assert "".join(Chat(away, processor).ask(f"find {thing}", videos=film)) == right
     save_original(model, tmp_path / "original")
     processor.tokenizer.save_pretrained(tmp_path / "original")
@@ -254,6 +254,45 @@ def test_a_failed_turn_leaves_no_trace(pair, film, tmp_path):
     with pytest.raises(ZeroDivisionError): list(chat.ask(turn))
     assert chat.tokens == 0 and chat.messages == []
     assert "".join(chat.ask(f"find {thing}", videos=film)) == right
+
+
+def test_a_new_conversation_while_the_old_one_is_answered(pair, film):
+    "Whatever the old answer still does, it does not touch the new conversation."
+    model, processor = pair
+    (first, _), (second, right), *_ = answers().items()
+    fresh = list(Chat(model, processor).ask(f"find {second}", videos=film))
+    for when in ("between pieces", "while it reads", "at the end"):
+        chat = Chat(model, processor)
+        turn = chat.prepare(f"find {first}", videos=film)
+        old = chat.ask(turn, max_new_tokens=20)
+        if when == "while it reads":
+            parts = turn.films[0].parts
+            turn.films[0].parts = lambda: ((chat.reset(), part)[1] for part in parts())
+            with pytest.raises(ChatError, match="Stopped"): list(old)
+        else:
+            next(old)
+            if when == "at the end": next(old)
+            chat.reset()
+        new = chat.ask(f"find {second}", videos=film)
+        pieces = [next(new)]
+        assert list(old) == []  # in the middle of the new answer
+        assert pieces + list(new) == fresh and "".join(fresh) == right, when
+        assert [m["role"] for m in chat.messages] == ["user", "assistant"] and len(chat.turns) == 1 and not chat.busy
+        assert chat.tokens + len(chat.pending) == turn.tokens + len(processor.tokenizer(right)["input_ids"])
+
+
+def test_threads_share_a_model(pair, film):
+    "Two answers at once on one model: each is its own, and the model's attention is what it was."
+    from concurrent.futures import ThreadPoolExecutor
+    model, processor = pair
+    talk = lambda thing: "".join(Chat(model, processor, chunk=16).ask(f"find {thing}", videos=film))
+    with ThreadPoolExecutor(4) as pool: said = dict(zip(answers(), pool.map(talk, list(answers())[:6])))
+    assert said == {thing: answers()[thing] for thing in said} and model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+def test_a_temperature_just_above_zero_takes_the_likeliest():
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    assert next_token(logits, 1e-38, 1.0, torch.Generator().manual_seed(0)) == 1
 
 
 def test_time_stamps_are_the_processors(pair, film):

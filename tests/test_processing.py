@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longva.model.modeling import LongVA, LongVAConfig, longva_7b, mini_config
 from longva.model.processing import LongVAImageProcessor, LongVAProcessor, frames_text
-from longva.vision.video import Frames, VideoError, write_video
+from longva.vision.video import Frames, VideoError, read_frames, write_video
 
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<image>", "<video>", "<|im_start|>", "<|im_end|>"]
 
@@ -82,19 +82,26 @@ def test_random_batches_equal_their_rows(pair):
             for row, (text, pictures, films) in enumerate(zip(texts, images, videos)):
                 alone = processor(text=text, images=pictures, videos=films)
                 keep = batch["attention_mask"][row].bool()
+                assert keep[-1]  # on the left, where generation wants the padding
                 assert torch.equal(batch["input_ids"][row][keep], alone["input_ids"][0])
                 torch.testing.assert_close(logits[row][keep], model(**alone).logits[0], atol=2e-5, rtol=1e-4)
 
 
 def test_padded_generation_equals_generation_alone(pair):
     model, processor = pair
-    processor.tokenizer.padding_side = "left"
     rng = np.random.default_rng(1)
     texts, images, videos = zip(*(prompt(rng) for _ in range(3)))
     how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     together = model.generate(**processor(text=list(texts), images=list(images), videos=list(videos)), **how)[:, -5:]
     for row, (text, pictures, films) in enumerate(zip(texts, images, videos)):
         assert torch.equal(together[row], model.generate(**processor(text=text, images=pictures, videos=films), **how)[0, -5:])
+    right = processor(text=["w1", "w1 w2 w3"], padding_side="right")  # for training
+    assert right["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]] and processor(text=["w1", "w1 w2 w3"])["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+    refused(lambda: model.generate(**right, **how), "padded on the right", "left")
+    refused(lambda: processor(text="w1", padding_side="top"), "padding_side", "'top'")
+    talks = [[{"role": "user", "content": "w1"}], [{"role": "user", "content": "w1 w2"}]]
+    sides = [processor.apply_chat_template(talks, tokenize=True, return_dict=True, **more)["attention_mask"][0].tolist() for more in ({}, {"padding_side": "right"})]
+    assert sides[0][::-1] == sides[1] and sides[0][0] == 0
 
 
 def test_a_thumbnail_is_counted_only_for_anyres(pair):
@@ -391,3 +398,73 @@ def test_a_part_of_another_kind(pair):
     _, processor = pair
     with pytest.raises(Exception, match="text, image or video"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "sound", "sound": "x.wav"}]}])
+
+
+def test_a_slip_of_the_pen_is_no_setting(pair, tmp_path):
+    model, processor = pair
+    config, tokenizer, frames = model.config, processor.tokenizer, np.zeros((2, 30, 30, 3), np.uint8)
+    processor.save_pretrained(tmp_path)
+    for call, word in (
+        (lambda: LongVAImageProcessor(frame_fit="pad"), "frames_fit"), (lambda: LongVAImageProcessor.from_config(config, max_grid=4), "max_grids"),
+        (lambda: LongVAProcessor.from_config(config, tokenizer, frame_fit="pad"), "frames_fit"), (lambda: LongVAProcessor.from_pretrained(tmp_path, time_stamp=True), "time_stamps"),
+        (lambda: LongVAProcessor.from_pretrained(tmp_path, frame_fit="pad"), "frames_fit"), (lambda: processor(text="w1", vidoes=frames), "videos"),
+        (lambda: processor(text="<video>", videos=frames, frame_fit="pad"), "frames_fit"), (lambda: processor(text="w1", zebra=1), "zebra"),
+        (lambda: processor.image_processor(Image.new("RGB", (30, 30)), max_grid=2), "max_grid"),
+        (lambda: processor(text="<video>", videos=frames, num_frames=1), "2 frames"),
+    ):
+        refused(call, word)
+    again = LongVAProcessor.from_pretrained(tmp_path, time_stamps=True, frame_delimiters="w7", frames_fit="resize", max_grids=4)
+    assert (again.time_stamps, again.frame_delimiters, again.image_processor.frames_fit, again.image_processor.max_grids) == (True, "w7", "resize", 4)
+
+
+def test_pictures_as_people_see_them(pair, tmp_path, monkeypatch):
+    """Oracles are the 8-bit picture from which each file is made."""
+    from longva.vision.image import open_image
+
+    grey = np.linspace(0, 255, 60 * 40).astype(np.uint8).reshape(40, 60)
+    colour = Image.fromarray(np.stack([grey, grey[::-1], grey[:, ::-1]], -1))
+    saved = {"deep.png": Image.fromarray(grey.astype(np.uint16) * 257), "deep.tif": Image.fromarray(grey.astype(np.uint16) * 257), "plain.png": Image.fromarray(grey), "la.png": Image.fromarray(grey).convert("LA")}
+    for name, image in saved.items():
+        image.save(tmp_path / name)
+        assert np.array_equal(np.asarray(open_image(tmp_path / name)), grey[..., None].repeat(3, -1)), name
+    assert np.array_equal(np.asarray(open_image(Image.fromarray(grey.astype(np.uint16) * 257)))[..., 0], grey)
+    clear = colour.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.where(np.arange(60) < 30, 255, 0).astype(np.uint8)[None].repeat(40, 0)))
+    clear.save(tmp_path / "clear.png")
+    seen = np.asarray(open_image(tmp_path / "clear.png"))
+    assert np.array_equal(seen[:, :30], np.asarray(colour)[:, :30]) and (seen[:, 30:] == 255).all()
+    few = colour.quantize(8)
+    few.save(tmp_path / "few.gif")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "few.gif")), np.asarray(few.convert("RGB")))
+    colour.convert("CMYK").save(tmp_path / "print.tif")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "print.tif")), np.asarray(colour.convert("CMYK").convert("RGB")))
+    exif = colour.getexif()
+    exif[0x112] = 6
+    colour.save(tmp_path / "phone.png", exif=exif)
+    for turned in (tmp_path / "phone.png", Image.open(tmp_path / "phone.png")):
+        assert np.array_equal(np.asarray(open_image(turned)), np.rot90(np.asarray(colour), -1))
+    colour.save(tmp_path / "two.gif", save_all=True, append_images=[colour.transpose(Image.Transpose.FLIP_TOP_BOTTOM)])
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
+    _, processor = pair
+    refused(lambda: processor(text="<image>", images=tmp_path / "two.gif"), "two.gif", "2 pictures", "video")
+    refused(lambda: processor(text="<image>", images=tmp_path / "float.tif"), "float.tif", "8 bits")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    refused(lambda: processor(text="<image>", images=tmp_path / "plain.png"), "plain.png", "2,000")
+
+
+def test_a_long_file_is_read_in_parts(pair, tmp_path):
+    """Twenty times as many frames, and beside the result no more memory."""
+    import tracemalloc
+
+    _, processor = pair
+    path = write_video((np.full((360, 640, 3), i % 250, np.uint8) for i in range(200)), tmp_path / "film.mp4", fps=10)
+    peaks = []
+    for n in (10, 200):
+        tracemalloc.start()
+        seen = processor(text="<video>", videos=path, num_frames=n)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(seen["pixel_values_videos"]) == n
+    assert peaks[1] < 100 * 360 * 640 * 3  # two parts of 32, and half of the film would be 100
+    frames = read_frames(path, n=200).array
+    assert torch.equal(seen["pixel_values_videos"], processor(text="<video>", videos=frames)["pixel_values_videos"])

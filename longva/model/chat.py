@@ -19,7 +19,8 @@ from .checkpoint import CheckpointError
 from .modeling import LongVA, LongVAConfig, longva_7b
 from .prefill import CHUNK, ChatError, Estimate, cut_to, kv_cache, place_of, prefill, reserve, walk
 from .prefill import estimate as estimate_of
-from .processing import LongVAImageProcessor, LongVAProcessor, _open, expand_placeholders, frames_text
+from .processing import LongVAImageProcessor, LongVAProcessor, expand_placeholders, frames_text
+from ..vision.image import open_image
 from ..vision.unires import choose_grid
 from ..vision.video import Frames, iter_frames, video_info
 
@@ -39,7 +40,7 @@ def next_token(
     if not torch.isfinite(logits).all():
         raise ChatError("The model's output is not a number: load it in bfloat16 or float32 (Qwen2 overflows in float16), and check its weights.")
     if temperature == 0: return int(logits.argmax())
-    chances, order = softmax(logits / temperature, -1).sort(descending=True)
+    chances, order = softmax((logits - logits.max()) / temperature, -1).sort(descending=True)
     chances[chances.cumsum(0) - chances >= top_p] = 0  # the first one always stays
     return int(order[torch.multinomial(chances, 1, generator=generator)])
 
@@ -83,12 +84,18 @@ def load(
     name: str | Path,
     # as transformers has it: None for the GPU if there is one, "auto" for all GPUs, "cpu", or a dictionary
     device_map=None,
+    # by default that of the checkpoint
+    dtype=None,
+    # "sdpa", "flash_attention_2", ...; None lets transformers choose
+    attn_implementation: str | None = None,
 ) -> tuple: # (LongVA in evaluation mode, LongVAProcessor)
-    """Load a model to chat with, never in float16."""
+    """The one loader of the command, the apps and lmms-eval: model and processor, never in float16."""
     device_map = device_map or ("cuda" if torch.cuda.is_available() else None)
+    asked = {k: v for k, v in dict(device_map=device_map, dtype=dtype, attn_implementation=attn_implementation).items() if v is not None}  # without a dtype transformers 5 keeps the file's
+    here = dict(local_files_only=Path(name).is_dir())  # a folder has nothing to ask the hub
     try:
-        model = LongVA.from_pretrained(name, device_map=device_map)  # transformers 5 keeps the precision of the file
-        processor = LongVAProcessor.from_pretrained(name)
+        processor = LongVAProcessor.from_pretrained(name, **here)  # the small one first
+        model = LongVA.from_pretrained(name, **asked, **here)
     except (MemoryError, KeyboardInterrupt): raise
     except Exception as error:  # a torn file shows itself in many ways
         said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
@@ -152,7 +159,8 @@ class Chat:
         self.reset()
 
     def reset(self):
-        """Forget the conversation, and give its memory back."""
+        """Forget the conversation, and give its memory back. An answer that is being given, in another thread too, ends and leaves nothing behind."""
+        # a running answer knows by its cache whether the conversation is still its own
         # pending: ids of the answer that the model has chosen but not read; tokens_7b: what LongVA-7B would have in its cache
         self.busy = self.stopping = False
         self.messages, self.turns, self.cache, self.pending, self.said, self.tokens_7b = list(self.start), [], kv_cache(self.model), [], "", 0
@@ -208,7 +216,7 @@ def prepare(
     """Check what the user says, count its tokens, and open its files. Nothing is read by the model yet."""
     check_words(self.processor, text)
     images, videos = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (images, videos))
-    try: opened = [_open(image) for image in images]
+    try: opened = [open_image(image) for image in images]
     except ValueError as error: raise ChatError(str(error)) from error
     shapes, cut = [image.size for image in opened], [self.processor.image_processor.preprocess([image]) for image in opened]
     pictures = [(c["pixel_values"], tuple(c["image_layouts"][0].tolist())) for c in cut]
@@ -248,18 +256,19 @@ def _write(self: Chat, answer) -> str:
 
 
 @patch
-def _read(self: Chat, turn, room) -> torch.Tensor:
+def _read(self: Chat, turn, room, cache) -> torch.Tensor:
     """Read a turn: logits [V] of its end."""
     images = (self.model.encode_image(pixels, *layout) for pixels, layout in turn.images)
     fit = self.processor.image_processor.preprocess_frames
     videos = (self.model.encode_frames(fit(part, self.frames_fit)).flatten(0, 1) for film in turn.films for part in film.parts())
+    pending = self.pending
     def pieces():
-        if self.pending: yield self._words(self.pending)
+        if pending: yield self._words(pending)
         for piece in walk(self.model, turn.ids, images, videos):
-            if self.stopping: raise Stopped("Stopped before the answer began; the conversation is as it was.")
+            if self.stopping or self.cache is not cache: raise Stopped("Stopped before the answer began; the conversation is as it was.")
             yield piece
-    reserve(self.cache, self.tokens + len(self.pending) + turn.tokens + room)
-    return prefill(self.model, pieces(), self.cache, self.chunk)[0][0, -1]
+    reserve(cache, cache.get_seq_length() + len(pending) + turn.tokens + room)
+    return prefill(self.model, pieces(), cache, self.chunk)[0][0, -1]
 
 
 @patch
@@ -302,19 +311,20 @@ def ask(
 @torch.no_grad()
 def _answer(self: Chat, turn, most, how, stop):
     if self.busy or not turn.said.startswith(self.said): raise ChatError("Another answer came in between: finish it or close it, and ask again.")
-    before, answer, said, fed, self.busy, self.stopping = self.tokens, [], "", 0, True, False
-    try: logits = self._read(turn, most)
+    cache, answer, said, fed, self.busy, self.stopping = self.cache, [], "", 0, True, False
+    before, mine = self.tokens, lambda: self.cache is cache  # until somebody calls reset
+    try: logits = self._read(turn, most, cache)
     except BaseException:
-        cut_to(self.cache, before)
-        self.busy = False
+        cut_to(cache, before)
+        if mine(): self.busy = False
         raise
-    start, ended = self.tokens, False
+    start, ended = cache.get_seq_length(), False
     try:
-        while len(answer) < most and not ended and not self.stopping:
+        while len(answer) < most and not ended and not self.stopping and mine():
             if answer:
-                logits, fed = prefill(self.model, self._words(answer[-1:]), self.cache)[0][0, -1], len(answer)
+                logits, fed = prefill(self.model, self._words(answer[-1:]), cache)[0][0, -1], len(answer)
             token = next_token(logits, *how)
-            if token in self.ends: break
+            if token in self.ends or not mine(): break
             answer.append(token)
             now, ended = _cut_at(self._write(answer), stop)
             if len(now) > len(said):
@@ -322,8 +332,9 @@ def _answer(self: Chat, turn, most, how, stop):
                 yield piece
         rest = "" if ended else self._write(answer)[len(said) :]  # what was held back
         said += rest
-        if rest: yield rest
-    finally: self._remember(turn, start, answer, said, fed)
+        if rest and mine(): yield rest
+    finally:
+        if mine(): self._remember(turn, start, answer, said, fed)
 
 # %% ../../nbs/23_model.chat.ipynb #b4ab6614
 @patch

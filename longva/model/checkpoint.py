@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, GenerationConfig, PreTrainedConfig, Qwen2Config
 
 from .modeling import LongVA, LongVAConfig
-from .processing import LongVAImageProcessor, LongVAProcessor
+from .processing import LongVAImageProcessor, LongVAProcessor, refuse_unknown
 from ..vision.unires import grid_choices
 
 # %% ../../nbs/22_model.checkpoint.ipynb #ac2f626e
@@ -273,6 +273,8 @@ def load_original(
 
 # %% ../../nbs/22_model.checkpoint.ipynb #a875a2ad
 _PICTURES = ("frames_fit", "image_fit", "encoding", "max_grids", "grids", "pool_stride", "image_pool_stride")
+_SETTINGS = (*_PICTURES, "chat_template", "time_stamps", "frame_delimiters", "tokenizer", "image_processor", "subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download",
+             "trust_remote_code", "use_fast", "backend", "proxies", "user_agent", "code_revision", "return_unused_kwargs")  # the last line is transformers' own
 
 def load_processor(
     cls,  # LongVAProcessor
@@ -286,6 +288,7 @@ def load_processor(
     except Exception: raw = {}  # no config.json: a processor that was saved alone, or nothing, as transformers will say
     if not is_original(raw):
         changes = {k: kwargs.pop(k) for k in _PICTURES if k in kwargs}
+        refuse_unknown({k: v for k, v in kwargs.items() if k not in hub}, _SETTINGS, "LongVAProcessor.from_pretrained")
         made = load(name, **kwargs)
         if changes: made.image_processor = type(made.image_processor)(**made.image_processor.to_dict() | changes)
         return made

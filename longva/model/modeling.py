@@ -240,7 +240,7 @@ class LongVAModel(Qwen2Model):
     ) -> torch.Tensor: # [N, patches, D]
         """Tower and projector, before pooling."""
         tower = self.vision_tower["vision_tower"]["vision_model"]
-        return self.mm_projector(tower.features(pixels.to(tower.device, tower.dtype), layer))
+        return self.mm_projector(tower.features(pixels.to("cpu" if tower.device.type == "meta" else tower.device, tower.dtype), layer))
 
 # %% ../../nbs/20_model.modeling.ipynb #70048c52
 class LongVA(Qwen2PreTrainedModel, GenerationMixin):
@@ -492,6 +492,9 @@ def prepare_inputs_for_generation(self: LongVA, input_ids, is_first_iteration=Fa
     cached = kwargs.get("use_cache", True)
     if inputs_embeds is not None and not cached:  # later steps would embed bare placeholders
         raise ValueError("Generation from inputs_embeds, or from pictures with several beams or samples, needs use_cache=True.")
+    mask = kwargs.get("attention_mask")
+    if is_first_iteration and mask is not None and mask.ndim == 2 and not mask[:, -1].all():  # what is written behind a hole is wrong, without a word
+        raise ValueError("The prompts are padded on the right, and generation goes on at their right end: pad them on the left (the processor's padding_side).")
     if cached and not is_first_iteration:
         kwargs = {k: v for k, v in kwargs.items() if k not in _visual}
     return GenerationMixin.prepare_inputs_for_generation(

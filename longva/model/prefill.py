@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock, RLock
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -178,6 +180,7 @@ def _in_chunks(pieces, chunk):
 
 # %% ../../nbs/22a_model.prefill.ipynb #b5d217ff
 CHUNK = 2048
+_ONE, _TURNS = Lock(), WeakKeyDictionary()  # model -> whose turn it is to set its attention
 
 
 def longva_cache(
@@ -207,13 +210,15 @@ AttentionInterface.register("longva_cache", longva_cache)
 def maskless(
     model,
 ):
-    """Attention over a cache without a mask; what was set before comes back."""
+    """Attention over a cache without a mask; what was set before comes back. Threads that share a model take turns."""
     text = model.config.get_text_config()
-    before = text._attn_implementation
     put = lambda name: model.set_attn_implementation(name if text is model.config else {"text_config": name})
-    put("longva_cache")
-    try: yield
-    finally: put(before)
+    with _ONE: turn = _TURNS.setdefault(model, RLock())
+    with turn:
+        before = text._attn_implementation
+        put("longva_cache")
+        try: yield
+        finally: put(before)
 
 # %% ../../nbs/22a_model.prefill.ipynb #16d52d67
 def _asked(hidden, at, keep):
@@ -245,11 +250,11 @@ def prefill(
     known = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
     if isinstance(known, torch.Tensor):
         for layer in cache.layers: layer.room = max(getattr(layer, "room", 0), cache.get_seq_length() + known.shape[1])
-    with maskless(model):
-        for part in _in_chunks(pieces, chunk):
-            kept.append(_asked(model.model(inputs_embeds=part, past_key_values=cache, use_cache=True).last_hidden_state, at, logits_to_keep))
-            if isinstance(logits_to_keep, int) and logits_to_keep: kept = [torch.cat(kept, 1)[:, -logits_to_keep:]]
-            at += part.shape[1]
+    for part in _in_chunks(pieces, chunk):
+        with maskless(model): hidden = model.model(inputs_embeds=part, past_key_values=cache, use_cache=True).last_hidden_state
+        kept.append(_asked(hidden, at, logits_to_keep))
+        if isinstance(logits_to_keep, int) and logits_to_keep: kept = [torch.cat(kept, 1)[:, -logits_to_keep:]]
+        at += part.shape[1]
     if not at: raise ChatError("There is nothing to read: the input has no tokens.")
     return model.lm_head(torch.cat(kept, 1)), cache
 
