@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'mini_app', 'Usage', 'one_sentence', 'path', 'numbers', 'demo_command', 'model_folder', 'load_model', 'check',
-           'grid', 'check_base', 'stretch', 'beside', 'own_needles', 'vniah_command', 'show_rows', 'run_folder',
-           'compare_command', 'reading_model', 'own_words', 'own_book', 'show_perplexity', 'niah_command',
+           'grid', 'check_base', 'stretch', 'beside', 'own_needles', 'say_forecast', 'vniah_command', 'show_rows',
+           'run_folder', 'compare_command', 'reading_model', 'own_words', 'own_book', 'show_perplexity', 'niah_command',
            'plan_command', 'extend_command', 'align_command', 'chat_model', 'what_it_knows', 'say_what_it_takes',
            'answer_aloud', 'questions', 'chat_command', 'dpo_command', 'list_command', 'train_command']
 
@@ -213,6 +213,26 @@ def own_needles(
     if not same: raise NeedleError(f"{there} holds something else than this film's needles: choose another folder, or name them with --needles.")
     return needles, seed or 0, "drawn with seed 0, for the film does not say that it shows the miniature's world" if seed is None else f"the miniature's own, of seed {seed} as the film"
 
+# %% ../nbs/80_cli.ipynb #80f0ca57
+def say_forecast(
+    model, processor,
+    # a folder, or a list of Needle
+    needles,
+    lengths: list, depths: list,
+    # the results folder, whose trials are not counted again
+    out: Path,
+    **how, # naive, generate, workers
+):
+    "What the sweep will take, or the rest of it."
+    from longva.needle.forecast import forecast
+    from longva.needle.haystack import load_needles
+    from longva.needle.trials import key, read_trials
+    from longva.needle.vniah import Spot, make_prompt
+    needles = needles if isinstance(needles, list) else load_needles(needles)
+    done = {key(t) for t in read_trials(out / "trials.jsonl")}
+    spots = [Spot(j, n, d) for n in lengths for d in depths for j, needle in enumerate(needles) if (needle.name, n, d) not in done]
+    if spots: typer.echo(forecast(model, [make_prompt(processor, n) for n in needles], spots, **how))
+
 # %% ../nbs/80_cli.ipynb #6ea6e395
 @app.command("vniah")
 def vniah_command(
@@ -225,11 +245,17 @@ def vniah_command(
     fps: Annotated[Optional[float], typer.Option(help="Frames to take per second of video; by default all.")] = None,
     rope_base: Annotated[Optional[float], typer.Option(help="Another RoPE base, without training.")] = None,
     name: Annotated[Optional[str], typer.Option(help="What to call the model in the results.")] = None,
+    naive: Annotated[bool, typer.Option("--naive", help="One full pass for each trial, instead of reading what trials share once.")] = False,
+    generate: Annotated[bool, typer.Option("--generate", help="Let the model write its answer, instead of showing it the right one.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with a model of its own; on GPUs, each on the next.")] = 1,
+    kv: Annotated[str, typer.Option(help="Where keys and values lie: device, or host for a GPU that is too small.")] = "device",
 ):
     "Hide pictures in a video and ask for them (the paper's V-NIAH)."
     name = name or Path(model).resolve().name + (f" base {rope_base:g}" if rope_base else "")
     out = out or Path("runs") / "vniah" / f"{name}_{haystack.stem}"
+    how = dict(naive=naive, generate=generate, workers=workers)
     with one_sentence(out):
+        if kv not in ("device", "host"): raise Usage(f"--kv is device or host, and not {kv!r}.")
         hide, seed = needles or beside(haystack), 0
         check_base(rope_base)
         where, (lengths, places) = model_folder(model), check(haystack, hide, frames, depths, fps)
@@ -240,7 +266,8 @@ def vniah_command(
         words, own = f"those beside the film, in {hide}", hide is None
         if own: hide, seed, words = own_needles(processor, haystack, out)
         if needles is None: typer.echo(f"Needles: {words}.")
-        trials = run(net, processor, haystack, hide, lengths, places, out, seed, name=name, fps=fps)
+        say_forecast(net, processor, hide, lengths, places, out, **how)
+        trials = run(net, processor, haystack, hide, lengths, places, out, seed, name=name, fps=fps, kv=kv, **how)
         if own: put_needles(out / "needles", 20, seed)
         show_rows(trials, out)
 

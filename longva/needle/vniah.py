@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Prompt', 'make_prompt', 'encode', 'encode_needles', 'Spot', 'trial_embeddings', 'answer_logits', 'decide', 'batches',
-           'fingerprint', 'describe', 'decisions', 'run']
+           'path_of', 'fingerprint', 'describe', 'decisions', 'run']
 
 # %% ../../nbs/43_needle.vniah.ipynb #0ed67767
 import time
@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..model.prefill import CHUNK
 from .haystack import Needle, NeedleError, count_frames, load_haystack, load_needles
 from .sweep import check_grid, digest, judge, model_name, sweep, together, weights_id
 from .trials import Trial, versions
+from .trie import Reader, decide_apart
 from ..vision.unires import fit_frames
 from ..vision.video import Frames
 
@@ -154,6 +156,18 @@ def batches(
         return len(p.before) + (s.frames + 1) * tokens_per_frame + len(p.after) + len(p.answer), len(p.answer)
     return together(spots, shape, batch_tokens)
 
+# %% ../../nbs/43_needle.vniah.ipynb #43b00002
+def path_of(
+    prompt: Prompt,
+    spot: Spot,
+    # False leaves the needle frame out
+    with_needle: bool = True,
+) -> tuple: # pieces for `needle.trie`
+    "before | haystack[:i] | needle | haystack[i:n] | after"
+    i, n = spot.insert, spot.frames
+    inside = (("hay", 0, i), ("needle", spot.needle), ("hay", i, n)) if with_needle else (("hay", 0, n),)
+    return ("ids", tuple(prompt.before)), *(p for p in inside if p[0] == "needle" or p[1] < p[2]), ("ids", tuple(prompt.after))
+
 # %% ../../nbs/43_needle.vniah.ipynb #c93ec0e4
 def fingerprint(
     model,
@@ -216,13 +230,17 @@ def _long_enough(haystack, n, fps):
     if not isinstance(haystack, Frames): return count_frames(haystack, n, fps)
     if len(haystack) < n: raise NeedleError(f"The haystack holds {len(haystack)} frames, and {n} are wanted: give a longer one, or ask for fewer.")
 
-def _work(model, processor, haystack, needles, prompts, todo, fps, fit, with_needle, batch_tokens):
-    "Encode once what the open trials need, then decide them."
-    n, grid = max(s.frames for s in todo), processor.image_processor.grid
+def _encoded(model, processor, haystack, needles, n, fps, fit, with_needle):
+    "Visual tokens of the first n frames, and of the needles."
+    grid = processor.image_processor.grid
     if isinstance(haystack, Frames): array = haystack.array[:n]
     else: array = load_haystack(haystack, n, fps, shrink=lambda frames: fit_frames(frames, grid, fit)).array
-    hidden = encode_needles(model, processor, needles, fit) if with_needle else None
-    yield from decisions(model, encode(model, processor, array, fit), hidden, prompts, todo, batch_tokens)
+    return encode(model, processor, array, fit), encode_needles(model, processor, needles, fit) if with_needle else None
+
+def _work(reader, prompts, todo, with_needle, **how):
+    "Decide the open trials, one by one."
+    paths, answers = [path_of(prompts[s.needle], s, with_needle) for s in todo], [prompts[s.needle].answer for s in todo]
+    for k, logits, seconds in decide_apart(reader, paths, answers, **how): yield todo[k], judge(logits, answers[k]), seconds
 
 # %% ../../nbs/43_needle.vniah.ipynb #a3d9dd8b
 def run(
@@ -249,27 +267,37 @@ def run(
     fit: str = "pad",
     # False: a control in which the needle frame is left out
     with_needle: bool = True,
-    # positions per batch; more fills a GPU better and takes more memory
-    batch_tokens: int = 4096,
+    # tokens read at a time; more fills a GPU better and takes more memory
+    batch_tokens: int = CHUNK,
     # text-training length in frames, for the dotted line
     train_frames: int = None,
     # show a progress bar
     progress: bool = True,
     # called with each new Trial, after it was written
     on_trial=None,
+    # one full pass for each trial, instead of reading what they share once
+    naive: bool = False,
+    # let the model write its answer, instead of showing it the right one
+    generate: bool = False,
+    # processes, each with a model of its own; on GPUs, each on the next
+    workers: int = 1,
+    # where keys and values lie: "device" or "host"
+    kv: str = "device",
 ) -> list: # of Trial: those of this grid, by length, depth and needle
     "Run V-NIAH, or go on with it."
     frames, depths = check_grid(frames, depths)
     if not with_needle and len(depths) > 1: raise NeedleError("Without the needle frame every depth is the same trial: give one depth.")
     if fit not in ("pad", "crop", "resize"): raise NeedleError(f"A frame can be fitted by pad, crop or resize, not by {fit}.")
+    if kv not in ("device", "host"): raise NeedleError(f"Keys and values can lie on the device or on the host, not on {kv}.")
     needles = _need(needles)
     prompts = [make_prompt(processor, n) for n in needles]
     _long_enough(haystack, frames[-1], fps)
     name, by = name or model_name(model), versions()
-    about = describe(model, name, haystack, needles, prompts, seed=seed, fps=fps, fit=fit, with_needle=with_needle)
+    about = describe(model, name, haystack, needles, prompts, seed=seed, fps=fps, fit=fit, with_needle=with_needle, **dict(generate=True) if generate else {})
     spots = {(needles[j].name, n, d): Spot(j, n, d) for n in frames for d in depths for j in range(len(needles))}
     def decide_open(todo):
-        for batch in _work(model, processor, haystack, needles, prompts, todo, fps, fit, with_needle, batch_tokens):
+        reader = Reader(model, *_encoded(model, processor, haystack, needles, max(s.frames for s in todo), fps, fit, with_needle))
+        for s, verdict, seconds in _work(reader, prompts, todo, with_needle, workers=workers, naive=naive, generate=generate, chunk=batch_tokens, host=kv == "host"):
             yield [Trial(name, needles[s.needle].name, s.frames, s.depth, s.insert if with_needle else -1, prompts[s.needle].answer,
-                         *verdict, seconds, seed, by) for s, verdict, seconds in batch]
+                         *verdict, seconds, seed, by)]
     return sweep(model, name, out, about, spots, decide_open, train_length=train_frames, progress=progress, on_trial=on_trial)
