@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'mini_app', 'Usage', 'one_sentence', 'path', 'numbers', 'demo_command', 'model_folder', 'load_model', 'check',
            'grid', 'check_base', 'stretch', 'beside', 'own_needles', 'say_forecast', 'vniah_command', 'show_rows',
-           'reading_model', 'own_words', 'own_book', 'show_perplexity', 'niah_command', 'plan_command',
-           'extend_command', 'align_command', 'chat_model', 'what_it_knows', 'say_what_it_takes', 'answer_aloud',
-           'questions', 'chat_command', 'dpo_command', 'list_command', 'train_command']
+           'run_folder', 'compare_command', 'reading_model', 'own_words', 'own_book', 'show_perplexity', 'niah_command',
+           'plan_command', 'extend_command', 'align_command', 'chat_model', 'what_it_knows', 'say_what_it_takes',
+           'answer_aloud', 'questions', 'chat_command', 'dpo_command', 'list_command', 'train_command']
 
 # %% ../nbs/80_cli.ipynb #93388f10
 import json
@@ -300,6 +300,36 @@ def show_rows(
         typer.echo(f"{n:>6}  {f'{right}/{of}':>9}  {right / of:>5.2f}  {low:.2f} to {high:.2f}")
     typer.echo(f"\nOpen {out / 'heatmap.html'} (point at a cell to see its trials) or {out / 'heatmap.png'}.")
     typer.echo(f"Every trial is a line of {out / 'trials.jsonl'}; the scores as the original writes them are in {out / 'all_accuracies.json'}.")
+
+# %% ../nbs/80_cli.ipynb #38f8bd62
+def run_folder(
+    # holds trials.jsonl
+    folder: Path,
+) -> tuple: # (trials, settings)
+    "What a finished or stopped run left, or why it can't be read."
+    from longva.needle.trials import NeedleError, read_trials
+    file = folder / "trials.jsonl"
+    if not file.is_file(): raise NeedleError(f"{folder} holds no trials.jsonl: name the results folder of a run.")
+    try: settings = dict(json.loads((folder / "settings.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError): settings = {}
+    return read_trials(file), settings
+
+@app.command("compare")
+def compare_command(
+    a: Annotated[Path, typer.Argument(parser=path, metavar="RUN_A", help="Results folder of a run,")],
+    b: Annotated[Path, typer.Argument(parser=path, metavar="RUN_B", help="and of another on the same grid.")],
+):
+    "Compare two runs trial by trial: the difference at each length, with its interval."
+    with one_sentence("."):
+        from longva.needle.statistics import compare
+        (mine, about), (other, what) = run_folder(a), run_folder(b)
+        gaps = compare(mine, other, (str(a), str(b)))
+        differ = sorted(k for k in {**about, **what} if about.get(k) != what.get(k))
+        typer.echo(f"A is {a}, B is {b}. Their settings differ in: {', '.join(differ) or 'nothing'}.\n")
+        typer.echo(f"{'length':>6}  {'trials':>6}  {'A':>5}  {'B':>5}  {'A - B':>6}  {'95% interval':>15}  {'only A':>6}  {'only B':>6}  {'p':>7}")
+        for g in gaps:
+            typer.echo(f"{g.frames or 'all':>6}  {g.pairs:>6}  {g.a:>5.2f}  {g.b:>5.2f}  {g.difference:>+6.2f}  {f'{g.low:+.2f} to {g.high:+.2f}':>15}  {g.only_a:>6}  {g.only_b:>6}  {g.p:>7.2g}")
+        typer.echo("\nInterval: Newcombe, paired. p: McNemar's exact test. Both take trials as independent.")
 
 # %% ../nbs/80_cli.ipynb #ff9eaca8
 def reading_model(

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['BEST', 'PANELS', 'FRAMES', 'DEPTHS', 'NEEDLES', 'SEED', 'CALIBRATION_SEED', 'BASES', 'TOKENS_PER_FRAME',
            'TRAIN_FRAMES', 'GUESS', 'TASKS', 'Plan', 'put_needles', 'prepare', 'try_bases', 'choose_base',
-           'control_needles', 'work', 'wanted', 'trials_of', 'finished', 'in_processes', 'newcombe', 'difference',
-           'summarise', 'summary_table', 'report', 'cores', 'save', 'demo']
+           'control_needles', 'work', 'wanted', 'trials_of', 'finished', 'in_processes', 'difference', 'summarise',
+           'summary_table', 'report', 'cores', 'save', 'demo']
 
 # %% ../../nbs/63_lab.demo.ipynb #5ef0faac
 import json
-import math
 import os
 import signal
 import sys
@@ -37,6 +36,7 @@ from ..mini.recipe import LONG_CONTEXT, SHORT_CONTEXT
 from ..mini.world import film_frames, needle_objects, random_scenes, scene_words, write_film, write_needles
 from ..needle.haystack import Needle, NeedleError, load_needles
 from ..needle.heatmap import figure4, mean_score, save_figure4, save_html
+from ..needle.statistics import newcombe
 from ..needle.trials import by_frames, check_folder, key, read_trials, versions, wilson, write_whole
 from ..needle.vniah import Spot, check_grid, decisions, encode, encode_needles, make_prompt, run
 
@@ -258,22 +258,6 @@ def in_processes(
     finally: _end(processes)
 
 # %% ../../nbs/63_lab.demo.ipynb #ff664dcf
-def newcombe(
-    # right in both, only in the first, only in the second, in neither
-    both: int, first: int, second: int, neither: int,
-) -> tuple: # (difference, low, high)
-    "The difference of two paired shares with Newcombe's 95% interval."
-    n = both + first + second + neither
-    if n == 0: return math.nan, -1.0, 1.0
-    p, q = (both + first) / n, (both + second) / n
-    (p_low, p_high), (q_low, q_high) = wilson(both + first, n), wilson(both + second, n)
-    product = (both + first) * (second + neither) * (both + second) * (first + neither)
-    cross = both * neither - first * second
-    phi = (max(cross - n / 2, 0) if cross > 0 else cross) / math.sqrt(product) if product else 0.0
-    span = lambda a, b: math.sqrt(a * a - 2 * phi * a * b + b * b)
-    return p - q, p - q - span(p - p_low, q_high - q), p - q + span(p_high - p, q - q_low)
-
-
 def difference(
     # of Trial
     a: list,

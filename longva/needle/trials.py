@@ -13,6 +13,7 @@ import math
 import os
 import platform
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +56,12 @@ class Trial:
     seed: int = 0
     # versions of what computed it
     versions: dict = field(default_factory=dict)
+    # what was asked, and how: see `needle.variants`
+    variant: str = "vniah"
+    # ids that were allowed to answer; empty: the whole vocabulary
+    choices: list = field(default_factory=list)
+    # where the hidden pictures stand in the sequence, in frames; empty: only the needle, at `insert`
+    places: list = field(default_factory=list)
 
 # %% ../../nbs/40_needle.trials.ipynb #83f7757c
 def key(
@@ -115,7 +122,7 @@ class TrialLog:
     ):
         self.path = Path(path)
         check_folder(self.path.parent).mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+b")
+        self.file = open(self.path, "a+b", buffering=0)  # a line is written or refused, never left in a buffer
         self._lock()
         self.file.seek(0)
         data = self.file.read()
@@ -133,9 +140,13 @@ class TrialLog:
             raise NeedleError(f"Another run is writing to {self.path.parent.name}: wait for it, or choose another folder.") from None
 
     def append(self, *trials):
-        "Write trials and flush, so that they stay even if the process is killed next."
-        self.file.write(b"".join(json.dumps(asdict(t), allow_nan=False).encode() + b"\n" for t in trials))
-        self.file.flush()
+        "Write trials at once, so that they stay even if the process is killed next; a full disk keeps the lines before."
+        data, end = b"".join(json.dumps(asdict(t), allow_nan=False).encode() + b"\n" for t in trials), self.file.seek(0, os.SEEK_END)
+        try:
+            while data: data = data[self.file.write(data) :]
+        except OSError as error:
+            with suppress(OSError): self.file.truncate(end)
+            raise NeedleError(f"{self.path} can't be written ({str(error.strerror).lower()}): its {len(self.trials)} finished trials are kept; make room and run the same again.") from None
         self.trials.extend(trials)
 
     def done(self): return {key(t) for t in self.trials}
