@@ -106,8 +106,11 @@ class NeedleBench:
         seed: int = 0,
         # how frames become square, as in `needle.vniah.run`
         fit: str = "pad",
+        # the haystack as people look at it, where `film` is made small for the model [N,H,W,3] uint8
+        shown: np.ndarray = None,
     ):
         self.model, self.processor, self.film, self.needles, self.name, self.seed, self.fit = model, processor, film, list(needles), name, seed, fit
+        self.shown = film if shown is None else shown
         self.prompts = [make_prompt(processor, n) for n in self.needles]
         self.haystack = encode(model, processor, film, fit)
         self.hidden = encode_needles(model, processor, self.needles, fit)
@@ -253,7 +256,7 @@ def strip(
     for k in range(count):
         at = Spot(needle, frames, k / (count - 1)).insert
         shown = min(at if at < spot.insert else max(at - 1, 0), frames - 1) # behind the needle the film goes on one place later
-        picture = bench.needles[needle].image if k == nearest else Image.fromarray(bench.film[shown])
+        picture = bench.needles[needle].image if k == nearest else Image.fromarray(bench.shown[shown])
         places.append(Place(k / (count - 1), at, k == nearest, picture))
     return places
 
@@ -268,12 +271,13 @@ def fill(
     bench: NeedleBench,
     frames: tuple = FRAMES,
     depths: tuple = DEPTHS,
-    # the first so many needles
-    needles: int = NEEDLES,
+    # the first so many needles, or their numbers
+    needles=NEEDLES,
 ): # yields, after each cell, the list of all trials that this bench has kept
     "Decide a grid of trials, cell by cell, the short films first."
+    numbers = range(needles) if isinstance(needles, int) else needles
     for n, depth in ((n, d) for n in frames for d in depths):
-        spots = [bench.spot(j, n, depth) for j in range(needles)]
+        spots = [bench.spot(j, n, depth) for j in numbers]
         todo = [s for s in spots if (bench.needles[s.needle].name, n, depth) not in bench.kept]
         work = decisions(bench.model, bench.haystack, bench.hidden, bench.prompts, todo)
         while batch := _next(work):
