@@ -26,7 +26,8 @@ At how many frames does it begin to fail?
 LEGEND = """<div class="small pale">Each cell: right of all its trials; click it to see them. Ring: the needle now. Dotted: the longest text the language model was trained on, \
 counted in frames. Grey: not run yet.</div>"""
 LIMITS = """The miniature's world is small: drawn objects in eight colours on eight grounds. It answers `find OBJECT` with a colour and a ground, such as `pink checks`, and \
-knows only these words: {}. In a real film it sees 28 pixels a side, and what it says there shows how far it carries, not how well it was trained. Uploads are removed as soon as they are read."""
+knows only {} words. Of a real film it sees 28 pixels a side. Uploads are removed as soon as they are read.
+<details><summary>The words it knows</summary>{}</details>"""
 SAVE = """text => {
     const link = document.createElement('a');
     link.href = URL.createObjectURL(new Blob([text], {type: 'application/jsonl'}));
@@ -56,7 +57,7 @@ def heat_map(visit, demo, palette):
     from longva.lab.page import map_html
     from longva.lab.visit import lengths
     here = visit.bench(bench)
-    columns, source = lengths(len(here.film)), f"filled here, {visit.film[0]}" if visit.film else "filled here"
+    columns, source = lengths(len(here.film)), visit.film[0] if visit.film else "filled here"
     trials, before = list(here.kept.values()), [] if visit.film or visit.filled else recorded(here, demo / visit.model)
     if before: trials, source, columns = before, "from the demo", FRAMES
     return map_html(trials, f"{visit.model}, {source}", columns, palette=palette, train_frames=TRAIN_FRAMES.get(visit.model), spot=(visit.frames, visit.depth), opened=visit.opened), trials
@@ -211,14 +212,15 @@ def build(gr, first, demo):
                 gr.HTML(LEGEND, apply_default_css=False, js_on_load=None)
                 listed = gr.HTML(elem_id="trials", js_on_load=CLICK, apply_default_css=False)
         with gr.Accordion("Bring your own film and needle", open=False, elem_id="own"):
-            gr.Markdown(LIMITS.format(", ".join(w for w in bench(first).processor.tokenizer.get_vocab() if w.isalpha())), elem_classes="about small")
+            words = sorted(word for word in bench(first).processor.tokenizer.get_vocab() if word.isalpha())
+            gr.Markdown(LIMITS.format(len(words), ", ".join(words)), elem_classes="about small")
             with gr.Row():
                 with gr.Column(min_width=320):
-                    video = gr.File(label=f"A film, up to {FILM_BYTES >> 20} MiB: 512 of its frames are taken", elem_id="video", height=110)
+                    video = gr.File(label=f"A film, up to {FILM_BYTES >> 20} MiB: 512 of its frames are taken", elem_id="video", height=160)
                     back = gr.Button("Back to the drawn film", size="sm", elem_id="back")
                     film_said = gr.HTML(elem_id="film-said", apply_default_css=False, js_on_load=None)
                 with gr.Column(min_width=320):
-                    picture = gr.File(label=f"A needle: a picture, up to {PICTURE_BYTES >> 20} MiB", elem_id="picture", height=110)
+                    picture = gr.File(label=f"A needle: a picture, up to {PICTURE_BYTES >> 20} MiB", elem_id="picture", height=160)
                     with gr.Row():
                         question = gr.Textbox(label="Question", placeholder="find heart", max_length=200, elem_id="question")
                         answer = gr.Textbox(label="Right answer", placeholder="pink checks", max_length=200, elem_id="answer")

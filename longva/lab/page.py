@@ -90,7 +90,7 @@ def strip_html(
             f'<div class="attention" data-needle="{shares[0]:.4f}" data-text="{shares[2]:.4f}">{attention_svg(seen, insert, m)}<span class="top">{seen.max():.2g}</span></div></div>'
             f'<div class="small axis"><span><b>Attention</b> before the first word ({escape(which)}): <span class="shares">{said}</span></span><span>Depth in the film →</span></div>')
 
-# %% ../../nbs/64b_lab.page.ipynb #6477d316
+# %% ../../nbs/64b_lab.page.ipynb #9e23729d
 DRAG = """let drag = null, moved = false, focus = false;
 const film = () => element.querySelector('.film');
 const at = event => {
@@ -99,7 +99,16 @@ const at = event => {
     return Math.round(Math.min(1, Math.max(0, depth)) * 400) / 400;
 };
 const put = depth => { const m = Number(film().dataset.places); element.querySelector('.grip').style.left = 100 * (0.5 + depth * (m - 1)) / m + '%'; };
-const send = depth => trigger('input', {depth});
+let waiting = null, next = null;  // one question at a time; of the places on the way only the last is kept
+const send = depth => {
+    if (waiting) { next = depth; return; }
+    waiting = setTimeout(answered, 5000);
+    trigger('input', {depth});
+};
+const answered = () => {
+    clearTimeout(waiting); waiting = null;
+    if (next !== null) { const depth = next; next = null; send(depth); }
+};
 element.addEventListener('pointerdown', event => {
     if (event.button || !event.target.closest('.film')) return;
     drag = {x: event.clientX, depth: null}; moved = false;
@@ -133,6 +142,7 @@ element.addEventListener('keydown', event => {
 });
 element.addEventListener('focusout', event => { if (event.relatedTarget) focus = false; });
 watch('value', () => {
+    if (waiting) answered();
     if (drag && moved) put(drag.depth);
     if (focus) element.querySelector('.grip').focus();
 });"""
