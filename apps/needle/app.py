@@ -2,8 +2,6 @@
 
     python apps/needle/app.py [--model mini-longva] [--demo runs/demo] [--host 127.0.0.1] [--port 7860] [--share]
 """
-import base64
-import io
 import os
 import sys
 from functools import lru_cache
@@ -13,9 +11,11 @@ from pathlib import Path
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}  # before gradio: nothing is fetched, nothing is sent
 
 from longva import mini
-from longva.lab.serve import check_address, launch, server_options
+from longva.lab.serve import check_address, launch, remove_uploads, server_options, upload_folder
 
 DEMO = Path(__file__).resolve().parents[2] / "runs" / "demo"
+FILM_BYTES, PICTURE_BYTES, MOST_NEEDLES = 512 << 20, 20 << 20, 20  # of an upload; needles that one visitor may bring
+MEAN = "mean of all layers and heads"
 ABOUT = """
 # Needle in a haystack
 One foreign picture, the **needle**, is hidden in a film. The model gets the film and a question that only this picture answers: which colour, \
@@ -23,166 +23,231 @@ and on which ground? None of the three was ever trained on a film. `mini-longva`
 that was trained on long *text*, `mini-short` has not. **Try this:** take 256 frames, move the needle along the strip, then switch to `mini-short`. \
 At how many frames does it begin to fail?
 """
-LEGEND = """<div class="small pale">Ring: the needle now. Dotted: the longest text the language model was trained on, counted in frames. \
-Grey: not run yet. Point at a cell to see its trials.</div>"""
-CSS = """
-.gradio-container {max-width: 1280px !important}
-.gradio-container main {padding: 0 24px 8px !important} .gradio-container main .column, .gradio-container main .row {gap: 8px}
-.gradio-container .html-container {padding: 4px 0}
-.about h1 {font-size: 1.4rem; margin: 0 0 .1rem} .about p {margin: 0; line-height: 1.4}
-.gradio-container .pale {color: var(--neutral-600)} .dark .gradio-container .pale, .dark.gradio-container .pale {color: var(--neutral-300)}
-.pictures {display: flex; gap: 3px}
-.pictures button {flex: 1 1 0; min-width: 0; padding: 0; border: 0; background: none; cursor: pointer; font-size: 11px; line-height: 1.3}
-.pictures img {display: block; width: 100%; aspect-ratio: 1; margin: 0; border-radius: 4px; box-sizing: border-box; border: 4px solid transparent}
-.pictures button:hover img, .pictures button:focus-visible img {border-color: var(--neutral-400)}
-.gradio-container .pictures .here {color: var(--body-text-color); font-weight: 700}
-.pictures .here img, .pictures .here:hover img {border-color: #d55e00}
-.needles {display: grid; grid-template-columns: repeat(10, 1fr)}
-.head {font-size: 14px; line-height: 1.4; margin-bottom: 4px; color: var(--body-text-color)}
-.card {color: var(--body-text-color); line-height: 1.4}
-.verdict {display: inline-block; padding: 2px 14px; border-radius: 6px; color: white; font-size: 1.3rem; font-weight: 700}
-.verdict.right, .bar.right {background: #00735a} .verdict.wrong, .bar.wrong {background: #b34700}
-.card, .card td {overflow-wrap: anywhere} .card td:first-child {white-space: nowrap}
-.card table {border-collapse: collapse; margin: 6px 0} .card td {padding: 3px 14px 3px 0; vertical-align: top}
-.word {margin-right: 14px; font-weight: 700; font-size: 1.15rem; white-space: nowrap}
-.scale {position: relative; height: 12px; margin: 4px 0; background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); width: 300px; max-width: 100%}
-.bar {position: absolute; top: 0; bottom: 0} .scale i {position: absolute; left: 50%; top: -3px; bottom: -3px; border-left: 2px solid var(--body-text-color)}
-.small {font-size: 13px}
-@media (max-width: 900px) {.pictures {gap: 0} .pictures button {font-size: 8px} .pictures img {border-width: 2px}}
-"""
-CLICK = """element.addEventListener('click', event => {
-    const button = event.target.closest('button[data-index]');
-    if (button) trigger('click', {index: Number(button.dataset.index)});
-});"""
+LEGEND = """<div class="small pale">Each cell: right of all its trials; click it to see them. Ring: the needle now. Dotted: the longest text the language model was trained on, \
+counted in frames. Grey: not run yet.</div>"""
+LIMITS = """The miniature's world is small: drawn objects in eight colours on eight grounds. It answers `find OBJECT` with a colour and a ground, such as `pink checks`, and \
+knows only {} words. Of a real film it sees 28 pixels a side. Uploads are removed as soon as they are read.
+<details><summary>The words it knows</summary>{}</details>"""
+SAVE = """text => {
+    const link = document.createElement('a');
+    link.href = URL.createObjectURL(new Blob([text], {type: 'application/jsonl'}));
+    link.download = 'trials.jsonl';
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}"""
 
 
 @lru_cache(maxsize=len(mini.NAMES))
 def bench(name):
-    "The bench of a miniature; its film is encoded the first time only."
+    "The bench of a miniature, shared by all visitors; its film is encoded the first time only."
     from longva.lab.bench import mini_bench
     return mini_bench(name)
 
 
-@lru_cache(maxsize=2048)
-def _data_url(pixels, size):
-    from PIL import Image
-    file = io.BytesIO()
-    Image.frombytes("RGB", size, pixels).resize((84, 84)).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+def heads(config):
+    "What the attention under the film can be: {name: index into layers and heads}."
+    layers, each = config.num_hidden_layers, config.num_attention_heads
+    return {MEAN: ...} | {f"layer {i}, mean of heads": i for i in range(layers)} | {f"layer {i}, head {j}": (i, j) for i in range(layers) for j in range(each)}
 
 
-def pictures(rows, kind=""):
-    "A row of buttons from (picture, text below, text for screen readers, is it marked?)."
-    button = '<button data-index="{}" class="{}" title="{}" aria-label="{}" aria-pressed="{}"><img src="{}" alt="">{}</button>'
-    buttons = [button.format(i, "here" if here else "pale", escape(long), escape(long), str(here).lower(), _data_url(picture.tobytes(), picture.size), escape(text))
-               for i, (picture, text, long, here) in enumerate(rows)]
-    return f'<div class="pictures {kind}" role="group">{"".join(buttons)}</div>'
+def heat_map(visit, demo, palette):
+    "The map of a demo run with these weights, or of what was decided here."
+    from longva.lab.bench import recorded
+    from longva.lab.demo import FRAMES, TRAIN_FRAMES
+    from longva.lab.page import map_html
+    from longva.lab.visit import lengths
+    here = visit.bench(bench)
+    columns, source = lengths(len(here.film)), visit.film[0] if visit.film else "filled here"
+    trials, before = list(here.kept.values()), [] if visit.film or visit.filled else recorded(here, demo / visit.model)
+    if before: trials, source, columns = before, "from the demo", FRAMES
+    return map_html(trials, f"{visit.model}, {source}", columns, palette=palette, train_frames=TRAIN_FRAMES.get(visit.model), spot=(visit.frames, visit.depth), opened=visit.opened), trials
 
 
-def strip_html(places, frames):
-    "The film with the needle in it."
-    rows = [(p.picture, "▲" if p.here else f"{p.depth:.0%}", f"{'The needle is here' if p.here else 'Put the needle here'}: {p.depth:.3g} deep", p.here) for p in places]
-    head = f"The film: {len(places) - 1} of its {frames} frames, and the needle (▲). Click where it should go."
-    return f'<div class="head">{head}</div>{pictures(rows)}'
+def opened(visit, trials):
+    "The trials of the open cell."
+    from longva.lab.page import trials_html
+    return trials_html([t for t in trials if (t.frames, t.depth) == visit.opened], visit.bench(bench).processor.tokenizer)
 
 
-def needles_html(needles, chosen):
-    "All needles."
-    rows = [(n.image, "", f"{n.question}? {n.answer}", i == chosen) for i, n in enumerate(needles)]
-    return f'<div class="head">The needle: {escape(needles[chosen].question.removeprefix("find "))}</div>{pictures(rows, "needles")}'
-
-
-def card(answer):
-    "Question, answer and verdict, in words, symbols and colours."
-    t, worst = answer.trial, answer.closest
-    kind, symbol = ("right", "✓") if t.correct else ("wrong", "✗")
-    said = "".join(f'<span class="word" title="probability {w.sure:.2f}">{"✓" if w.said == w.right else "✗"} {escape(w.said)}</span>' for w in answer.words)
-    length = min(abs(t.margin) / 12, 1) * 50
-    left = 50 if t.margin >= 0 else 50 - length
-    why = f"“{escape(worst.right)}” is ahead of “{escape(worst.rival)}”" if t.correct else f"“{escape(worst.right)}” is behind “{escape(worst.rival)}”"
-    return f"""<div class="card" data-correct="{str(t.correct).lower()}" data-insert="{t.insert}" data-frames="{t.frames}" data-margin="{t.margin:.4f}">
-<span class="verdict {kind}" role="status">{symbol} {kind}</span>
-<table><tr><td class="pale">Question</td><td class="question">{escape(answer.question)}</td></tr>
-<tr><td class="pale">Answer</td><td class="answer">{said}</td></tr>
-<tr><td class="pale">Should be</td><td>{escape(answer.right)}</td></tr>
-<tr><td class="pale">Margin</td><td><b class="margin">{f"{t.margin:+.2f}".replace("-", "−")}</b> logits: {why}
-<div class="scale"><span class="bar {kind}" style="left:{left:.1f}%;width:{length:.1f}%"></span><i></i></div></td></tr>
-<tr><td class="pale">Place</td><td>behind <b class="insert">{t.insert}</b> of {t.frames} frames, {t.depth * 100:.4g}% deep</td></tr>
-<tr><td class="pale">Time</td><td>{t.seconds * 1000:.0f} ms</td></tr></table>
-<div class="small pale">As in the paper, each word is judged with the right words before it, and the answer is right if every word comes first.
-The margin is the smallest lead of a right word over all others.</div></div>"""
-
-
-def picture_of(model, spot, demo):
-    "The heat map: of a demo run with these weights, or of what was filled here."
-    from longva.lab.bench import growing_map, recorded
-    from longva.lab.demo import TRAIN_FRAMES
-    trials, source = list(bench(model).kept.values()), "filled here"
-    if not trials: trials, source = recorded(bench(model), demo / model), "from the demo"
-    figure = growing_map(trials, f"{model}, {source}" if trials else model, train_frames=TRAIN_FRAMES.get(model), spot=spot)
-    return figure.update_layout(height=290, margin=dict(l=55, r=10, t=45, b=55))
-
-
-def look(place, demo):
+def look(visit, demo, palette, which):
     "Everything that follows from where the needle is."
-    from longva.lab.bench import strip
-    here, where = bench(place["model"]), (place["needle"], place["frames"], place["depth"])
-    answer = here.ask(*where)
-    return strip_html(strip(here, *where), place["frames"]), needles_html(here.needles, place["needle"]), card(answer), picture_of(place["model"], where[1:], demo)
+    import numpy as np
+
+    from longva.lab.bench import one_pass, strip
+    from longva.lab.page import card_html, needles_html, strip_html
+    from longva.lab.visit import look_here
+    with one_pass:  # so that of two events at once the later one shows both changes
+        here = visit.bench(bench)
+        answer, seen = look_here(visit, here)
+        weights = seen[heads(here.model.config.get_text_config())[which]]
+        weights = weights.mean(tuple(range(np.ndim(weights) - 1)))
+        film = strip_html(strip(here, visit.needle, visit.frames, visit.depth), visit.frames, visit.depth, weights, which)
+        picture, trials = heat_map(visit, demo, palette)
+        return film, needles_html(here.needles, visit.needle), card_html(answer), picture, opened(visit, trials)
+
+
+def brought(path, most, read):
+    "Read an upload that is not too large; it is removed, whatever comes of it."
+    from longva.needle.trials import NeedleError
+    try:
+        if Path(path).stat().st_size > most: raise NeedleError(f"{Path(path).name} is larger than {most >> 20} MiB: make it smaller.")
+        return read(path)
+    finally: remove_uploads(path)
+
+
+def trouble(error):
+    return f'<div class="trouble" role="alert">{escape(str(error))}</div>'
 
 
 def build(gr, first, demo):
     "The page."
-    from longva.lab.bench import FRAMES, NEEDLES, fill, strip
+    import json
+    from dataclasses import asdict
+
+    from longva.lab.bench import FRAMES, NEEDLES
+    from longva.lab.page import CLICK, DRAG
+    from longva.lab.visit import Visit, fill_here, read_picture, take_film, take_needle
+    from longva.needle.haystack import Needle
     from longva.needle.trials import NeedleError
 
-    def shown(place):
-        try: return look(place, demo)
+    def shown(visit, palette, which):
+        try: return visit, *look(visit, demo, palette, which)
         except (NeedleError, mini.UnknownModel) as error: raise gr.Error(str(error)) from None
 
-    def move(place, model, frames, percent):
-        place |= dict(model=model, frames=frames, depth=percent / 100)
-        return shown(place)
+    def sliders(visit):
+        most = len(visit.bench(bench).film)
+        return gr.update(minimum=min(FRAMES[0], most), maximum=most, step=16 if most == FRAMES[-1] else 1, value=visit.frames), round(100 * visit.depth, 2)
 
-    def click_strip(place, model, frames, percent, event: gr.EventData):
-        places = strip(bench(model), place["needle"], frames, percent / 100)
-        depth = places[min(max(int(event.index), 0), len(places) - 1)].depth
-        return 100 * depth, *move(place, model, frames, 100 * depth)
+    def choose(visit, name, palette, which):
+        visit.model, visit.opened = name, None
+        return shown(visit, palette, which)
 
-    def click_needle(place, model, frames, percent, event: gr.EventData):
-        place["needle"] = int(event.index)
-        return move(place, model, frames, percent)
+    def lengthen(visit, n, palette, which):
+        visit.frames = int(n)
+        return shown(visit, palette, which)
 
-    def fill_map(place, model):
-        # `place` is the session's own: while the map grows, the ring follows the needle, and another model ends it
-        for _ in fill(bench(model)):
-            if place["model"] != model: return
-            yield picture_of(model, (place["frames"], place["depth"]), demo)
+    def move(visit, percent, palette, which):
+        visit.depth = percent / 100
+        return shown(visit, palette, which)
 
-    with gr.Blocks(title="Needle in a haystack", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        place = gr.State(dict(model=first, needle=0, frames=256, depth=0.5))
+    def drag(visit, palette, which, event: gr.EventData):
+        visit.depth = min(max(float(event.depth), 0.0), 1.0)
+        return round(100 * visit.depth, 2), *shown(visit, palette, which)
+
+    def click_needle(visit, palette, which, event: gr.EventData):
+        visit.needle = int(event.index)
+        return shown(visit, palette, which)
+
+    def click_cell(visit, palette, event: gr.EventData):
+        cell = int(event.frames), float(event.depth)
+        visit.opened = None if visit.opened == cell else cell
+        picture, trials = heat_map(visit, demo, palette)
+        return visit, picture, opened(visit, trials)
+
+    def click_trial(visit, palette, which, event: gr.EventData):
+        names = [n.name for n in visit.bench(bench).needles]
+        if event.needle in names: visit.needle = names.index(event.needle)
+        visit.frames, visit.depth = int(event.frames), float(event.depth)
+        return *sliders(visit), *shown(visit, palette, which)
+
+    def fill_map(visit, palette):
+        # while the map grows, the ring follows the needle; another model or film ends it
+        visit.filled, here = True, visit.bench(bench)
+        for _ in fill_here(here, len(visit.own)):
+            if visit.benches.get(visit.model) is not here: return
+            picture, trials = heat_map(visit, demo, palette)
+            yield picture, opened(visit, trials)
+
+    def give_film(visit, path, palette, which):
+        if path is None: return [gr.skip()] * 10
+        try: brought(path, FILM_BYTES, lambda path: take_film(visit, bench, path))
+        except NeedleError as error: return None, trouble(error), gr.skip(), gr.skip(), *shown(visit, palette, which)
+        count = len(visit.film[1])
+        said = f'<div class="small" role="status">The film is {escape(visit.film[0])} now, {count} of its frames, equally spaced.</div>'
+        return None, said, *sliders(visit), *shown(visit, palette, which)
+
+    def drawn_film(visit, palette, which):
+        take_film(visit, bench, None)
+        return None, "", *sliders(visit), *shown(visit, palette, which)
+
+    def give_picture(visit, path):
+        if path is None: return visit, gr.skip(), gr.skip()
+        try: visit.picture = Path(path).stem, brought(path, PICTURE_BYTES, read_picture)
+        except NeedleError as error: return visit, None, trouble(error)
+        return visit, None, f'<div class="small" role="status">{escape(visit.picture[0])} is here. Now its question and its answer.</div>'
+
+    def give_needle(visit, question, answer, palette, which):
+        try:
+            if visit.picture is None: raise NeedleError("There is no picture yet: give one first.")
+            if len(visit.own) >= MOST_NEEDLES: raise NeedleError(f"{MOST_NEEDLES} needles were brought already: load the page again to begin anew.")
+            name, taken = visit.picture[0], {n.name for n in visit.bench(bench).needles}
+            name = next(n for n in (name, *(f"{name} {i}" for i in range(2, 99))) if n not in taken)
+            take_needle(visit, bench, Needle(name, visit.picture[1], (question or "").strip(), (answer or "").strip()))
+        except NeedleError as error: return trouble(error), *shown(visit, palette, which)
+        return f'<div class="small" role="status">{escape(name)} is a needle now.</div>', *shown(visit, palette, which)
+
+    def log(visit):
+        return "".join(json.dumps(asdict(t), allow_nan=False) + "\n" for t in visit.bench(bench).kept.values())
+
+    with gr.Blocks(title="Needle in a haystack", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        visit = gr.State(Visit(first))
         gr.Markdown(ABOUT, elem_classes="about")
         with gr.Row():
             with gr.Column(scale=5, min_width=430):
                 model = gr.Radio(mini.NAMES, value=first, label="Model", elem_id="model")
                 frames = gr.Slider(FRAMES[0], FRAMES[-1], 256, step=16, label="Frames of the film", elem_id="frames", buttons=[])
             with gr.Column(scale=6, min_width=430): needles = gr.HTML(elem_id="needles", js_on_load=CLICK, apply_default_css=False)
-        film = gr.HTML(elem_id="strip", js_on_load=CLICK, apply_default_css=False)
+        film = gr.HTML(elem_id="strip", js_on_load=DRAG, apply_default_css=False)
         percent = gr.Slider(0, 100, 50, step=0.25, label="Depth of the needle, in percent of the film", elem_id="depth", buttons=[])
         with gr.Row():
-            with gr.Column(scale=5, min_width=430): verdict = gr.HTML(elem_id="verdict", apply_default_css=False, js_on_load=None)
+            with gr.Column(scale=5, min_width=430):
+                verdict = gr.HTML(elem_id="verdict", apply_default_css=False, js_on_load=None)
+                which = gr.Dropdown(list(heads(bench(first).model.config.get_text_config())), value=MEAN, label="Attention under the film", elem_id="which")
             with gr.Column(scale=6, min_width=430):
-                heat = gr.Plot(show_label=False, elem_id="heat")
-                button = gr.Button(f"Fill the heat map ({NEEDLES} needles in each cell)", size="sm", elem_id="fill")
+                heat = gr.HTML(elem_id="heat", js_on_load=CLICK, apply_default_css=False)
+                with gr.Row():
+                    button = gr.Button(f"Fill the heat map ({NEEDLES} needles in each cell)", size="sm", elem_id="fill")
+                    save = gr.Button("Download trials.jsonl", size="sm", elem_id="save")
+                palette = gr.Radio([("the field's colours", "field"), ("for colour-blind eyes", "cividis")], value="field", show_label=False, container=False, elem_id="palette")
                 gr.HTML(LEGEND, apply_default_css=False, js_on_load=None)
-        inputs, outputs = [place, model, frames, percent], [film, needles, verdict, heat]
-        quiet = dict(show_progress="hidden", trigger_mode="always_last", api_visibility="private")
-        page.load(move, inputs, outputs, **quiet)
-        gr.on([model.input, frames.input, percent.input], move, inputs, outputs, **quiet)
-        film.click(click_strip, inputs, [percent, *outputs], **quiet)
-        needles.click(click_needle, inputs, outputs, **quiet)
-        button.click(fill_map, [place, model], heat, show_progress="minimal", api_visibility="private")
-    return page.queue(max_size=32)
+                listed = gr.HTML(elem_id="trials", js_on_load=CLICK, apply_default_css=False)
+        with gr.Accordion("Bring your own film and needle", open=False, elem_id="own"):
+            words = sorted(word for word in bench(first).processor.tokenizer.get_vocab() if word.isalpha())
+            gr.Markdown(LIMITS.format(len(words), ", ".join(words)), elem_classes="about small")
+            with gr.Row():
+                with gr.Column(min_width=320):
+                    video = gr.File(label=f"A film, up to {FILM_BYTES >> 20} MiB: 512 of its frames are taken", elem_id="video", height=160)
+                    back = gr.Button("Back to the drawn film", size="sm", elem_id="back")
+                    film_said = gr.HTML(elem_id="film-said", apply_default_css=False, js_on_load=None)
+                with gr.Column(min_width=320):
+                    picture = gr.File(label=f"A needle: a picture, up to {PICTURE_BYTES >> 20} MiB", elem_id="picture", height=160)
+                    with gr.Row():
+                        question = gr.Textbox(label="Question", placeholder="find heart", max_length=200, elem_id="question")
+                        answer = gr.Textbox(label="Right answer", placeholder="pink checks", max_length=200, elem_id="answer")
+                    hide = gr.Button("Hide this needle", size="sm", elem_id="hide")
+                    needle_said = gr.HTML(elem_id="needle-said", apply_default_css=False, js_on_load=None)
+        text = gr.Textbox(visible=False)
+
+        views, looks = [visit, film, needles, verdict, heat, listed], [palette, which]
+        quiet = dict(show_progress="hidden", trigger_mode="always_last", api_visibility="private", concurrency_limit=4, concurrency_id="look")
+        clicked = quiet | dict(trigger_mode="multiple")  # what was clicked comes with the event, and "always_last" would keep the first
+        page.load(shown, [visit, *looks], views, **quiet)
+        gr.on([palette.input, which.input], shown, [visit, *looks], views, **quiet)
+        model.input(choose, [visit, model, *looks], views, **quiet)
+        frames.input(lengthen, [visit, frames, *looks], views, **quiet)
+        percent.input(move, [visit, percent, *looks], views, **quiet)
+        film.input(drag, [visit, *looks], [percent, *views], **clicked)
+        needles.click(click_needle, [visit, *looks], views, **clicked)
+        heat.click(click_cell, [visit, palette], [visit, heat, listed], **clicked)
+        listed.click(click_trial, [visit, *looks], [frames, percent, *views], **clicked)
+        button.click(fill_map, [visit, palette], [heat, listed], show_progress="minimal", api_visibility="private", concurrency_limit=4)
+        save.click(log, visit, text, **quiet).then(None, text, None, js=SAVE, api_visibility="private")
+        reading = quiet | dict(show_progress="minimal", trigger_mode="once", concurrency_limit=2, concurrency_id="read")
+        video.upload(give_film, [visit, video, *looks], [video, film_said, frames, percent, *views], **reading)
+        back.click(drawn_film, [visit, *looks], [video, film_said, frames, percent, *views], **reading)
+        picture.upload(give_picture, [visit, picture], [visit, picture, needle_said], **reading)
+        hide.click(give_needle, [visit, question, answer, *looks], [needle_said, *views], **reading)
+    return page.queue(max_size=64)
 
 
 def options():
@@ -197,14 +262,17 @@ def main():
     try: mini.folder(asked.model)
     except mini.UnknownModel as error: sys.exit(str(error))
     check_address(asked.host, asked.port)
-    print(f"Loading {asked.model} and its film …", flush=True)
-    import gradio as gr
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    try: bench(asked.model)
-    except mini.UnknownModel as error: sys.exit(str(error))
-    page = build(gr, asked.model, asked.demo)
-    launch(gr, page, asked, css=CSS)
+    with upload_folder("longva-needle-"):
+        print(f"Loading {asked.model} and its film …", flush=True)
+        import gradio as gr
+        from transformers.utils import logging
+
+        from longva.lab.page import CSS
+        logging.disable_progress_bar()
+        try: bench(asked.model)
+        except mini.UnknownModel as error: sys.exit(str(error))
+        page = build(gr, asked.model, asked.demo)
+        launch(gr, page, asked, css=CSS, max_file_size=FILM_BYTES)
 
 
 if __name__ == "__main__":
