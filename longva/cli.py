@@ -66,10 +66,11 @@ def one_sentence(
 
 # %% ../nbs/80_cli.ipynb #9737929f
 def path(
-    text: str,
+    # or a Path: Typer hands defaults over, too
+    text,
 ) -> Path:
     "A path of the command line. An empty one, such as a variable that nobody set, would be the current folder."
-    if not text.strip(): raise typer.BadParameter("it is empty: name a file or a folder.")
+    if not str(text).strip(): raise typer.BadParameter("it is empty: name a file or a folder.")
     return Path(text)
 
 def numbers(

@@ -136,7 +136,7 @@ class Row:
         found = self.measure(results) if self.measure else None
         return ": ".join(found) if found else ""
 
-POST, REVIEW, NOTES = "the authors' post, lmms-lab.github.io/posts/longva", "reviews of the ICLR 2025 submission", "notes on the TMLR text"
+POST, REVIEW, NOTES = "the authors' post, lmms-lab.github.io/posts/longva", "reviews of the ICLR 2025 submission", "the TMLR text, at second hand"
 COMMITTED = "results in the authors' repository, EvolvingLMMs-Lab/LongVA"
 UNKNOWN = "not established: we could not read the journal's numbering, so what stands under this number is our placing"
 NOT_READ = "published number not at hand"
@@ -210,8 +210,8 @@ def cache_gb(
     return tokens * per_token("qwen2-7b")["kv"] * heads / 4 / 1e9
 
 def _days(_):
-    p = plan("qwen2-7b", 224_000, gpus=8, host_gib=1000, offload="all", checkpoints="host", tflops=312)
-    return "planned", f"{training(224_000, 4000).flops:.2e} FLOPs; 2 days on 8 A100 are {efficiency(2):.0%} of their peak; 224,000 tokens {'fit' if p.fits else 'do not fit'} with offload".replace("e+", "e")
+    p = plan("qwen2-7b", 224_000, gpus=8, tflops=312, kind="ring", host_gib=100)
+    return "planned", f"{training(224_000, 4000).flops:.2e} FLOPs; 2 days on 8 A100 are {efficiency(2):.0%} of their peak; 224,000 tokens {'fit' if p.fits else 'do not fit'} on eight cards of 80 GB".replace("e+", "e")
 
 def _cache(_): return "computed", f"{cache_gb(200_000):.1f} GB at 200K tokens with Qwen2-7B's 4 key/value heads, {cache_gb(200_000, 32):.0f} GB with 32"
 
@@ -333,7 +333,7 @@ def paper_table(
 ) -> Table: # for rich
     "Claims beside numbers."
     made = Table(show_lines=True, title="The paper's tables and figures")
-    for title, wide in [("", 9), ("claim", 4), ("published", 3), ("measured here, with 95% interval", 5), ("verdict", 2), ("in full", 4)]: made.add_column(title, ratio=wide if title else None, min_width=9 if not title else None)
+    for title, wide in [("", 9), ("claim", 4), ("published", 3), ("measured here, with 95% interval", 5), ("verdict", 2), ("in full", 4)]: made.add_column(title, ratio=wide if title else None, min_width=None if title else 9, overflow="fold")
     for r in rows:
         hours = f"[dim]{Cost(r['cost']['tokens'], r['cost']['flops'])}[/dim]"
         why = f"[dim]{r['reason']}[/dim]" if r["reason"] else ""
