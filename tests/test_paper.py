@@ -109,6 +109,16 @@ def test_published_files_are_the_originals(shared_data):
         assert json.loads(file.read_text()) == json.loads((shared_data / "data/published" / file.name).read_text())
 
 
+def test_presets_are_those_of_table_9():
+    from longva.train.align import PRESETS
+    one, two = PRESETS["paper-1"], PRESETS["paper-2"]
+    assert one.rates == {"projector": 1e-3} and two.rates == {"language": 1e-5, "projector": 1e-5, "tower": 2e-6}
+    assert [(p.recipe.rows, p.length, p.recipe.schedule, p.warmup, p.epochs, p.pictures) for p in (one, two)] == [
+        (128, 8192, "cosine", 0.03, 1, "square"), (32, 32768, "cosine", 0.03, 1, "unires")]
+    said = "".join(json.dumps(c["source"]) for c in json.loads((ROOT / "nbs/paper/table9.ipynb").read_text())["cells"])
+    assert all(words in said for words in ("1e-3", "1e-5", "2e-6", "8,192", "32,768", "3% warm-up"))
+
+
 def test_the_cost_of_the_whole_grid():
     "By its formula: weights of the layers, causal attention, 15 lengths, 6 depths, 5 needles."
     weights, total = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944), 0

@@ -208,7 +208,7 @@ def small_multiples(
     for i, r in enumerate(runs):
         place = dict(row=i // columns + 1, col=i % columns + 1)
         for name, (x, y, _) in lines.items():
-            if name != r.name: figure.add_trace(go.Scatter(x=x, y=y, mode="lines", line=dict(color="#dddddd", width=1), hoverinfo="skip"), **place)
+            if name != r.name: figure.add_trace(go.Scatter(x=x, y=y, mode="lines", line=dict(color="#c8c8c8", width=1), hoverinfo="skip"), **place)
         x, y, spans = lines[r.name]
         bars = dict(type="data", symmetric=False, array=[h - v for v, (_, h) in zip(y, spans)], arrayminus=[v - low for v, (low, _) in zip(y, spans)], thickness=1)
         text = [f"{k} of {n} right" for k, n in r.counts.values()]

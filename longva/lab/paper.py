@@ -10,6 +10,7 @@ __all__ = ['PEAK', 'SHARE', 'ASSUMED', 'FRAME', 'TEXT', 'RESULTS', 'POST', 'REVI
 
 # %% ../../nbs/62a_lab.paper.ipynb #981f49b4
 import json
+import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -174,8 +175,8 @@ def _images(r):
     return "questions about images", f"UniRes {share(*a)}, AnyRes {share(*b)}; at {last['grids']} grids {_signed(last['difference'], last['interval'])}"
 
 def _dpo(r):
-    before, after = (r["held_out"][k]["preferred"] for k in ("before", "after"))
-    return "preferred answer is the likelier one, held-out images", f"{share(*before)} before, {share(*after)} after"
+    h = r["held_out"]
+    return "the better answer gains on the worse, held-out images", f"{share(*h['moved_to_the_better'])}, reward margin {h['reward_margin']:.2f}; it is the likelier one in {share(*h['preferred_after'])}"
 
 def _text(r):
     rows = {(p["model"], p["distractors"]): _pool([c[2:] for c in p["cells"]]) for p in r["panels"]}
@@ -188,7 +189,7 @@ def _bases(r):
 
 def _beyond(r):
     inside, outside = (_pool([c[2:] for c in r["cells"] if test(c[0])]) for test in (lambda n: n <= r["text_frames"], lambda n: n > r["text_frames"]))
-    return "mini-longva", f"at its 512 frames {share(*inside)}, at 768 to 2048 {share(*outside)}"
+    return "mini-longva", f"at its 512 frames {share(*inside)}, at 1024 and 1536 {share(*outside)}"
 
 # %% ../../nbs/62a_lab.paper.ipynb #0e4c955b
 def efficiency(
@@ -237,7 +238,9 @@ def curves(
         figure.add_scatter(x=x, y=y, error_y=bars, name=name, mode="lines+markers", line=dict(color=colour), text=[f"{k} of {n}" for k, n in counts.values()], hovertemplate="%{x}: %{text}")
     ticks = sorted({float(n) for counts in series.values() for n in counts})
     figure.update_xaxes(type="log", title=title, tickvals=ticks, ticktext=[f"{t:g}" for t in ticks]).update_yaxes(title="right", range=[-0.03, 1.05])
-    if mark: figure.add_vline(x=mark, line=dict(color="black", dash="dot"), annotation_text=said)
+    if mark:
+        figure.add_vline(x=mark, line=dict(color="black", dash="dot"))
+        figure.add_annotation(x=math.log10(mark), y=1, yref="paper", text=said, showarrow=False, xanchor="left", yanchor="bottom")  # plotly wants the logarithm
     return figure.update_layout(template="plotly_white", height=360, width=720, margin=dict(l=60, r=20, t=30, b=50))
 
 def maps(
@@ -277,7 +280,7 @@ FIGURES = [
     Row("Figure 7", "RoPE bases without training", "A raised base lets a short model look further, but not far enough.", UNKNOWN,
         "bases of 3e6 to 1e9 tried; LLaVA-NeXT-Video-32K from 0.147 to 0.284 at 1e8", f"{POST}; {COMMITTED}", VNIAH + " --rope-base 1e8", reading(GRID, 30, 3000), "holds in miniature", _of("paper/bases", _bases), MOVIE),
     Row("Figure 8", "beyond the trained length", "LongVA keeps up beyond the 1555 frames that its text training had, down to 3000.", UNKNOWN,
-        "0.99 at 200 to 1400 frames | 0.84 at 1600 to 3000; depths 0 and 1: 1.00, between: 0.85 to 0.88", COMMITTED, VNIAH, reading(GRID, 30, 3000), "see the numbers", _of("paper/beyond", _beyond), MOVIE),
+        "0.99 at 200 to 1400 frames | 0.84 at 1600 to 3000; depths 0 and 1: 1.00, between: 0.85 to 0.88", COMMITTED, VNIAH, reading(GRID, 30, 3000), "holds in miniature", _of("paper/beyond", _beyond), MOVIE),
 ]
 
 # %% ../../nbs/62a_lab.paper.ipynb #377e2435
@@ -299,10 +302,10 @@ TABLES = [
         NOT_READ, f"only the names of the benchmarks, in {NOTES}", EVAL.format("nextqa", "32", "nextqa"), reading([32], 1000, 32_000), "open (cost for 1000 questions)", None, GPU + "the videos, and for two of them a paid judge"),
 ]
 
-# %% ../../nbs/62a_lab.paper.ipynb #6f9518e6
+# %% ../../nbs/62a_lab.paper.ipynb #0cb073d4
 TABLES += [
     Row("Table 7", "image benchmarks, UniRes and AnyRes", "UniRes reads large images better, small charts and diagrams somewhat worse.", f"Table 7 in the {REVIEW}, Table 6 in {POST}",
-        "UniRes better in 4 of 6 benchmarks, InfoVQA most of all; AI2D and ChartQA worse (values not at hand)", f"{REVIEW}; {POST}", "python -m longva.lmms curve --pretrained lmms-lab/LongVA-7B --tasks infovqa_val,docvqa_val,chartqa,ai2d --frames 1 --out runs/images", reading([24], 1000, 24_000), "see the numbers", _of("paper/images", _images), GPU + "the image benchmarks (cost for 1000 images of 24 grids)"),
+        "UniRes better in 4 of 6 benchmarks, InfoVQA most of all; AI2D and ChartQA worse (values not at hand)", f"{REVIEW}; {POST}", "python -m longva.lmms curve --pretrained lmms-lab/LongVA-7B --tasks infovqa_val,docvqa_val,chartqa,ai2d --frames 1 --out runs/images", reading([24], 1000, 24_000), "holds in miniature, on large images", _of("paper/images", _images), GPU + "the image benchmarks (cost for 1000 images of 24 grids)"),
     Row("Table 8", "text training: how and how long", "224K tokens of context with 900M tokens of text, in two days on eight A100.", UNKNOWN,
         "1000 steps of a million tokens, base 1e9, rate 1e-5; 2 days", POST, "longva extend --preset paper --text PY007/slimpajama_Qwen2_tokenized_upsample_4096_chunk_256K --cp 8 --engine deepspeed", training(224_000, 4000), "plausible (arithmetic)", _days, GPU + "eight of them"),
     Row("Table 9", "alignment: data and settings", "LLaVA-1.6's recipe in two stages, images and text only.", UNKNOWN,
@@ -332,7 +335,7 @@ def paper_table(
     rows: list,
 ) -> Table: # for rich
     "Claims beside numbers."
-    made = Table(show_lines=True, title="The paper's tables and figures")
+    made = Table(show_lines=True, expand=True, title="The paper's tables and figures")
     for title, wide in [("", 9), ("claim", 4), ("published", 3), ("measured here, with 95% interval", 5), ("verdict", 2), ("in full", 4)]: made.add_column(title, ratio=wide if title else None, min_width=None if title else 9, overflow="fold")
     for r in rows:
         hours = f"[dim]{Cost(r['cost']['tokens'], r['cost']['flops'])}[/dim]"
