@@ -7,7 +7,7 @@ __all__ = ['app', 'mini_app', 'Usage', 'one_sentence', 'path', 'numbers', 'demo_
            'grid', 'check_base', 'stretch', 'beside', 'own_needles', 'say_forecast', 'vniah_command', 'show_rows',
            'run_folder', 'compare_command', 'reading_model', 'own_words', 'own_book', 'show_perplexity', 'niah_command',
            'plan_command', 'extend_command', 'align_command', 'chat_model', 'what_it_knows', 'say_what_it_takes',
-           'answer_aloud', 'questions', 'chat_command', 'dpo_command', 'list_command', 'train_command']
+           'answer_aloud', 'questions', 'chat_command', 'dpo_command', 'list_command', 'train_command', 'paper_command']
 
 # %% ../nbs/80_cli.ipynb #93388f10
 import json
@@ -66,10 +66,11 @@ def one_sentence(
 
 # %% ../nbs/80_cli.ipynb #9737929f
 def path(
-    text: str,
+    # or a Path: Typer hands defaults over, too
+    text,
 ) -> Path:
     "A path of the command line. An empty one, such as a variable that nobody set, would be the current folder."
-    if not text.strip(): raise typer.BadParameter("it is empty: name a file or a folder.")
+    if not str(text).strip(): raise typer.BadParameter("it is empty: name a file or a folder.")
     return Path(text)
 
 def numbers(
@@ -707,3 +708,23 @@ def train_command(
         try: train(seed, out)
         except ChainError as e: raise Usage(str(e)) from None
     typer.echo(f"Done. Try one: longva vniah --model {out / 'mini-longva'} --haystack runs/demo/haystack.mp4 --needles runs/demo/needles")
+
+# %% ../nbs/80_cli.ipynb #b2d18f63
+@app.command("paper")
+def paper_command(
+    file: Annotated[Optional[Path], typer.Option("--json", parser=path, help="Also write the rows to this file.")] = None,
+):
+    "The paper's tables and figures: claims, published numbers, ours with intervals, commands and what they cost."
+    with one_sentence("."):
+        from rich.console import Console
+
+        from longva.lab.paper import NOTE, ROWS, as_dict, paper_table
+        from longva.needle.trials import check_folder, write_whole
+        rows = [as_dict(row) for row in ROWS]
+        if file:
+            check_folder(file.parent).mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        screen = Console(highlight=False)
+        if not screen.is_terminal: screen = Console(highlight=False, width=160)
+        screen.print(paper_table(rows))
+        screen.print(NOTE)

@@ -207,14 +207,14 @@ def trials_of(
 def finished(plan, task): return len(trials_of(plan, task)) == wanted(plan, task) and (plan.out / task / "heatmap.png").exists()
 
 # %% ../../nbs/63_lab.demo.ipynb #7eb4bc43
-def _worker(plan, tasks, errors):
+def _worker(job, plan, tasks, errors):
     "Take tasks until none is left."
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exit that closes files
     orphaned = lambda: (parent_process().join(), os._exit(1))
     threading.Thread(target=orphaned, daemon=True).start()
     torch.set_num_threads(1)
     try:
-        while (task := tasks.get()) is not None: work(plan, task)
+        while (task := tasks.get()) is not None: job(plan, task)
     except (ValueError, OSError) as error: errors.put(error)
 
 @contextmanager
@@ -234,11 +234,13 @@ def _end(processes):
 # %% ../../nbs/63_lab.demo.ipynb #1cbf5255
 def in_processes(
     plan: Plan,
-    # names from `TASKS`
+    # names from `TASKS`, or what else the job knows
     tasks: list,
     workers: int,
     # called several times a second
     tick,
+    # (plan, task) -> anything: a function of a module
+    job=work,
 ):
     "Let several processes do the tasks; their first error is raised here."
     context, processes = get_context("spawn"), []
@@ -246,7 +248,7 @@ def in_processes(
     for task in [*tasks, *[None] * workers]: queue.put(task)
     try:
         with _deaf_to_ctrl_c():
-            for _ in range(workers): processes.append(context.Process(target=_worker, args=(plan, queue, errors))); processes[-1].start()
+            for _ in range(workers): processes.append(context.Process(target=_worker, args=(job, plan, queue, errors))); processes[-1].start()
         living = True
         while living:
             living = [p.sentinel for p in processes if p.is_alive()]
