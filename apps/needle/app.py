@@ -76,6 +76,7 @@ def look(visit, demo, palette, which):
     from longva.lab.bench import one_pass, strip
     from longva.lab.page import card_html, needles_html, strip_html
     from longva.lab.visit import look_here
+    visit.palette = palette
     with one_pass:  # so that of two events at once the later one shows both changes
         here = visit.bench(bench)
         answer, seen = look_here(visit, here)
@@ -150,12 +151,12 @@ def build(gr, first, demo):
         visit.frames, visit.depth = int(event.frames), float(event.depth)
         return *sliders(visit), *shown(visit, palette, which)
 
-    def fill_map(visit, palette):
-        # while the map grows, the ring follows the needle; another model or film ends it
+    def fill_map(visit):
+        # while the map grows, the ring follows the needle, and colours can be changed; another model or film ends it
         visit.filled, here = True, visit.bench(bench)
         for _ in fill_here(here, len(visit.own)):
             if visit.benches.get(visit.model) is not here: return
-            picture, trials = heat_map(visit, demo, palette)
+            picture, trials = heat_map(visit, demo, visit.palette)
             yield picture, opened(visit, trials)
 
     def give_film(visit, path, palette, which):
@@ -240,7 +241,7 @@ def build(gr, first, demo):
         needles.click(click_needle, [visit, *looks], views, **clicked)
         heat.click(click_cell, [visit, palette], [visit, heat, listed], **clicked)
         listed.click(click_trial, [visit, *looks], [frames, percent, *views], **clicked)
-        button.click(fill_map, [visit, palette], [heat, listed], show_progress="minimal", api_visibility="private", concurrency_limit=4)
+        button.click(fill_map, visit, [heat, listed], show_progress="minimal", api_visibility="private", concurrency_limit=4)
         save.click(log, visit, text, **quiet).then(None, text, None, js=SAVE, api_visibility="private")
         reading = quiet | dict(show_progress="minimal", trigger_mode="once", concurrency_limit=2, concurrency_id="read")
         video.upload(give_film, [visit, video, *looks], [video, film_said, frames, percent, *views], **reading)

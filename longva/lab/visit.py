@@ -113,6 +113,8 @@ class Visit:
     benches: dict = field(default_factory=dict)
     # (frames, depth) of the cell whose trials are listed
     opened: tuple = None
+    # colours of the map
+    palette: str = "field"
     # was the map filled?
     filled: bool = False
     # (name, picture) that waits for its question
