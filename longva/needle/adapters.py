@@ -13,13 +13,15 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..context.plan import per_token, sizes
 from ..model.prefill import place_of, say_bytes
 from .haystack import Needle
 from .trials import NeedleError
 from .trie import Reader, trie_cost
-from .vniah import Prompt, encode, make_prompt, path_of
+from .vniah import Prompt, make_prompt, path_of
+from .vniah import encode as longva_tokens
 from ..vision.unires import fit_frames, normalize
 
 # %% ../../nbs/45_needle.adapters.ipynb #4500006
@@ -40,62 +42,66 @@ class Adapter(Reader):
         seconds: float = 1.0,
     ):
         super().__init__(model, None)
-        self.processor, self.seconds = processor, seconds
+        self.processor, self.seconds, self.side = processor, seconds, None
         self.side = self.square(side)
-
-    def square(self, side) -> int:
-        "The side of a square in pixels, or what is wrong with it."
-        own = self.model.config.vision_config.image_size
-        if side not in (None, own): raise NeedleError(f"This model sees squares of {own} pixels, and not of {side}.")
-        return own
 
     @cached_property
     def sizes(self):
         text = self.model.config.get_text_config()
         return sizes(text if self.layers is None else text.to_dict() | dict(model_type=self.layers))
 
-    def facts(self) -> tuple:
-        "What decides, beside the weights, what the model sees."
-        return type(self).__name__, self.side, self.seconds
+# %% ../../nbs/45_needle.adapters.ipynb #4500006a
+@patch
+def square(self: Adapter, side) -> int:
+    "The side of a square in pixels, or what is wrong with it."
+    own = self.model.config.vision_config.image_size
+    if side not in (None, own): raise NeedleError(f"This model sees squares of {own} pixels, and not of {side}.")
+    return own
 
-    def reader(self, haystack, needles) -> "Adapter":
-        "The same, with something to read: tokens [N,T,D] and [number of needles,T,D]."
-        full = copy(self)
-        full.haystack, full.needles = haystack, needles
-        return full
+@patch
+def facts(self: Adapter) -> tuple:
+    "What decides, beside the weights, what the model sees."
+    return type(self).__name__, self.side, self.seconds
+
+@patch
+def reader(self: Adapter, haystack, needles) -> Adapter:
+    "The same, with something to read: tokens [N,T,D] and [number of needles,T,D]."
+    full = copy(self)
+    full.haystack, full.needles = haystack, needles
+    return full
 
 # %% ../../nbs/45_needle.adapters.ipynb #4500007
-class Adapter(Adapter):
-    "How one of transformers' models sees frames, is asked, and reads on. This much suits LLaVA-NeXT-Video."
+@patch
+def prompt(self: Adapter, needle: Needle) -> Prompt:
+    "The ids of one needle's conversation."
+    prompt, tokenizer = make_prompt(self.processor, needle), self.processor.tokenizer
+    said = [dict(role="user", content=[dict(type="video"), dict(type="text", text=needle.question.lstrip("\n"))])]
+    text = self.processor.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    ids = tokenizer(text, add_special_tokens=not begun)["input_ids"]
+    at = ids.index(self.model.config.video_token_id)
+    return replace(prompt, before=ids[:at], after=ids[at + 1 :])
 
-    def prompt(self, needle: Needle) -> Prompt:
-        "The ids of one needle's conversation."
-        prompt, tokenizer = make_prompt(self.processor, needle), self.processor.tokenizer
-        said = [dict(role="user", content=[dict(type="video"), dict(type="text", text=needle.question.lstrip("\n"))])]
-        text = self.processor.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        ids = tokenizer(text, add_special_tokens=not begun)["input_ids"]
-        at = ids.index(self.model.config.video_token_id)
-        return replace(prompt, before=ids[:at], after=ids[at + 1 :])
+# %% ../../nbs/45_needle.adapters.ipynb #4500007a
+@patch
+@torch.no_grad()
+def encode(self: Adapter,
+    # [N,H,W,3] uint8
+    frames,
+    # "pad" as the original test; "crop"; "resize"
+    fit: str = "pad",
+    # frames at a time
+    chunk: int = 16,
+) -> torch.Tensor: # [N,T,D], in the model's dtype
+    "Visual tokens of frames, each for itself."
+    own = getattr(self.processor, "video_processor", None) or self.processor.image_processor
+    pixels = (normalize(fit_frames(frames[i : i + chunk], self.side, fit), own.image_mean, own.image_std) for i in range(0, len(frames), chunk))
+    return torch.cat([self.see(p.to(self.model.device, self.model.dtype)) for p in pixels])
 
-    @torch.no_grad()
-    def encode(self,
-        # [N,H,W,3] uint8
-        frames,
-        # "pad" as the original test; "crop"; "resize"
-        fit: str = "pad",
-        # frames at a time
-        chunk: int = 16,
-    ) -> torch.Tensor: # [N,T,D], in the model's dtype
-        "Visual tokens of frames, each for itself."
-        own = getattr(self.processor, "video_processor", None) or self.processor.image_processor
-        pixels = (normalize(fit_frames(frames[i : i + chunk], self.side, fit), own.image_mean, own.image_std) for i in range(0, len(frames), chunk))
-        return torch.cat([self.see(p.to(self.model.device, self.model.dtype)) for p in pixels])
-
-    def see(self, pixels) -> torch.Tensor: # [n,3,S,S] -> [n,T,D]
-        "Tower and projector."
-        return self.model.get_video_features(pixels[None]).pooler_output[0].unflatten(0, (len(pixels), -1))
-
+@patch
+def see(self: Adapter, pixels) -> torch.Tensor: # [n,3,S,S] -> [n,T,D]
+    "Tower and projector."
+    return self.model.get_video_features(pixels[None]).pooler_output[0].unflatten(0, (len(pixels), -1))
 
 class LlavaNextVideo(Adapter):
     "Frames side by side, positions counted."
@@ -125,7 +131,9 @@ class LlavaOnevision(Adapter):
 # %% ../../nbs/45_needle.adapters.ipynb #4500011
 class Qwen2VL(Adapter):
     "Positions of time, row and column; each frame fills a temporal patch."
-    start, layers, speed = (0, None, 0), "qwen2", 1
+    start, layers = (0, None, 0), "qwen2"
+    # positions of time from one frame to the next
+    interval = 1.0
 
     def square(self, side):
         v = self.model.config.vision_config
@@ -133,14 +141,6 @@ class Qwen2VL(Adapter):
         if side is not None and (side < unit or side % unit): raise NeedleError(f"This model sees squares of {unit} pixels or a multiple, and not of {side}.")
         self.cells = 12 if side is None else side // unit
         return self.cells * unit
-
-    def features(self, pixels):
-        "What the tower makes of n frames, each of them twice."
-        v, n, g = self.model.config.vision_config, len(pixels), self.cells
-        m, p = v.spatial_merge_size, v.patch_size
-        patches = pixels.view(n, 3, g, m, p, g, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None].expand(*[-1] * 6, v.temporal_patch_size, -1, -1)
-        grid = torch.tensor([[n, g * m, g * m]], device=pixels.device)
-        return self.model.get_video_features(patches.reshape(n * (g * m) ** 2, -1), grid)
 
     def see(self, pixels): return self.features(pixels).pooler_output[0].unflatten(0, (len(pixels), -1))
 
@@ -150,25 +150,39 @@ class Qwen2VL(Adapter):
         film = text if film is None else film
         return tokens, (film + self.cells, film, shown + tokens // self.cells**2)
 
-    def places(self, piece, state): # [3,l]
-        "Positions of one piece."
-        (tokens, (_, film, end)), (text, _, shown) = self.step(piece, state), state
-        if piece[0] == "ids": return torch.arange(text, text + tokens).expand(3, -1)
-        side = torch.arange(self.cells)
-        times = (torch.arange(shown, end) * self.speed * self.seconds).long()
-        return film + torch.stack(torch.meshgrid(times, side, side, indexing="ij")).flatten(1)
+# %% ../../nbs/45_needle.adapters.ipynb #4500011b
+@patch
+def features(self: Qwen2VL, pixels): # [n,3,S,S]; returns what `get_video_features` does
+    "What the tower makes of n frames, each of them twice; a patch is a square of p pixels, m by m patches a token."
+    v, n, g = self.model.config.vision_config, len(pixels), self.cells
+    m, p = v.spatial_merge_size, v.patch_size
+    patches = pixels.view(n, 3, g, m, p, g, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)[:, :, :, :, :, :, None].expand(*[-1] * 6, v.temporal_patch_size, -1, -1)
+    grid = torch.tensor([[n, g * m, g * m]], device=pixels.device)
+    return self.model.get_video_features(patches.reshape(n * (g * m) ** 2, -1), grid)
 
-    def embed(self, pieces, state):
-        given, places = super().embed(pieces, None), []
-        for piece in pieces:
-            places.append(self.places(piece, state))
-            _, state = self.step(piece, state)
-        return given | dict(position_ids=torch.cat(places, 1)[:, None].to(given["inputs_embeds"].device))
+# %% ../../nbs/45_needle.adapters.ipynb #4500011a
+@patch
+def places(self: Qwen2VL, piece, state) -> torch.Tensor: # [3,l]
+    "Positions of one piece."
+    (tokens, (_, film, end)), (text, _, shown) = self.step(piece, state), state
+    if piece[0] == "ids": return torch.arange(text, text + tokens).expand(3, -1)
+    side = torch.arange(self.cells)
+    times = (torch.arange(shown, end) * self.interval).long()
+    return film + torch.stack(torch.meshgrid(times, side, side, indexing="ij")).flatten(1)
+
+@patch
+def embed(self: Qwen2VL, pieces, state) -> dict:
+    "Embeddings, and the positions of all pieces."
+    given, places = Adapter.embed(self, pieces, None), []
+    for piece in pieces:
+        places.append(self.places(piece, state))
+        _, state = self.step(piece, state)
+    return given | dict(position_ids=torch.cat(places, 1)[:, None].to(given["inputs_embeds"].device))
 
 # %% ../../nbs/45_needle.adapters.ipynb #4500013
 class Qwen2_5VL(Qwen2VL):
     "Time in seconds."
-    speed = property(lambda self: self.model.config.vision_config.tokens_per_second)
+    interval = property(lambda self: self.model.config.vision_config.tokens_per_second * torch.tensor(self.seconds))
 
 # %% ../../nbs/45_needle.adapters.ipynb #4500015
 class Qwen3VL(Qwen2VL):
@@ -183,7 +197,9 @@ class Qwen3VL(Qwen2VL):
     @lru_cache(maxsize=None)  # noqa: B019, it lives as long as the adapter
     def stamp(self, k: int) -> tuple: # ids before the tokens of frame k
         start = self.model.config.vision_start_token_id
-        return (*self.processor.tokenizer(f"<{self.seconds * k + self.seconds / 4:.1f} seconds>", add_special_tokens=False)["input_ids"], start)
+        return (*self.processor.tokenizer(f"<{self.seconds * (k + 0.25):.1f} seconds>", add_special_tokens=False)["input_ids"], start)
+
+    def embed(self, pieces, state): return self.put_together(list(self.rows(pieces, state)))
 
     def frames(self, piece): # [n,T,D]
         return self.haystack[piece[1] : piece[2]] if piece[0] == "hay" else self.needles[piece[1]][None]
@@ -196,33 +212,35 @@ class Qwen3VL(Qwen2VL):
         return words + n * self.cells**2, (text + words + n * self.cells, shown + n)
 
 # %% ../../nbs/45_needle.adapters.ipynb #4500016
-class Qwen3VL(Qwen3VL):
-    "A stamp before each frame; visual tokens [N,T,D] hold what several layers get, one after the other."
+@patch
+def rows(self: Qwen3VL, pieces, state): # yields (embeddings [l,D'], positions [3,l], whether they are a frame's)
+    "Text and frames, one after the other."
+    words, side, end = self.model.get_input_embeddings(), torch.arange(self.cells), self.model.config.vision_end_token_id
+    inside = torch.stack(torch.meshgrid(torch.zeros(1, dtype=torch.long), side, side, indexing="ij")).flatten(1)
+    say = lambda ids, at: (words(torch.tensor(ids, device=place_of(words))), torch.arange(at, at + len(ids)).expand(3, -1), False)
+    for piece in pieces:
+        at, shown = state
+        if piece[0] == "ids": yield say(piece[1], at)
+        else:
+            for k, frame in enumerate(self.frames(piece), shown):
+                stamp = self.stamp(k)
+                yield say(stamp, at)
+                yield frame.to(place_of(words)), at + len(stamp) + inside, True
+                at += len(stamp) + self.cells + 1
+                yield say([end], at - 1)
+        _, state = self.step(piece, state)
 
-    def embed(self, pieces, state):
-        words, rows, places, seen = self.model.get_input_embeddings(), [], [], []
-        side, end, D = torch.arange(self.cells), self.model.config.vision_end_token_id, self.model.config.get_text_config().hidden_size
-        def say(ids, at):
-            rows.append(words(torch.tensor(ids, device=place_of(words))))
-            places.append(torch.arange(at, at + len(ids)).expand(3, -1))
-            seen.append(torch.zeros(len(ids), dtype=torch.bool))
-            return at + len(ids)
-        def show(frame, at):
-            rows.append(frame)
-            places.append(at + torch.stack(torch.meshgrid(torch.zeros(1, dtype=torch.long), side, side, indexing="ij")).flatten(1))
-            seen.append(torch.ones(len(frame), dtype=torch.bool))
-            return at + self.cells
-        for piece in pieces:
-            at, shown = state
-            if piece[0] == "ids": say(piece[1], at)
-            else:
-                for k, frame in enumerate(self.frames(piece), shown): at = say([end], show(frame, say(self.stamp(k), at)))
-            _, state = self.step(piece, state)
-        device, mask = place_of(words), torch.cat(seen)[None]
-        embeds = torch.cat([row[:, :D].to(device) for row in rows])[None]
-        deep = [torch.cat(parts).to(device) for parts in zip(*(row[:, D:].split(D, 1) for row, s in zip(rows, seen) if s.any()))]
-        more = dict(visual_pos_masks=mask.to(device), deepstack_visual_embeds=deep) if deep else {}
-        return dict(inputs_embeds=embeds, position_ids=torch.cat(places, 1)[:, None].to(device), **more)
+# %% ../../nbs/45_needle.adapters.ipynb #4500016a
+@patch
+def put_together(self: Qwen3VL, rows) -> dict:
+    "Embeddings, positions, and what the first layers get beside them."
+    D = self.model.config.get_text_config().hidden_size
+    embeds = torch.cat([row[:, :D] for row, _, _ in rows])[None]
+    given = dict(inputs_embeds=embeds, position_ids=torch.cat([places for _, places, _ in rows], 1)[:, None].to(embeds.device))
+    deep = [torch.cat(parts) for parts in zip(*(row[:, D:].split(D, 1) for row, _, seen in rows if seen))]
+    if not deep: return given
+    mask = torch.cat([torch.full((len(row),), seen) for row, _, seen in rows])[None]
+    return given | dict(visual_pos_masks=mask.to(embeds.device), deepstack_visual_embeds=deep)
 
 # %% ../../nbs/45_needle.adapters.ipynb #4500017a
 class LongVAFilm(Adapter):
@@ -238,7 +256,7 @@ class LongVAFilm(Adapter):
 
     def prompt(self, needle): return make_prompt(self.processor, needle)
 
-    def encode(self, frames, fit="pad", chunk=64): return encode(self.model, self.processor, frames, fit, chunk)
+    def encode(self, frames, fit="pad", chunk=64): return longva_tokens(self.model, self.processor, frames, fit, chunk)
 
 # %% ../../nbs/45_needle.adapters.ipynb #4500018
 ADAPTERS = {"longva": LongVAFilm, "llava_onevision": LlavaOnevision, "llava_next_video": LlavaNextVideo, "qwen2_vl": Qwen2VL, "qwen2_5_vl": Qwen2_5VL, "qwen3_vl": Qwen3VL}

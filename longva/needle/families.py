@@ -34,7 +34,7 @@ class PlainProcessor:
     def save_pretrained(self, folder):
         for part in (self.tokenizer, self.image_processor): part.save_pretrained(folder)
 
-
+# %% ../../nbs/44a_needle.families.ipynb #44a00006a
 def load_processor(
     # holds what `save_pretrained` of a processor wrote
     folder,

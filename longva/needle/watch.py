@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 
 from ..model.prefill import kv_cache
 from .adapters import reader_for
@@ -66,31 +67,34 @@ class NeedleWatch:
         self.spots = [(j, n, d, int(d * n)) for n in lengths for d in depths for j in range(len(needles))]
         self.file, self.versions = check_folder(out) / "needles.jsonl", versions()
 
-    def __call__(self, model, step: int, last: bool):
-        "After a step; on all ranks."
-        if step % self.every and not last: return
-        with undisturbed(model): trials = list(self.ask(model, f"step {step}"))
-        if not dist.is_initialized() or dist.get_rank() == 0: self.write(step, trials)
+# %% ../../nbs/45a_needle.watch.ipynb #45a0007a
+@patch
+def __call__(self: NeedleWatch, model, step: int, last: bool):
+    "After a step; on all ranks."
+    if step % self.every and not last: return
+    with undisturbed(model): trials = list(self.ask(model, f"step {step}"))
+    if not dist.is_initialized() or dist.get_rank() == 0: self.write(step, trials)
 
-    def write(self, step, trials):
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] < step]
-        write_whole(self.file, "".join(line + "\n" for line in kept + [json.dumps(dict(step=step, **asdict(t))) for t in trials]))
+@patch
+def write(self: NeedleWatch, step: int, trials: list):
+    "Put this step's lines behind those of earlier steps."
+    lines = self.file.read_text().splitlines() if self.file.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < step]
+    write_whole(self.file, "".join(line + "\n" for line in kept + [json.dumps(dict(step=step, **asdict(t))) for t in trials]))
 
 # %% ../../nbs/45a_needle.watch.ipynb #45a0008
-class NeedleWatch(NeedleWatch):
-    "Give it to `train` as `on_step`."
-    def ask(self, model, name: str): # yields Trial
-        "All questions of the grid."
-        adapter = reader_for(model, self.processor)
-        prompts = [adapter.prompt(n) for n in self.needles]
-        reader = adapter.reader(adapter.encode(self.film, self.fit), torch.cat([adapter.encode(np.asarray(n.image.convert("RGB"))[None], self.fit) for n in self.needles]))
-        if any(hasattr(p, "ds_id") for p in model.parameters()): reader.cache = lambda room, host=False: kv_cache(model, room)  # ZeRO-3 wants every layer to end its pass
-        paths = [(("ids", tuple(prompts[j].before)), ("hay", 0, i), ("needle", j), ("hay", i, n), ("ids", tuple(prompts[j].after))) for j, n, _, i in self.spots]
-        answers = [prompts[j].answer for j, *_ in self.spots]
-        for k, logits, seconds in decide_paths(reader, paths, answers):
-            j, n, depth, insert = self.spots[k]
-            yield Trial(name, self.needles[j].name, n, depth, insert, answers[k], *judge(logits, answers[k]), seconds, self.seed, self.versions)
+@patch
+def ask(self: NeedleWatch, model, name: str): # yields Trial
+    "All questions of the grid."
+    adapter = reader_for(model, self.processor)
+    prompts = [adapter.prompt(n) for n in self.needles]
+    reader = adapter.reader(adapter.encode(self.film, self.fit), torch.cat([adapter.encode(np.asarray(n.image.convert("RGB"))[None], self.fit) for n in self.needles]))
+    if any(hasattr(p, "ds_id") for p in model.parameters()): reader.cache = lambda room, host=False: kv_cache(model, room)  # ZeRO-3 wants every layer to end its pass
+    paths = [(("ids", tuple(prompts[j].before)), ("hay", 0, i), ("needle", j), ("hay", i, n), ("ids", tuple(prompts[j].after))) for j, n, _, i in self.spots]
+    answers = [prompts[j].answer for j, *_ in self.spots]
+    for k, logits, seconds in decide_paths(reader, paths, answers):
+        j, n, depth, insert = self.spots[k]
+        yield Trial(name, self.needles[j].name, n, depth, insert, answers[k], *judge(logits, answers[k]), seconds, self.seed, self.versions)
 
 # %% ../../nbs/45a_needle.watch.ipynb #45a0009
 def watched(
