@@ -96,7 +96,7 @@ def share(
 ) -> str: # "0.97 (0.92–0.99)"
     "A share with Wilson's 95% interval."
     low, high = wilson(k, n)
-    digits = 3 if k / n < 0.05 else 2
+    digits = 3 if n >= 200 and not 0.05 < k / n < 0.95 else 2  # near the ends, and sure enough
     return f"{k / n:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 def _signed(x, interval): return f"{x:+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f})"
@@ -237,6 +237,7 @@ def curves(
         bars = dict(type="data", symmetric=False, array=[high - v for v, (_, high) in zip(y, spans)], arrayminus=[v - low for v, (low, _) in zip(y, spans)], thickness=1)
         figure.add_scatter(x=x, y=y, error_y=bars, name=name, mode="lines+markers", line=dict(color=colour), text=[f"{k} of {n}" for k, n in counts.values()], hovertemplate="%{x}: %{text}")
     ticks = sorted({float(n) for counts in series.values() for n in counts})
+    ticks = ticks[:: -(-len(ticks) // 10)]
     figure.update_xaxes(type="log", title=title, tickvals=ticks, ticktext=[f"{t:g}" for t in ticks]).update_yaxes(title="right", range=[-0.03, 1.05])
     if mark:
         figure.add_vline(x=mark, line=dict(color="black", dash="dot"))
