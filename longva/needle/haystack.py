@@ -29,6 +29,10 @@ class Needle:
     question: str
     # short: every token of it must be the arg-max
     answer: str
+    # words that point at the picture, for questions about order, number and time; empty where nobody needs them
+    locate: str = ""
+    # answers to choose from; empty: a free answer
+    choices: tuple = ()
 
 # %% ../../nbs/42_needle.haystack.ipynb #85e2ab2e
 def save_needles(
@@ -40,7 +44,7 @@ def save_needles(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for n in needles: n.image.save(folder / f"{n.name}.png")
-    rows = [dict(image=f"{n.name}.png", question=n.question, answer=n.answer) for n in needles]
+    rows = [dict(image=f"{n.name}.png", question=n.question, answer=n.answer) | (dict(locate=n.locate) if n.locate else {}) | (dict(choices=list(n.choices)) if n.choices else {}) for n in needles]
     write_whole(folder / "needles.json", json.dumps(rows, indent=2, ensure_ascii=False))
     return folder
 
@@ -75,11 +79,14 @@ def load_needles(
         for part in ("image", "question", "answer"):
             if not isinstance(entry, dict) or not isinstance(entry.get(part), str) or not entry[part].strip():
                 raise NeedleError(f"{where} has no {part}, which must be a text.")
+        locate, choices = entry.get("locate", ""), entry.get("choices", [])
+        if not isinstance(locate, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+            raise NeedleError(f"{where}: locate must be a text, and choices a list of texts.")
         picture = _picture(file.parent / entry["image"], where)
         name = stem = Path(entry["image"]).stem
         while name in names: name, number = f"{stem} {number}", number + 1
         names.add(name)
-        needles.append(Needle(name, picture, entry["question"], entry["answer"]))
+        needles.append(Needle(name, picture, entry["question"], entry["answer"], locate, tuple(choices)))
     return needles
 
 # %% ../../nbs/42_needle.haystack.ipynb #8d220154
