@@ -166,19 +166,23 @@ def sweep(
     progress: bool = True,
     # called with each new Trial, after it was written
     on_trial=None,
+    # trials so far -> keys wanted next, until there are none; None: all of `spots`
+    choose=None,
 ) -> list: # of Trial, in the order of `spots`
     "Decide what is not decided yet, keep every trial, and draw the map."
     out = Path(out)
     new = [p for p in (out / "trials.jsonl", out / "settings.json", out, *out.parents) if not p.exists()]
     with TrialLog(out / "trials.jsonl") as log, _all_or_nothing(log, new):
         same_settings(out, settings, started=len(log) > 0)
-        done = log.done()
-        todo = [s for k, s in spots.items() if k not in done]
-        with _stoppable(model, log, set(spots)), tqdm(total=len(spots), initial=len(spots) - len(todo), desc=name, unit="trial", disable=not progress) as bar:
-            for trials in decide(todo) if todo else ():
-                log.append(*trials)
-                bar.update(len(trials))
-                if on_trial: [on_trial(t) for t in trials]
+        done, more = log.done(), choose or (lambda trials: [k for k in spots if k not in log.done()])
+        todo = [spots[k] for k in more(log.trials)]
+        with _stoppable(model, log, set(spots)), tqdm(total=len(spots), initial=len(done & set(spots)), desc=name, unit="trial", disable=not progress) as bar:
+            while todo:
+                for trials in decide(todo):
+                    log.append(*trials)
+                    bar.update(len(trials))
+                    if on_trial: [on_trial(t) for t in trials]
+                todo = [spots[k] for k in more(log.trials)] if choose else []
         _results(log.trials, out, name, train_length, unit)
         found = {key(t): t for t in log}
-    return [found[k] for k in spots]
+    return [found[k] for k in spots if k in found]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..model.prefill import CHUNK
-from .haystack import Needle, NeedleError, count_frames, load_haystack, load_needles
+from .haystack import Needle, NeedleError, count_frames, films, load_haystack, load_needles
 from .sweep import check_grid, digest, judge, model_name, sweep, together, weights_id
 from .trials import Trial, versions
 from .trie import Reader, decide_apart
@@ -182,7 +182,10 @@ def fingerprint(
 
 def _haystack_id(haystack, fps):
     if isinstance(haystack, Frames): return dict(frames=len(haystack), digest=digest(np.ascontiguousarray(haystack.array).data))
-    path = Path(haystack)
+    parts = films(haystack)
+    if parts != [haystack]: return dict(films=[_haystack_id(p, fps) for p in parts])
+    path = Path(parts[0])
+    if path.is_dir(): return dict(folder=path.name, pictures=digest([(f.name, f.stat().st_size) for f in sorted(path.iterdir())]), fps=fps)
     with open(path, "rb") as f: head = f.read(1 << 20)
     return dict(file=path.name, bytes=path.stat().st_size, digest=digest(head), fps=fps)
 
