@@ -33,7 +33,7 @@ MUTED = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6
 def _dress(figure, title, height):
     "What all figures have in common."
     figure.update_layout(template="plotly_white", title=dict(text=title, font_size=15, x=0.01, xanchor="left", y=0.97, yanchor="top"), height=height,
-                         margin=dict(l=70, r=30, t=85, b=60), font_size=12, legend=dict(orientation="h", x=0, y=-0.24, yanchor="top"), hoverlabel=dict(align="left"))
+                         margin=dict(l=70, r=30, t=85, b=60), font_size=12, legend=dict(orientation="h", x=0, y=-0.24, yanchor="top"), hoverlabel=dict(align="left"), width=1000)
     return figure
 
 def _uri(picture):

@@ -56,18 +56,23 @@ def slider(kind, name, label, value, *range_, **more):
 
 # %% ../../nbs/61_lab.widgets.ipynb #d7c47f01
 class Explorer:
-    "A box of sliders and figures. A subclass sets `figures`, and `draw` brings them up to date and returns a text in HTML."
-    def __init__(self, controls: list, figures: list, *more):
-        self.controls, self.figures, self.still = controls, figures, False
-        self.said = ipw.HTML().add_class("longva-said")
+    "A box of sliders and figures. A subclass says in `figures_now` what they look like, and in `words` what stands above them, in HTML."
+    def __init__(self, controls: list, *more):
+        self.controls, self.still = controls, False
+        self.figures = [go.FigureWidget(f) for f in self.figures_now()]
+        self.said = ipw.HTML(self.words()).add_class("longva-said")
         for c in controls: c.observe(self.moved, "value")
         rows = ipw.HBox(controls, layout=ipw.Layout(flex_flow="row wrap"))
-        self.box = ipw.VBox([rows, *more, self.said, *figures])
+        self.box = ipw.VBox([rows, *more, self.said, *self.figures])
+
+    def words(self): return ""
 
     def moved(self, change=None):
         "A slider was moved."
         if self.still: return
-        try: self.said.value = self.draw()
+        try:
+            for widget, figure in zip(self.figures, self.figures_now()): redraw(widget, figure)
+            self.said.value = self.words()
         except (ValueError, OSError) as error: self.said.value = f"<b>This can't be shown:</b> {html.escape(str(error), quote=False)}"
 
     @contextmanager
@@ -79,8 +84,9 @@ class Explorer:
         self.moved()
 
     def _ipython_display_(self):
-        if hasattr(get_ipython(), "kernel"): return display(self.box)
-        for figure in self.figures: display(go.Figure(figure))
+        if not hasattr(get_ipython(), "kernel"): return display(*map(go.Figure, self.figures))
+        for figure in self.figures: figure._repr_mimebundle_()  # tells the page of changes until now; inside a box nobody else calls it
+        display(self.box)
 
 # %% ../../nbs/61_lab.widgets.ipynb #57022f61
 ROPES = ("base", "ntk", "linear", "dynamic", "yarn")
@@ -124,9 +130,7 @@ class NeedleExplorer(Explorer):
         self.bench = self.make(self.model.value, self.seed.value)
         self._controls(min(64, len(self.bench.film)))
         self.lengths = tuple(n for n in FRAMES if n <= len(self.bench.film))
-        self.answer, self.weights = self.look()
-        figures = [go.FigureWidget(self.map_now()), go.FigureWidget(self.film_now())]
-        super().__init__([self.model, self.seed, self.needle, self.palette, self.frames, self.depth, self.method, self.base, self.factor], figures)
+        super().__init__([self.model, self.seed, self.needle, self.palette, self.frames, self.depth, self.method, self.base, self.factor])
         self._arrange()
 
     @staticmethod
@@ -158,17 +162,11 @@ def _arrange(self: NeedleExplorer):
     self.button.on_click(self.click_fill)
     side = ipw.VBox([self.said, self.button, self.cell], layout=ipw.Layout(width="330px", padding="18px 0 0 10px"))
     self.box.children = (self.box.children[0], ipw.HBox([grid, side]), film)
-    self.moved()
 
 # %% ../../nbs/61_lab.widgets.ipynb #e04056a8
 @patch
 def place(self: NeedleExplorer) -> tuple: # (needle, frames, depth)
     return self.needle.value, self.frames.value, self.depth.value
-
-@patch
-def look(self: NeedleExplorer) -> tuple: # (Answer, attention [frames+1])
-    answer, weights = self.bench.look(*self.place())
-    return answer, weights.mean((0, 1))
 
 @patch
 def trained_base(self: NeedleExplorer) -> float:
@@ -190,10 +188,13 @@ def map_now(self: NeedleExplorer) -> go.Figure:
     return figure.update_layout(width=560, height=380, margin=dict(l=60, r=10, t=60, b=60))
 
 @patch
-def draw(self: NeedleExplorer) -> str:
-    self.answer, self.weights = self.look()
-    for widget, figure in zip(self.figures, (self.map_now(), self.film_now())): redraw(widget, figure)
-    return answer_html(self.answer)
+def figures_now(self: NeedleExplorer) -> list:
+    self.answer, weights = self.bench.look(*self.place())
+    self.weights = weights.mean((0, 1))
+    return [self.map_now(), self.film_now()]
+
+@patch
+def words(self: NeedleExplorer) -> str: return answer_html(self.answer)
 
 # %% ../../nbs/61_lab.widgets.ipynb #dcb6d632
 @patch
@@ -287,26 +288,21 @@ class RopeExplorer(Explorer):
         self.factor = slider(ipw.FloatSlider, "rope-factor", "factor", 8, 1, 64, 0.5, disabled=True)
         self.trained = slider(ipw.BoundedIntText, "rope-trained", "trained length", 32768, min=16, max=10**8)
         self.context = slider(ipw.FloatLogSlider, "rope-context", "context", 224_000, 2, 6, 22, 0.05, readout_format=",.0f")
-        super().__init__([self.model, self.method, self.base, self.factor, self.trained, self.context], [go.FigureWidget(self.figure_now())])
+        super().__init__([self.model, self.method, self.base, self.factor, self.trained, self.context])
         self.model.unobserve(self.moved, "value"); self.model.observe(self.change_model, "value")
-        self.moved()
 
     def change_model(self, change=None):
         "Another model, as it was trained."
         config, tokens = self.configs[self.model.value]
         with self.at_once(): self.method.value, self.base.value, self.trained.value = "base", text_config(config).rope_parameters["rope_theta"], tokens
 
-    def figure_now(self):
+    def figures_now(self):
         before = text_config(self.configs[self.model.value][0])
         more = {} if self.method.value == "base" else dict(factor=self.factor.value)
         if self.method.value in ("yarn", "dynamic"): more["original_max_position_embeddings"] = self.trained.value
-        after = extend_rope(deepcopy(before), self.method.value, theta=self.base.value, **more)
-        return rope_figure(before, after, self.trained.value, round(self.context.value))
-
-    def draw(self):
         self.factor.disabled = self.method.value == "base"
-        redraw(self.figures[0], self.figure_now())
-        return ""
+        after = extend_rope(deepcopy(before), self.method.value, theta=self.base.value, **more)
+        return [rope_figure(before, after, self.trained.value, round(self.context.value))]
 
 # %% ../../nbs/61_lab.widgets.ipynb #a14af77d
 def read_picture(
@@ -332,9 +328,9 @@ class PictureExplorer(Explorer):
         self.upload = ipw.FileUpload(accept="image/*", description="A picture of yours", layout=ipw.Layout(width="200px", margin="2px 0 2px 100px")).add_class("longva-upload")
         self.width = slider(ipw.IntSlider, "width", "width (pixels)", width, 28, 2400, 4)
         self.height = slider(ipw.IntSlider, "height", "height (pixels)", height, 28, 2400, 4)
-        self.grid = slider(ipw.Dropdown, "grid", "square (pixels)", 336, options=[112, 224, 336, 448])
+        self.grid = slider(ipw.Dropdown, "grid", "square", 336, options=[112, 224, 336, 448])
         self.most = slider(ipw.IntSlider, "most", "most squares", 49, 2, 49)
-        super().__init__([self.width, self.height, self.grid, self.most], [go.FigureWidget(self.figure_now())], self.upload)
+        super().__init__([self.width, self.height, self.grid, self.most], self.upload)
         for s in (self.width, self.height): s.unobserve(self.moved, "value"); s.observe(self.change_size, "value")
         self.upload.observe(self.change_file, "value")
 
@@ -349,13 +345,9 @@ class PictureExplorer(Explorer):
         except ValueError as error: self.said.value = html.escape(str(error), quote=False)
         else: self.moved()
 
-    def figure_now(self):
+    def figures_now(self):
         size = self.size if self.picture else (self.width.value, self.height.value)
-        return order_figure(self.picture or test_card(*size), size, self.grid.value, self.most.value)
-
-    def draw(self):
-        redraw(self.figures[0], self.figure_now())
-        return ""
+        return [order_figure(self.picture or test_card(*size), size, self.grid.value, self.most.value)]
 
 # %% ../../nbs/61_lab.widgets.ipynb #e634e0dd
 class ScheduleExplorer(Explorer):
@@ -367,18 +359,16 @@ class ScheduleExplorer(Explorer):
         self.length = slider(ipw.FloatLogSlider, "tokens", "tokens", 2**18, 2, 12, 20, 1, readout_format=",.0f")
         self.play = ipw.Play(min=1, max=self.step.max, interval=1200)
         ipw.link((self.play, "value"), (self.step, "value")); ipw.link((self.play, "max"), (self.step, "max"))
-        super().__init__([self.kind, self.ranks, self.step, self.length], [go.FigureWidget(self.figure_now())], self.play)
+        super().__init__([self.kind, self.ranks, self.step, self.length], self.play)
         for s in (self.kind, self.ranks): s.unobserve(self.moved, "value"); s.observe(self.change_ring, "value")
-        self.moved()
 
     def change_ring(self, change=None):
         "Another schedule, from its first step."
         with self.at_once(): self.step.value, self.step.max = 1, steps_of(self.kind.value, self.ranks.value)
 
-    def figure_now(self): return schedule_figure(self.kind.value, self.ranks.value, self.step.value - 1)
+    def figures_now(self): return [schedule_figure(self.kind.value, self.ranks.value, self.step.value - 1)]
 
-    def draw(self):
-        redraw(self.figures[0], self.figure_now())
+    def words(self):
         length, W = round(self.length.value), self.ranks.value
         length += -length % Context(self.kind.value, W).multiple
         sent, back = bytes_sent(Context(self.kind.value, W), length, 4, 128)
@@ -395,16 +385,14 @@ class PlanExplorer(Explorer):
         self.host = slider(ipw.IntSlider, "plan-host", "host (GiB)", 1024, 0, 4096, 64)
         self.offload = slider(ipw.Dropdown, "plan-offload", "offload", "optimizer", options=list(OFFLOADS))
         self.checkpoints = slider(ipw.Dropdown, "plan-checkpoints", "checkpoints", "gpu", options=list(CHECKPOINTS))
-        self.kind = slider(ipw.Dropdown, "plan-kind", "ranks exchange by", "all_gather", options=["all_gather", "ring"])
+        self.kind = slider(ipw.Dropdown, "plan-kind", "exchange", "all_gather", options=["all_gather", "ring"])
         controls = [self.model, self.length, self.gpus, self.gib, self.host, self.offload, self.checkpoints, self.kind]
-        super().__init__(controls, [go.FigureWidget(plan_figure(self.plan_now()))])
-        self.moved()
+        super().__init__(controls)
 
     def plan_now(self):
         return plan(self.model.value, round(self.length.value), gpus=self.gpus.value, gpu_gib=self.gib.value, host_gib=self.host.value,
                     offload=self.offload.value, checkpoints=self.checkpoints.value, kind=self.kind.value)
 
-    def draw(self):
-        p = self.plan_now()
-        redraw(self.figures[0], plan_figure(p))
-        return html.escape(p.limit, quote=False)
+    def figures_now(self): return [plan_figure(self.plan_now())]
+
+    def words(self): return html.escape(self.plan_now().limit, quote=False)
