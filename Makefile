@@ -8,6 +8,8 @@ HOW := install one, or name one: make PYTHON=/path/to/python3.12 $(or $(MAKECMDG
 
 export GRADIO_ANALYTICS_ENABLED := False
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Many processes are started: where this is set, each would compile torch anew, ten seconds long.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help env demo test app chat lab export notebooks readme docs clean
 
