@@ -36,7 +36,7 @@ class Forecast:
         c, p = self.cost, self.plain
         less = "" if c == p else f", instead of {p.tokens:,} and {p.flops:.3g} one by one ({p.tokens / c.tokens:.2f} and {p.flops / c.flops:.2f} times as much)"
         return (f"{c.trials} trials: {c.tokens:,} tokens, {c.flops:.3g} operations{less}; memory {say_bytes(self.total)}, "
-                f"of it {say_bytes(self.parts['KV cache'])} for the keys and values of {c.longest:,} tokens; about {say_seconds(self.seconds)} at {self.speed / 1e12:.3g} TFLOPS.")
+                f"of it {say_bytes(self.parts['KV cache'])} for the keys and values of {c.longest:,} tokens; time {say_seconds(self.seconds)} at {self.speed / 1e12:.3g} TFLOPS.")
 
 # %% ../../nbs/43c_needle.forecast.ipynb #43c00022
 def forecast(
