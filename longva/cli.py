@@ -136,7 +136,7 @@ def model_folder(
     if not original and (kind := raw.get("model_type")) != "longva":
         from longva.needle.families import FAMILIES  # loads torch
         if kind in FAMILIES: return Path(name)
-        raise UnknownModel(f"The folder {name} holds a model of type {kind}, and known are longva, {', '.join(FAMILIES)}.")
+        raise UnknownModel(f"The folder {name} holds a model of type {kind}, not longva or one of {', '.join(FAMILIES)}.")
     if not original and not (Path(name) / "processor_config.json").is_file():
         raise UnknownModel(f"The folder {name} holds no processor, for it has no processor_config.json: save the processor beside the model.")
     return Path(name)

@@ -144,7 +144,7 @@ def test_saved_it_is_loaded_and_swept_by_the_command(family, tmp_path):
     config = tmp_path / "mine/config.json"
     config.write_text(config.read_text().replace('"qwen2_vl"', '"blip"', 1))
     refused = CliRunner().invoke(app, [str(w) for w in words])
-    assert refused.exit_code == 2 and "holds a model of type blip, and known are longva, llava_onevision" in refused.output
+    assert refused.exit_code == 2 and "holds a model of type blip, not longva or one of llava_onevision" in refused.output
 
 
 def test_a_tokenizer_that_begins_with_a_token_of_its_own(family):
