@@ -272,8 +272,9 @@ def load_original(
     return LongVA.from_pretrained(folder, dtype=dtype, **kwargs)
 
 # %% ../../nbs/22_model.checkpoint.ipynb #a875a2ad
+_HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 _PICTURES = ("frames_fit", "image_fit", "encoding", "max_grids", "grids", "pool_stride", "image_pool_stride")
-_SETTINGS = (*_PICTURES, "chat_template", "time_stamps", "frame_delimiters", "tokenizer", "image_processor", "subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download",
+_SETTINGS = (*_PICTURES, "chat_template", "time_stamps", "frame_delimiters", "tokenizer", "image_processor", *_HUB,
              "trust_remote_code", "use_fast", "backend", "proxies", "user_agent", "code_revision", "return_unused_kwargs")  # the last line is transformers' own
 
 def load_processor(
@@ -283,17 +284,17 @@ def load_processor(
     **kwargs,
 ) -> LongVAProcessor:
     "What was saved, or what belongs to an original checkpoint."
-    hub = {k: kwargs[k] for k in ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download") if kwargs.get(k) is not None}
+    hub = {k: kwargs[k] for k in _HUB if kwargs.get(k) is not None}
     try: raw, _ = PreTrainedConfig.get_config_dict(name, **hub)
     except Exception: raw = {}  # no config.json: a processor that was saved alone, or nothing, as transformers will say
     if not is_original(raw):
         changes = {k: kwargs.pop(k) for k in _PICTURES if k in kwargs}
-        refuse_unknown({k: v for k, v in kwargs.items() if k not in hub}, _SETTINGS, "LongVAProcessor.from_pretrained")
+        refuse_unknown({k: v for k, v in kwargs.items() if k not in _HUB}, _SETTINGS, "LongVAProcessor.from_pretrained")
         made = load(name, **kwargs)
         if changes: made.image_processor = type(made.image_processor)(**made.image_processor.to_dict() | changes)
         return made
     folder = local_folder(name, **hub)
-    settings = {k: v for k, v in kwargs.items() if k not in hub and not k.startswith("_") and k != "trust_remote_code"}
+    settings = {k: v for k, v in kwargs.items() if k not in _HUB and not k.startswith("_") and k != "trust_remote_code"}
     tokenizer = settings.pop("tokenizer", None) or _tokenizer(folder)
     if tokenizer is None: raise CheckpointError(f"{folder.name} holds no tokenizer: copy tokenizer.json, or vocab.json and merges.txt, into it.")
     tokenizer.padding_side = raw.get("tokenizer_padding_side") or "right"

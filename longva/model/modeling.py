@@ -240,7 +240,7 @@ class LongVAModel(Qwen2Model):
     ) -> torch.Tensor: # [N, patches, D]
         """Tower and projector, before pooling."""
         tower = self.vision_tower["vision_tower"]["vision_model"]
-        return self.mm_projector(tower.features(pixels.to("cpu" if tower.device.type == "meta" else tower.device, tower.dtype), layer))
+        return self.mm_projector(tower.features(pixels.to(tower.device if tower.device.type != "meta" or pixels.is_meta else "cpu", tower.dtype), layer))
 
 # %% ../../nbs/20_model.modeling.ipynb #70048c52
 class LongVA(Qwen2PreTrainedModel, GenerationMixin):
