@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -208,7 +208,7 @@ def __call__(self: Clips, kind: str, path) -> dict: # the same; with a folder, f
     part = file.with_suffix(f".{os.getpid()}.part")
     try: self.folder.mkdir(parents=True, exist_ok=True); save_file(kept, part); os.replace(part, file)
     except (OSError, SafetensorError) as e:
-        part.unlink(missing_ok=True)
+        with suppress(OSError): part.unlink()  # it may not be there, nor its folder
         raise TrainError(f"The features of {path} cannot be saved in {self.folder} ({getattr(e, 'strerror', None) or e}): make room, and the same call goes on.") from None
     return kept
 
