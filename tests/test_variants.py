@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from longva import cli
 from longva.lab.variants import MINI_WORDING, mini_scene
 from longva.mini import load
 from longva.mini.world import write_film, write_needles
@@ -24,6 +26,13 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": 
 
 def longva(*words, cwd):
     return subprocess.run([sys.executable, "-c", "from longva.cli import app; app()", *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    "The command in this process, which has loaded torch already."
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: CliRunner().invoke(cli.app, [*map(str, words)])
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +66,20 @@ def test_look_alike_stands_at_its_distance(runs):
     assert any(len(t.places) == 2 for t in runs[2])
 
 
-def test_variant_on_the_command_line(tmp_path):
+def test_variant_on_the_command_line(tmp_path, inside):
     write_film(tmp_path / "film.mp4", 24, seed=3, side=28)
     write_needles(tmp_path / "needles", 2, seed=3, side=28)
     words = ["vniah", "--model", "mini-longva", "--haystack", "film.mp4", "--frames", "12", "--depths", "0,1", "--out", "out"]
-    done = longva(*words, "--variant", "tenth", cwd=tmp_path)
+    done = inside(*words, "--variant", "tenth")
     trials = read_trials(tmp_path / "out" / "trials.jsonl")
-    assert done.returncode == 0 and len({key(t) for t in trials}) == 4 and all(t.variant == "tenth" and len(t.choices) == 10 for t in trials), done.stderr
+    assert done.exit_code == 0 and len({key(t) for t in trials}) == 4 and all(t.variant == "tenth" and len(t.choices) == 10 for t in trials), done.stderr
     for more, word in [(["--variant", "vniah-x"], "--variant is one of"), (["--variant", "vniah-d", "--out", "d"], "look-alike"), (["--variant", "order", "--out", "out"], "another test")]:
-        done = longva(*words, *more, cwd=tmp_path)
-        assert done.returncode in (1, 2) and word in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+        done = inside(*words, *more)
+        assert done.exit_code in (1, 2) and word in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "d").exists()
 
 
 def test_the_command_knows_all_variants():
-    from longva import cli
     assert tuple(VARIANTS) == cli.VARIANTS
 
 
@@ -125,16 +133,17 @@ def test_a_short_haystack_starts_again(tmp_path):
     assert json.loads((tmp_path / "looped" / "settings.json").read_text())["repeat"] is True
 
 
-def test_haystacks_on_the_command_line(tmp_path):
+def test_haystacks_on_the_command_line(tmp_path, inside):
     "Several films, a folder, a looped one, and the free one, which a kept sweep doesn't draw again."
-    for name, n in (("a", 8), ("b", 6)): write_film(tmp_path / "films" / f"{name}.mp4", n, seed=3, side=28) if (tmp_path / "films").mkdir(exist_ok=True) is None else None
+    (tmp_path / "films").mkdir()
+    for name, n in (("a", 8), ("b", 6)): write_film(tmp_path / "films" / f"{name}.mp4", n, seed=3, side=28)
     base = ["--model", "mini-longva", "--depths", "0,1", "--naive"]
     settings = lambda out: json.loads((tmp_path / "runs" / "vniah" / out / "settings.json").read_text())
     cases = [("mini-longva_a_and_1_more", ["--haystack", "films/a.mp4", "--haystack", "films/b.mp4", "--frames", "14"]),
              ("mini-longva_scenery_7", ["--haystack", "scenery:7", "--frames", "5", "--features", "tokens"])]
     for out, words in cases:
-        done = longva("vniah", *base, *words, cwd=tmp_path)
-        assert done.returncode == 0 and len(read_trials(tmp_path / "runs" / "vniah" / out / "trials.jsonl")) == 40, done.stderr
+        done = inside("vniah", *base, *words)
+        assert done.exit_code == 0 and len(read_trials(tmp_path / "runs" / "vniah" / out / "trials.jsonl")) == 40, done.stderr
     assert [f["file"] for f in settings(cases[0][0])["haystack"]["films"]] == ["a.mp4", "b.mp4"] and settings(cases[1][0])["haystack"]["scenery"] == 7
     assert len(list((tmp_path / "tokens").iterdir())) == 2
 
@@ -147,14 +156,10 @@ def test_haystacks_on_the_command_line(tmp_path):
     (["scenery", "--frames", "4", "--fps", "2"], 1, "one frame a second"),
     (["", "--frames", "4"], 2, "empty"),
 ])
-def test_which_haystack(tmp_path, monkeypatch, words, code, said):
-    from typer.testing import CliRunner
-
-    from longva import cli
-    monkeypatch.chdir(tmp_path)
+def test_which_haystack(tmp_path, inside, words, code, said):
     (tmp_path / "films").mkdir()
     for name, n in (("a", 8), ("b", 6)): write_film(tmp_path / "films" / f"{name}.mp4", n, seed=3, side=28)
-    done = CliRunner().invoke(cli.app, ["vniah", "--model", "mini-longva", "--depths", "1", "--haystack", *words])
+    done = inside("vniah", "--model", "mini-longva", "--depths", "1", "--haystack", *words)
     assert done.exit_code == code and (said is None or said in done.output) and "Traceback" not in done.output, done.output
     if code: assert not (tmp_path / "runs").exists()
     else: assert (tmp_path / "runs" / "vniah" / "mini-longva_films" / "heatmap.html").exists()
