@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'mini_app', 'VARIANTS', 'Usage', 'one_sentence', 'path', 'numbers', 'demo_command', 'model_folder',
-           'load_model', 'check', 'grid', 'check_base', 'stretch', 'one_haystack', 'beside', 'own_needles',
+           'load_model', 'check', 'grid', 'check_base', 'stretch', 'paths', 'one_haystack', 'beside', 'own_needles',
            'say_forecast', 'other_variant', 'vniah_command', 'show_rows', 'run_folder', 'compare_command',
            'reading_model', 'own_words', 'own_book', 'show_perplexity', 'niah_command', 'plan_command',
            'extend_command', 'align_command', 'chat_model', 'what_it_knows', 'say_what_it_takes', 'answer_aloud',
@@ -197,6 +197,13 @@ def stretch(model, theta: float):
     except ValueError as e: raise Usage(f"--rope-base: {e}") from None
 
 # %% ../nbs/80_cli.ipynb #8a7da7af
+def paths(
+    words: list,
+) -> list:
+    "Several paths of the command line, none of them empty."
+    for word in words: path(word)
+    return words
+
 def one_haystack(
     # as on the command line
     given: list,
@@ -204,7 +211,7 @@ def one_haystack(
     "What --haystack means."
     if len(given) == 1 and given[0].partition(":")[0] == "scenery": return given[0], given[0].replace(":", "_")
     if any(word.partition(":")[0] == "scenery" for word in given): raise Usage("--haystack scenery is a whole haystack: give it alone.")
-    films = [path(word) for word in given]
+    films = [Path(word) for word in given]
     return (films[0], films[0].stem) if len(films) == 1 else (films, f"{films[0].stem}_and_{len(films) - 1}_more")
 
 def beside(
@@ -280,7 +287,7 @@ def other_variant(net, processor, haystack, needles, lengths, depths, out, varia
 @app.command("vniah")
 def vniah_command(
     model: Annotated[str, typer.Option(help="mini-longva, mini-anyres, mini-short, a folder or a name on the Hugging Face hub: a LongVA (ours or the original's), or LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL, Qwen2.5-VL or Qwen3-VL in the format of transformers.")],
-    haystack: Annotated[list[str], typer.Option(help="The video to hide pictures in, or a folder of videos; may be given several times. Or scenery, a free film without end; scenery:7 is that of another seed.")],
+    haystack: Annotated[list[str], typer.Option(callback=paths, help="The video to hide pictures in, or a folder of videos; may be given several times. Or scenery, a free film without end; scenery:7 is that of another seed.")],
     needles: Annotated[Optional[Path], typer.Option(parser=path, help="Folder with needles.json and its pictures; by default needles/ beside the video, or a miniature's own. Or a data set on the hub: lmms-lab/v_niah_needles is the original's five.")] = None,
     frames: Annotated[str, typer.Option(help="How many of the video's frames, for each column.")] = "16,64,256",
     depths: Annotated[str, typer.Option(help="How deep, from 0 (first frame) to 1 (last).")] = "0,0.5,1",
