@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'mini_app', 'VARIANTS', 'Usage', 'one_sentence', 'path', 'numbers', 'demo_command', 'model_folder',
-           'load_model', 'check', 'grid', 'check_base', 'stretch', 'beside', 'own_needles', 'say_forecast',
-           'other_variant', 'vniah_command', 'show_rows', 'run_folder', 'compare_command', 'reading_model', 'own_words',
-           'own_book', 'show_perplexity', 'niah_command', 'plan_command', 'extend_command', 'align_command',
-           'chat_model', 'what_it_knows', 'say_what_it_takes', 'answer_aloud', 'questions', 'chat_command',
-           'dpo_command', 'list_command', 'train_command', 'paper_command']
+           'load_model', 'check', 'grid', 'check_base', 'stretch', 'paths', 'one_haystack', 'beside', 'own_needles',
+           'say_forecast', 'other_variant', 'vniah_command', 'show_rows', 'run_folder', 'compare_command',
+           'reading_model', 'own_words', 'own_book', 'show_perplexity', 'niah_command', 'plan_command',
+           'extend_command', 'align_command', 'chat_model', 'what_it_knows', 'say_what_it_takes', 'answer_aloud',
+           'questions', 'chat_command', 'dpo_command', 'list_command', 'train_command', 'paper_command']
 
 # %% ../nbs/80_cli.ipynb #93388f10
 import json
@@ -163,14 +163,15 @@ def load_model(
 # %% ../nbs/80_cli.ipynb #2bfcf466
 def check(
     # as on the command line
-    haystack, needles, frames: str, depths: str, fps,
+    haystack, needles, frames: str, depths: str, fps, repeat: bool = False,
 ) -> tuple: # (frames, depths) as lists
     "Refuse what is wrong with lists, film or needles."
-    from longva.needle.haystack import count_frames, load_needles
+    from longva.needle.haystack import load_needles
+    from longva.needle.scenery import enough_frames
     frames, depths = numbers(frames, int, "--frames"), numbers(depths, float, "--depths")
     if fps is not None and not 0 < fps < math.inf: raise Usage(f"--fps must be a number above 0, and not {fps:g}.")
     if needles is not None: load_needles(needles)
-    count_frames(haystack, max(frames), fps)
+    enough_frames(haystack, max(frames), fps, repeat)
     return grid(frames, depths, "frames")
 
 def grid(
@@ -196,24 +197,48 @@ def stretch(model, theta: float):
     except ValueError as e: raise Usage(f"--rope-base: {e}") from None
 
 # %% ../nbs/80_cli.ipynb #8a7da7af
-def beside(haystack: Path):
-    "The needle folder that lies beside a film, or None."
-    folder = haystack.parent / "needles"
+def paths(
+    words: list,
+) -> list:
+    "Several paths of the command line, none of them empty."
+    for word in words: path(word)
+    return words
+
+def one_haystack(
+    # as on the command line
+    given: list,
+) -> tuple: # (a word for scenery, a path, or a list of paths; what to call it)
+    "What --haystack means."
+    if len(given) == 1 and given[0].partition(":")[0] == "scenery": return given[0], given[0].replace(":", "_")
+    if any(word.partition(":")[0] == "scenery" for word in given): raise Usage("--haystack scenery is a whole haystack: give it alone.")
+    films = [Path(word) for word in given]
+    return (films[0], films[0].stem) if len(films) == 1 else (films, f"{films[0].stem}_and_{len(films) - 1}_more")
+
+def beside(
+    # from `one_haystack`
+    haystack,
+):
+    "The needle folder that lies beside the (first) film, or None."
+    if isinstance(haystack, str): return None
+    folder = (haystack[0] if isinstance(haystack, list) else haystack).parent / "needles"
     return folder if (folder / "needles.json").is_file() else None
 
 def own_needles(
     # the model's
     processor,
-    haystack: Path,
+    # from `one_haystack`
+    haystack,
     # the results folder; nothing is written there yet
     out: Path,
 ) -> tuple: # (list of Needle, seed, what to say)
     "A miniature's own needles: objects that the film doesn't show."
     from longva.mini.world import film_seed, mini_tokenizer, write_needles
-    from longva.needle.haystack import NeedleError, load_needles
+    from longva.needle.haystack import NeedleError, films, load_needles
     if processor.tokenizer.get_vocab() != mini_tokenizer().get_vocab():
         raise Usage("Say which pictures to hide with --needles FOLDER: only a miniature has needles of its own.")
-    seed, there = film_seed(haystack), out / "needles"
+    seeds = {None} if isinstance(haystack, str) else {film_seed(f) if Path(f).is_file() else None for f in films(haystack)}
+    if len(seeds) > 1: raise Usage("The films show worlds of several seeds, and a needle of one may be in another: say with --needles FOLDER which pictures to hide.")
+    seed, there = seeds.pop(), out / "needles"
     with tempfile.TemporaryDirectory() as drawn: needles = load_needles(write_needles(drawn, 20, seed or 0))
     plain = lambda needles: [(n.name, n.question, n.answer, n.image.size, n.image.tobytes()) for n in needles]
     try: same = not there.exists() or plain(load_needles(there)) == plain(needles)
@@ -262,8 +287,8 @@ def other_variant(net, processor, haystack, needles, lengths, depths, out, varia
 @app.command("vniah")
 def vniah_command(
     model: Annotated[str, typer.Option(help="mini-longva, mini-anyres, mini-short, a folder or a name on the Hugging Face hub: a LongVA (ours or the original's), or LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL, Qwen2.5-VL or Qwen3-VL in the format of transformers.")],
-    haystack: Annotated[Path, typer.Option(parser=path, help="The video to hide pictures in.")],
-    needles: Annotated[Optional[Path], typer.Option(parser=path, help="Folder with needles.json and its pictures; by default needles/ beside the video, or a miniature's own.")] = None,
+    haystack: Annotated[list[str], typer.Option(callback=paths, help="The video to hide pictures in, or a folder of videos; may be given several times. Or scenery, a free film without end; scenery:7 is that of another seed.")],
+    needles: Annotated[Optional[Path], typer.Option(parser=path, help="Folder with needles.json and its pictures; by default needles/ beside the video, or a miniature's own. Or a data set on the hub: lmms-lab/v_niah_needles is the original's five.")] = None,
     frames: Annotated[str, typer.Option(help="How many of the video's frames, for each column.")] = "16,64,256",
     depths: Annotated[str, typer.Option(help="How deep, from 0 (first frame) to 1 (last).")] = "0,0.5,1",
     out: Annotated[Optional[Path], typer.Option(parser=path, help="Results folder; by default runs/vniah/MODEL_VIDEO.")] = None,
@@ -277,11 +302,14 @@ def vniah_command(
     variant: Annotated[str, typer.Option(help="vniah, or vniah-d, several, order, count, absent, shuffled, question-first, tenth, clock, relation.")] = "vniah",
     look_alikes: Annotated[Optional[Path], typer.Option(parser=path, help="For vniah-d: a folder like that of the needles, with a look-alike for each.")] = None,
     half_width: Annotated[Optional[float], typer.Option(help="For a variant: ask needles until half of each cell's interval is at most so wide.")] = None,
+    repeat: Annotated[bool, typer.Option("--repeat", help="Let a video that is too short start again.")] = False,
+    features: Annotated[Optional[Path], typer.Option(parser=path, help="Folder where visual tokens are kept, so that the next run on this video encodes nothing; by default none.")] = None,
 ):
     "Hide pictures in a video and ask for them (the paper's V-NIAH)."
+    with one_sentence("."): haystack, film = one_haystack(haystack)
     name = name or Path(model).resolve().name + (f" base {rope_base:g}" if rope_base else "")
-    out = out or Path("runs") / "vniah" / (f"{name}_{haystack.stem}" + (f"_{variant}" if variant != "vniah" else ""))
-    how = dict(naive=naive, generate=generate, workers=workers)
+    out = out or Path("runs") / "vniah" / (f"{name}_{film}" + (f"_{variant}" if variant != "vniah" else ""))
+    how, read = dict(naive=naive, generate=generate, workers=workers), dict(fps=fps, repeat=repeat, features=features)
     with one_sentence(out):
         if kv not in ("device", "host"): raise Usage(f"--kv is device or host, and not {kv!r}.")
         if variant not in VARIANTS: raise Usage(f"--variant is one of {', '.join(VARIANTS)}, and not {variant!r}.")
@@ -290,20 +318,23 @@ def vniah_command(
         if look_alikes is not None and variant != "vniah-d": raise Usage("--look-alikes is for --variant vniah-d.")
         hide, seed = needles or beside(haystack), 0
         check_base(rope_base)
-        where, (lengths, places) = model_folder(model), check(haystack, hide, frames, depths, fps)
+        where, (lengths, places) = model_folder(model), check(haystack, hide, frames, depths, fps, repeat)
         from longva.lab.demo import put_needles
         from longva.needle.adapters import reader_for
+        from longva.needle.haystack import load_needles
         from longva.needle.vniah import run
         net, processor = load_model(where)
         adapter = None if net.config.model_type == "longva" else reader_for(net, processor)
         if adapter is not None and not plain: raise Usage(f"--variant {variant} asks a LongVA only, and {model} is a {net.config.model_type}: leave --variant out.")
+        if adapter is not None and features is not None: raise Usage(f"--features keeps what a LongVA sees, and {model} is a {net.config.model_type}: leave it out.")
         if rope_base is not None: stretch(net, rope_base)
         words, own = f"those beside the film, in {hide}", hide is None
         if own: hide, seed, words = own_needles(processor, haystack, out)
+        else: hide = load_needles(hide)
         if needles is None: typer.echo(f"Needles: {words}.")
         say_forecast(net, processor, hide, lengths, places, out, adapter, **how)
-        if plain: trials = run(net, processor, haystack, hide, lengths, places, out, seed, name=name, fps=fps, kv=kv, adapter=adapter, **how)
-        else: trials = other_variant(net, processor, haystack, hide, lengths, places, out, variant, look_alikes, seed=seed, name=name, fps=fps, naive=naive, goal=half_width)
+        if plain: trials = run(net, processor, haystack, hide, lengths, places, out, seed, name=name, kv=kv, adapter=adapter, **read, **how)
+        else: trials = other_variant(net, processor, haystack, hide, lengths, places, out, variant, look_alikes, seed=seed, name=name, naive=naive, goal=half_width, **read)
         if own: put_needles(out / "needles", 20, seed)
         show_rows(trials, out)
 

@@ -197,7 +197,7 @@ def test_requirements_and_pins(tmp_path):
             extras.setdefault(name, [])
         elif line:
             extras[name].append(Requirement(line))
-    assert set(extras) == {"", "lab", "apps", "train", "gpu", "dev", "docs"}
+    assert set(extras) == {"", "lab", "apps", "train", "hub", "gpu", "dev", "docs"}
     pins = dict(line.split("==") for line in (root / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     for need in (need for name, needs in extras.items() if name != "gpu" for need in needs):

@@ -1,7 +1,9 @@
 """Needle folders, haystack files and result folders that are broken, busy or about something else."""
 
 import json
+import sys
 from dataclasses import asdict
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -97,6 +99,75 @@ def test_pictures_of_every_mode_become_rgb(folder):
     for mode in ("1", "L", "P", "RGBA", "LA", "I;16"):
         Image.new(mode, (9, 7)).save(folder / "a.png")
         assert load_needles(folder)[0].image.mode == "RGB"
+
+
+# --- needles of the hub: the layout of lmms-lab/v_niah_needles, in a snapshot that the test wrote
+
+HUB = "lmms-lab/v_niah_needles"
+
+
+@pytest.fixture
+def snapshot(tmp_path, monkeypatch):
+    "write(rows) -> the folder that the hub would give."
+    parquet, hub = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("huggingface_hub")
+    import pyarrow
+    asked = []
+
+    def write(rows, name="data/test-00000-of-00001.parquet"):
+        file = tmp_path / "snapshot" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        return asked
+
+    def download(repo_id, *, repo_type, allow_patterns):
+        asked.append((repo_id, repo_type, allow_patterns))
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        return str(tmp_path / "snapshot")
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    return write
+
+
+def hub_row(colour, path, **changes):
+    picture = BytesIO()
+    Image.new("RGB", (9, 7), colour).save(picture, "PNG")
+    return dict(image=dict(bytes=picture.getvalue(), path=path), question="\nIn side of the ballon,  which colour?\n", answer="Yellow") | changes
+
+
+def test_needles_of_the_hub(snapshot):
+    asked = snapshot([hub_row("red", "sora_balloon.png"), hub_row("green", None), hub_row("blue", "sora_balloon.png", answer="200")])
+    snapshot([hub_row("pink", "no_test.png")], "data/train-00000-of-00001.parquet")
+    found = load_needles(HUB)
+    assert [n.name for n in found] == ["sora_balloon", "needle 2", "sora_balloon 3"] and [n.answer for n in found] == ["Yellow", "Yellow", "200"]
+    assert all(n.question == "\nIn side of the ballon,  which colour?\n" for n in found)
+    assert found[2].image.getpixel((3, 3)) == (0, 0, 255) and asked == [(HUB, "dataset", ["*.parquet"])]
+
+
+@pytest.mark.parametrize("change, word", [
+    (dict(answer=" "), "Needle 2 of lmms-lab/v_niah_needles has no answer"),
+    (dict(image=dict(bytes=b"", path="a.png")), "Needle 2 of lmms-lab/v_niah_needles has no image"),
+    (dict(image=dict(bytes=b"nothing", path="a.png")), "a.png is not a readable picture"),
+])
+def test_bad_needles_of_the_hub(snapshot, change, word):
+    snapshot([hub_row("red", "a.png"), hub_row("red", "b.png", **change)])
+    refused(HUB, word=word)
+
+
+def test_the_hub_gives_nothing(snapshot, tmp_path, monkeypatch):
+    refused(HUB, word="no parquet files")
+    (tmp_path / "snapshot" / "test.parquet").write_text("no parquet")
+    refused(HUB, word="not readable")
+    import huggingface_hub
+    def offline(*words, **more): raise FileNotFoundError("two\nlines")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    refused(HUB, word="no needle folder lmms-lab/v_niah_needles")
+    save_needles([Needle("a", Image.new("RGB", (20, 10), "red"), "Which colour?", "Red")], HUB)  # a folder of that name goes before the hub
+    assert [n.name for n in load_needles(HUB)] == ["a"]
+
+
+def test_the_hub_without_pyarrow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(HUB, word="pyarrow, which is not installed")
 
 
 # --- haystack files

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from longva import cli
 from longva.lab.variants import MINI_WORDING, mini_scene
 from longva.mini import load
 from longva.mini.world import write_film, write_needles
@@ -16,6 +18,7 @@ from longva.needle.haystack import films, load_needles, save_needles
 from longva.needle.statistics import compare
 from longva.needle.trials import NeedleError, key, read_trials
 from longva.needle.variants import VARIANTS, run_variant
+from longva.needle.vniah import run
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
@@ -23,6 +26,13 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": 
 
 def longva(*words, cwd):
     return subprocess.run([sys.executable, "-c", "from longva.cli import app; app()", *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    "The command in this process, which has loaded torch already."
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: CliRunner().invoke(cli.app, [*map(str, words)])
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +66,20 @@ def test_look_alike_stands_at_its_distance(runs):
     assert any(len(t.places) == 2 for t in runs[2])
 
 
-def test_variant_on_the_command_line(tmp_path):
+def test_variant_on_the_command_line(tmp_path, inside):
     write_film(tmp_path / "film.mp4", 24, seed=3, side=28)
     write_needles(tmp_path / "needles", 2, seed=3, side=28)
     words = ["vniah", "--model", "mini-longva", "--haystack", "film.mp4", "--frames", "12", "--depths", "0,1", "--out", "out"]
-    done = longva(*words, "--variant", "tenth", cwd=tmp_path)
+    done = inside(*words, "--variant", "tenth")
     trials = read_trials(tmp_path / "out" / "trials.jsonl")
-    assert done.returncode == 0 and len({key(t) for t in trials}) == 4 and all(t.variant == "tenth" and len(t.choices) == 10 for t in trials), done.stderr
+    assert done.exit_code == 0 and len({key(t) for t in trials}) == 4 and all(t.variant == "tenth" and len(t.choices) == 10 for t in trials), done.stderr
     for more, word in [(["--variant", "vniah-x"], "--variant is one of"), (["--variant", "vniah-d", "--out", "d"], "look-alike"), (["--variant", "order", "--out", "out"], "another test")]:
-        done = longva(*words, *more, cwd=tmp_path)
-        assert done.returncode in (1, 2) and word in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+        done = inside(*words, *more)
+        assert done.exit_code in (1, 2) and word in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "d").exists()
 
 
 def test_the_command_knows_all_variants():
-    from longva import cli
     assert tuple(VARIANTS) == cli.VARIANTS
 
 
@@ -89,3 +98,68 @@ def test_cache_in_a_file_and_films_in_nothing(tmp_path):
     (tmp_path / "mine.safetensors").write_text("not of the cache")
     assert clear_features(tmp_path) == 0 and (tmp_path / "mine.safetensors").exists()
     with pytest.raises(NeedleError): films([])
+
+
+def decided(trials):
+    return [(key(t), t.argmax_ids, t.correct, t.margin) for t in trials]
+
+
+@pytest.mark.parametrize("sweep", [run, run_variant])
+def test_a_second_sweep_encodes_nothing(tmp_path, sweep, monkeypatch):
+    (model, processor), (film, needles, _), calls = load("mini-longva"), mini_scene(12, 2, 5), []
+    see = type(model).encode_frames
+    monkeypatch.setattr(type(model), "encode_frames", lambda self, pixels: calls.append(len(pixels)) or see(self, pixels))
+    go = lambda out, lengths=(6, 12), film=film, **more: sweep(model, processor, film, needles, list(lengths), [0, 1], tmp_path / out, progress=False, **more)
+    plain, first = go("plain"), None
+    calls.clear()
+    first = go("first", features=tmp_path / "tokens")
+    assert sum(calls) == 12 + 2
+    assert decided(go("second", features=tmp_path / "tokens")) == decided(first) == decided(plain) and sum(calls) == 14
+    assert decided(go("short", [6], features=tmp_path / "tokens")) == [d for d in decided(first) if d[0][1] == 6] and sum(calls) == 14
+    go("crop", features=tmp_path / "tokens", fit="crop")
+    assert sum(calls) == 28                                       # another front end is another key
+    with pytest.raises(NeedleError, match="is a file"): go("none", features=tmp_path / "plain" / "trials.jsonl")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_short_haystack_starts_again(tmp_path):
+    (model, processor), (film, needles, _) = load("mini-longva"), mini_scene(6, 1, 5)
+    go = lambda film, out, **more: run(model, processor, film, needles, [4, 14], [0.5], tmp_path / out, progress=False, **more)
+    with pytest.raises(NeedleError, match="holds 6 frames, and 14 are wanted"): go(film, "refused")
+    assert not (tmp_path / "refused").exists()
+    long = type(film)(film.array[[k % 6 for k in range(14)]], film.seconds, film.fps)
+    long.seconds = [float(k) for k in range(14)]
+    assert decided(go(film, "looped", repeat=True)) == decided(go(long, "written out"))
+    assert json.loads((tmp_path / "looped" / "settings.json").read_text())["repeat"] is True
+
+
+def test_haystacks_on_the_command_line(tmp_path, inside):
+    "Several films, a folder, a looped one, and the free one, which a kept sweep doesn't draw again."
+    (tmp_path / "films").mkdir()
+    for name, n in (("a", 8), ("b", 6)): write_film(tmp_path / "films" / f"{name}.mp4", n, seed=3, side=28)
+    base = ["--model", "mini-longva", "--depths", "0,1", "--naive"]
+    settings = lambda out: json.loads((tmp_path / "runs" / "vniah" / out / "settings.json").read_text())
+    cases = [("mini-longva_a_and_1_more", ["--haystack", "films/a.mp4", "--haystack", "films/b.mp4", "--frames", "14"]),
+             ("mini-longva_scenery_7", ["--haystack", "scenery:7", "--frames", "5", "--features", "tokens"])]
+    for out, words in cases:
+        done = inside("vniah", *base, *words)
+        assert done.exit_code == 0 and len(read_trials(tmp_path / "runs" / "vniah" / out / "trials.jsonl")) == 40, done.stderr
+    assert [f["file"] for f in settings(cases[0][0])["haystack"]["films"]] == ["a.mp4", "b.mp4"] and settings(cases[1][0])["haystack"]["scenery"] == 7
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+@pytest.mark.parametrize("words, code, said", [
+    (["films", "--frames", "15"], 1, "14 frames at 1 per second, and 15 are wanted"),
+    (["films", "--frames", "15", "--repeat"], 0, None),
+    (["scenery", "--haystack", "films", "--frames", "4"], 2, "give it alone"),
+    (["scenery:x", "--frames", "4"], 1, "has no seed"),
+    (["scenery", "--frames", "4", "--fps", "2"], 1, "one frame a second"),
+    (["", "--frames", "4"], 2, "empty"),
+])
+def test_which_haystack(tmp_path, inside, words, code, said):
+    (tmp_path / "films").mkdir()
+    for name, n in (("a", 8), ("b", 6)): write_film(tmp_path / "films" / f"{name}.mp4", n, seed=3, side=28)
+    done = inside("vniah", "--model", "mini-longva", "--depths", "1", "--haystack", *words)
+    assert done.exit_code == code and (said is None or said in done.output) and "Traceback" not in done.output, done.output
+    if code: assert not (tmp_path / "runs").exists()
+    else: assert (tmp_path / "runs" / "vniah" / "mini-longva_films" / "heatmap.html").exists()

@@ -15,14 +15,13 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 
 from ..model.prefill import CHUNK
-from .haystack import Needle, load_haystack
+from .haystack import Needle
+from .scenery import enough_frames
 from .statistics import still_wanted
 from .sweep import check_grid, judge, model_name, sweep
-from .trials import NeedleError, Trial, key, versions
+from .trials import NeedleError, Trial, check_folder, key, versions
 from .trie import Reader, decide_paths
-from .vniah import _long_enough, _need, describe, encode, encode_needles, make_prompt
-from ..vision.unires import fit_frames
-from ..vision.video import Frames
+from .vniah import _encoded, _need, describe, make_prompt
 
 # %% ../../nbs/43a_needle.variants.ipynb #22244b68
 @dataclass(frozen=True)
@@ -259,9 +258,9 @@ def run_variant(
     # a LongVA; it is put into evaluation mode and back
     model,
     processor,
-    # a video file, or Frames
+    # a video, a folder or list of videos, Frames, "scenery" or "scenery:SEED"
     haystack,
-    # a folder with needles.json, or a list of Needle
+    # a folder with needles.json, OWNER/NAME on the hub, or a list of Needle
     needles,
     # haystack lengths, and depths from 0 to 1
     frames: list, depths: list,
@@ -278,6 +277,8 @@ def run_variant(
     name: str = None, fps: float = None, fit: str = "pad", train_frames: int = None, progress: bool = True, on_trial=None, naive: bool = False,
     # half-width at which a cell is settled; None asks every needle in every cell
     goal: float = None,
+    # see `longva.needle.vniah.run`
+    repeat: bool = False, features=None,
 ) -> list: # of Trial
     "Run a variant of the test, or go on with it."
     if variant not in VARIANTS: raise NeedleError(f"There is no variant called {variant}: choose one of {', '.join(VARIANTS)}.")
@@ -285,21 +286,20 @@ def run_variant(
     needles = _need(needles)
     if variant == "absent" and len(depths) > 1: raise NeedleError("Without its needle every depth is the same trial: give one depth.")
     if variant == "vniah-d" and len(look_alikes) != len(needles): raise NeedleError(f"vniah-d takes a look-alike for each needle: there are {len(needles)} needles and {len(look_alikes)} look-alikes.")
-    _long_enough(haystack, frames[-1], fps)
+    if features is not None: check_folder(features)
+    enough_frames(haystack, frames[-1], fps, repeat)
     scene = Scene(processor, needles, wording, distance, seed, fps or 1.0, tolerance)
     asks = {(needles[j].name, n, d): VARIANTS[variant](scene, j, n, d) for n in frames for d in depths for j in range(len(needles))}
     if variant == "vniah-d" and max(len(a.places) for a in asks.values()) < 2: raise NeedleError(f"A look-alike {distance} frames away has room in no trial of this grid: give longer films, or a smaller distance.")
-    return _sweep(model, scene, haystack, look_alikes, asks, out, variant, name or model_name(model), fps, fit, train_frames, progress, on_trial, naive, goal)
+    return _sweep(model, scene, haystack, look_alikes, asks, out, variant, name or model_name(model), fps, fit, train_frames, progress, on_trial, naive, goal, repeat, features)
 
-def _sweep(model, scene, haystack, look_alikes, asks, out, variant, name, fps, fit, train_frames, progress, on_trial, naive, goal):
+def _sweep(model, scene, haystack, look_alikes, asks, out, variant, name, fps, fit, train_frames, progress, on_trial, naive, goal, repeat, features):
     processor, needles, by = scene.processor, scene.needles, versions()
-    settings = dict(seed=scene.seed, fps=fps, fit=fit, variant=variant, wording=asdict(scene.wording), distance=scene.distance, tolerance=scene.tolerance)
+    settings = dict(seed=scene.seed, fps=fps, fit=fit, variant=variant, wording=asdict(scene.wording), distance=scene.distance, tolerance=scene.tolerance, **dict(repeat=True) if repeat else {})
     hidden = [*needles, *look_alikes]
     about = describe(model, name, haystack, hidden, [make_prompt(processor, n) for n in hidden], **settings)
     def decide_open(todo):
-        n, grid = max(a.frames for a in todo), processor.image_processor.grid
-        array = haystack.array[:n] if isinstance(haystack, Frames) else load_haystack(haystack, n, fps, shrink=lambda f: fit_frames(f, grid, fit)).array
-        reader = Reader(model, encode(model, processor, array, fit), encode_needles(model, processor, hidden, fit))
+        reader = Reader(model, *_encoded(model, processor, haystack, hidden, max(a.frames for a in todo), fps, fit, repeat, features))
         for a, said, seconds in decide_asks(reader, todo, scene, naive):
             yield [Trial(name, a.needle, a.frames, a.depth, int(a.depth * a.frames) if a.places else -1, a.answer, *said, seconds, scene.seed, by, variant, a.choices, a.places)]
     lengths, depths = (sorted({k[i] for k in asks}) for i in (1, 2))

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from ..model.prefill import CHUNK
-from .haystack import Needle, NeedleError, count_frames, films, load_haystack, load_needles
+from .features import cached_features, feature_key, pictures_key
+from .haystack import Needle, NeedleError, films, load_needles
+from .scenery import draw_scene, enough_frames, open_haystack, scenery_seed
 from .sweep import check_grid, digest, judge, model_name, sweep, together, weights_id
-from .trials import Trial, versions
+from .trials import Trial, check_folder, versions
 from .trie import Reader, decide_apart
 from ..vision.unires import fit_frames
 from ..vision.video import Frames
@@ -182,6 +184,8 @@ def fingerprint(
 
 def _haystack_id(haystack, fps):
     if isinstance(haystack, Frames): return dict(frames=len(haystack), digest=digest(np.ascontiguousarray(haystack.array).data))
+    seed = scenery_seed(haystack)
+    if seed is not None: return dict(scenery=seed, digest=digest(draw_scene(0, seed).data))
     parts = films(haystack)
     if parts != [haystack]: return dict(films=[_haystack_id(p, fps) for p in parts])
     path = Path(parts[0])
@@ -234,17 +238,15 @@ def _need(needles):
     if twice: raise NeedleError(f"Two needles are called {twice[0]}: give each its own name.")
     return needles
 
-def _long_enough(haystack, n, fps):
-    "Refuse lengths beyond the haystack; of a file, only the packets are counted."
-    if not isinstance(haystack, Frames): return count_frames(haystack, n, fps)
-    if len(haystack) < n: raise NeedleError(f"The haystack holds {len(haystack)} frames, and {n} are wanted: give a longer one, or ask for fewer.")
-
-def _encoded(model, processor, haystack, needles, n, fps, fit, with_needle, adapter):
-    "Visual tokens of the first n frames, and of the needles."
+def _encoded(model, processor, haystack, needles, n, fps, fit, repeat=False, features=None, adapter=None):
+    "Visual tokens of the first n frames, and of the needles; from the cache, if there is one."
     grid, see = (adapter.side, adapter.encode) if adapter else (processor.image_processor.grid, partial(encode, model, processor))
-    if isinstance(haystack, Frames): array = haystack.array[:n]
-    else: array = load_haystack(haystack, n, fps, shrink=lambda frames: fit_frames(frames, grid, fit)).array
-    return see(array, fit), torch.cat([see(np.asarray(n.image.convert("RGB"))[None], fit) for n in needles]) if with_needle else None
+    frames = lambda: see(open_haystack(haystack, n, fps, repeat, lambda frames: fit_frames(frames, grid, fit)).array, fit)
+    pictures = lambda: torch.cat([see(np.asarray(n.image.convert("RGB"))[None], fit) for n in needles])
+    if features is None: return frames(), pictures() if needles else None
+    key = feature_key(model, processor, haystack, fps, fit)
+    kept = lambda key, n, make: cached_features(features, key, n, make).to(model.device)
+    return kept(key, n, frames), kept(pictures_key(key, [n.image for n in needles]), len(needles), pictures) if needles else None
 
 def _work(reader, prompts, todo, with_needle, **how):
     "Decide the open trials, one by one."
@@ -256,9 +258,9 @@ def run(
     # a LongVA, or a model with an adapter; it is put into evaluation mode and back
     model,
     processor,
-    # a video file, or Frames
+    # a video, a folder or list of videos, Frames, "scenery" or "scenery:SEED"
     haystack,
-    # a folder with needles.json, or a list of Needle
+    # a folder with needles.json, OWNER/NAME on the hub, or a list of Needle
     needles,
     # haystack lengths, in frames
     frames,
@@ -294,20 +296,26 @@ def run(
     kv: str = "device",
     # how a model that is no LongVA is read: from `longva.needle.adapters.reader_for`
     adapter=None,
+    # a haystack that is too short starts again
+    repeat: bool = False,
+    # a folder where visual tokens are kept, see `longva.needle.features`; None keeps none
+    features=None,
 ) -> list: # of Trial: those of this grid, by length, depth and needle
     "Run V-NIAH, or go on with it."
     frames, depths = check_grid(frames, depths)
     if not with_needle and len(depths) > 1: raise NeedleError("Without the needle frame every depth is the same trial: give one depth.")
     if fit not in ("pad", "crop", "resize"): raise NeedleError(f"A frame can be fitted by pad, crop or resize, not by {fit}.")
     if kv not in ("device", "host"): raise NeedleError(f"Keys and values can lie on the device or on the host, not on {kv}.")
+    if features is not None and adapter: raise NeedleError("The cache of features keeps what a LongVA sees: leave it out with other models.")
+    if features is not None: check_folder(features)
     needles = _need(needles)
     prompts = [adapter.prompt(n) if adapter else make_prompt(processor, n) for n in needles]
-    _long_enough(haystack, frames[-1], fps)
+    enough_frames(haystack, frames[-1], fps, repeat)
     name, by = name or model_name(model), versions()
-    about = describe(model, name, haystack, needles, prompts, adapter, seed=seed, fps=fps, fit=fit, with_needle=with_needle, **dict(generate=True) if generate else {})
+    about = describe(model, name, haystack, needles, prompts, adapter, seed=seed, fps=fps, fit=fit, with_needle=with_needle, **{k: True for k, on in dict(generate=generate, repeat=repeat).items() if on})
     spots = {(needles[j].name, n, d): Spot(j, n, d) for n in frames for d in depths for j in range(len(needles))}
     def decide_open(todo):
-        seen = _encoded(model, processor, haystack, needles, max(s.frames for s in todo), fps, fit, with_needle, adapter)
+        seen = _encoded(model, processor, haystack, needles if with_needle else [], max(s.frames for s in todo), fps, fit, repeat, features, adapter)
         reader = adapter.reader(*seen) if adapter else Reader(model, *seen)
         for s, verdict, seconds in _work(reader, prompts, todo, with_needle, workers=workers, naive=naive, generate=generate, chunk=batch_tokens, host=kv == "host"):
             yield [Trial(name, needles[s.needle].name, s.frames, s.depth, s.insert if with_needle else -1, prompts[s.needle].answer,
