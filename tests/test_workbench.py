@@ -3,7 +3,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import pytest
 from app_toy import flags, free_port, patience
 
 root = Path(__file__).resolve().parents[1]
-# Not proven yet: on a busy machine the needle explorer's two figures came up empty in the page. `pytest --runxfail` runs it all the same.
+# Not proven yet: on a busy machine some figures came up empty in the page, and it has not been run to its end since they are sent whole. `pytest --runxfail` runs it all the same.
 pytestmark = pytest.mark.xfail(run=False, reason="the workbench has not yet been seen to pass in a browser")
 settings = {
     "notebook-extension/tracker": dict(windowingMode="none"),  # all cells in the page, whether seen or not
@@ -28,7 +27,9 @@ def lab(chromium, tmp_path_factory):
     "The address of a JupyterLab that has a copy of the notebook and folders of its own."
     pytest.importorskip("jupyterlab", reason="jupyterlab is not installed, so the workbench is not tested (make env)")
     home, token, port = tmp_path_factory.mktemp("lab"), secrets.token_hex(16), free_port()
-    shutil.copy(root / "nbs" / "tutorials" / "workbench.ipynb", home)
+    notebook = json.loads((root / "nbs" / "tutorials" / "workbench.ipynb").read_text())
+    for cell in notebook["cells"]: cell |= dict(outputs=[]) if cell["cell_type"] == "code" else {}  # what is seen is what ran
+    (home / "workbench.ipynb").write_text(json.dumps(notebook))
     for name, values in settings.items():
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,7 @@ def page(lab, chromium):
         page.on("pageerror", lambda error: page.broken.append(str(error)))
         page.goto(lab)
         page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
+        page.wait_for_selector("#jp-main-statusbar :text('| Idle')")  # JupyterLab runs nothing before its kernel is there
         page.click(".lm-MenuBar-itemLabel:text-is('Run')")
         page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
         page.wait_for_selector(".longva-plan-length")
