@@ -674,7 +674,7 @@ def test_labels_and_positions_on_one_rank(original):
     image = Image.fromarray(rng.integers(0, 256, (50, 90, 3), dtype=np.uint8))
     for attention in ("sdpa", "longva_cp"):
         model, processor = cp_model(original, attention)
-        batch = processor(text=["w1 <image> w2 w3", "w4 <video> w5"], images=image, videos=film())
+        batch = processor(text=["w1 <image> w2 w3", "w4 <video> w5"], images=image, videos=film(), padding_side="right")
         labels = torch.where(batch["attention_mask"].bool() & (batch["input_ids"] < len(WORDS)), batch["input_ids"], -100)
         positions = torch.arange(labels.shape[1]).expand(2, -1)
         loss = model(**batch, labels=labels, position_ids=positions).loss

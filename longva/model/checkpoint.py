@@ -273,9 +273,10 @@ def load_original(
 
 # %% ../../nbs/22_model.checkpoint.ipynb #a875a2ad
 _HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+_THEIRS = ("trust_remote_code", "use_fast", "backend", "proxies", "user_agent", "code_revision", "return_unused_kwargs", "dtype", "torch_dtype")  # transformers hands them to every class
 _PICTURES = ("frames_fit", "image_fit", "encoding", "max_grids", "grids", "pool_stride", "image_pool_stride")
 _SETTINGS = (*_PICTURES, "chat_template", "time_stamps", "frame_delimiters", "tokenizer", "image_processor", *_HUB,
-             "trust_remote_code", "use_fast", "backend", "proxies", "user_agent", "code_revision", "return_unused_kwargs")  # the last line is transformers' own
+             *_THEIRS)
 
 def load_processor(
     cls,  # LongVAProcessor
@@ -294,7 +295,7 @@ def load_processor(
         if changes: made.image_processor = type(made.image_processor)(**made.image_processor.to_dict() | changes)
         return made
     folder = local_folder(name, **hub)
-    settings = {k: v for k, v in kwargs.items() if k not in _HUB and not k.startswith("_") and k != "trust_remote_code"}
+    settings = {k: v for k, v in kwargs.items() if k not in _HUB and k not in _THEIRS and not k.startswith("_")}
     tokenizer = settings.pop("tokenizer", None) or _tokenizer(folder)
     if tokenizer is None: raise CheckpointError(f"{folder.name} holds no tokenizer: copy tokenizer.json, or vocab.json and merges.txt, into it.")
     tokenizer.padding_side = raw.get("tokenizer_padding_side") or "right"
