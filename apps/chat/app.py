@@ -87,8 +87,8 @@ def seen_html(turn):
     pictures = []
     for part in turn.message["content"] if isinstance(turn.message["content"], list) else []:
         if part["type"] == "image":
-            from longva.model.processing import _open
-            pictures.append(picture(_open(part["image"])))
+            from longva.vision.image import open_image
+            pictures.append(picture(open_image(part["image"])))
         elif part["type"] == "video":
             from longva.vision.video import read_frames, video_info
             pictures += [picture(np.ascontiguousarray(frame)) for frame in read_frames(part["video"], n=min(12, video_info(part["video"]).frames)).array]
@@ -194,7 +194,7 @@ def main():
     from longva.cli import Usage, chat_model, what_it_knows
     from longva.model.prefill import ChatError
     try: model, processor = chat_model(asked.model, asked.device_map)
-    except (ChatError, Usage) as error: sys.exit(str(error))
+    except (ChatError, Usage, mini.UnknownModel) as error: sys.exit(str(error))
     hint, rooms = what_it_knows(processor), Path(tempfile.mkdtemp(prefix="longva-chat-"))
     os.environ["GRADIO_TEMP_DIR"] = str(rooms / "uploads")  # uploads go with the folder when the app ends
     import gradio as gr
