@@ -228,7 +228,7 @@ def sweep(out, pause):
 def test_stopped_and_finished(tmp_path, signals):
     log, counts = tmp_path / "trials.jsonl", [0]
     for signal_number in signals:
-        process, limit = sweep(tmp_path, pause=0.02), time.time() + 120
+        process, limit = sweep(tmp_path, pause=0.06), time.time() + 120
         wanted = counts[-1] + 20
         while time.time() < limit and process.poll() is None:
             if log.exists() and log.read_bytes().count(b"\n") >= wanted: break

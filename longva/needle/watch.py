@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 
+from ..context.parallel import current_context
 from ..model.prefill import kv_cache
 from .adapters import reader_for
 from .sweep import check_grid, judge
@@ -92,7 +93,7 @@ def ask(self: NeedleWatch, model, name: str): # yields Trial
     if any(hasattr(p, "ds_id") for p in model.parameters()): reader.cache = lambda room, host=False: kv_cache(model, room)  # ZeRO-3 wants every layer to end its pass
     paths = [(("ids", tuple(prompts[j].before)), ("hay", 0, i), ("needle", j), ("hay", i, n), ("ids", tuple(prompts[j].after))) for j, n, _, i in self.spots]
     answers = [prompts[j].answer for j, *_ in self.spots]
-    for k, logits, seconds in decide_paths(reader, paths, answers):
+    for k, logits, seconds in decide_paths(reader, paths, answers, naive=current_context().ranks > 1):  # a sequence that is spread has no buffer to share
         j, n, depth, insert = self.spots[k]
         yield Trial(name, self.needles[j].name, n, depth, insert, answers[k], *judge(logits, answers[k]), seconds, self.seed, self.versions)
 
