@@ -90,7 +90,7 @@ def inputs_of(case):
     texts = [text_of(row, [next(left) for i in row if i == -200]) for row in rows]
     images = [Image.open(PARITY / p["file"]) for p in pictures if "file" in p]
     videos = [frames_of(p["video_frames"]) for p in pictures if "video_frames" in p]
-    return model, processor, processor(text=texts, images=images or None, videos=videos or None)
+    return model, processor, processor(text=texts, images=images or None, videos=videos or None, padding_side=processor.tokenizer.padding_side)
 
 
 def check_logits(case, logits, tensors):
