@@ -119,6 +119,8 @@ def demo_command(
 def model_folder(
     # a miniature, a folder in our format or the original's, or a name on the hub
     name: str,
+    # may it be a folder of another family?
+    families: bool = False,
 ): # what `load_model` takes
     "Where a model lies, or why it doesn't."
     from longva.mini import NAMES, UnknownModel, folder
@@ -135,7 +137,8 @@ def model_folder(
     except (ValueError, TypeError, RecursionError): raise UnknownModel(f"The folder {name} holds no model, for its config.json is not readable.") from None
     if not original and (kind := raw.get("model_type")) != "longva":
         from longva.needle.families import FAMILIES  # loads torch
-        if kind in FAMILIES: return Path(name)
+        if kind in FAMILIES and families: return Path(name)
+        if kind in FAMILIES: raise UnknownModel(f"The folder {name} holds a {kind}, and this command talks with a LongVA: longva vniah takes the other families.")
         raise UnknownModel(f"The folder {name} holds a model of type {kind}, not longva or one of {', '.join(FAMILIES)}.")
     if not original and not (Path(name) / "processor_config.json").is_file():
         raise UnknownModel(f"The folder {name} holds no processor, for it has no processor_config.json: save the processor beside the model.")
@@ -286,11 +289,11 @@ def other_variant(net, processor, haystack, needles, lengths, depths, out, varia
 
 @app.command("vniah")
 def vniah_command(
-    model: Annotated[str, typer.Option(help="mini-longva, mini-anyres, mini-short, a folder or a name on the Hugging Face hub: a LongVA (ours or the original's), or LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL, Qwen2.5-VL or Qwen3-VL in the format of transformers.")],
+    model: Annotated[str, typer.Option(help="mini-longva, mini-anyres, mini-short, or a LongVA: a folder (ours or the original's) or a name on the Hugging Face hub. Or a folder with a LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL, Qwen2.5-VL or Qwen3-VL in the format of transformers.")],
     haystack: Annotated[list[str], typer.Option(callback=paths, help="The video to hide pictures in, or a folder of videos; may be given several times. Or scenery, a free film without end; scenery:7 is that of another seed.")],
     needles: Annotated[Optional[Path], typer.Option(parser=path, help="Folder with needles.json and its pictures; by default needles/ beside the video, or a miniature's own. Or a data set on the hub: lmms-lab/v_niah_needles is the original's five.")] = None,
     frames: Annotated[str, typer.Option(help="How many of the video's frames, for each column.")] = "16,64,256",
-    depths: Annotated[str, typer.Option(help="How deep, from 0 (first frame) to 1 (last).")] = "0,0.5,1",
+    depths: Annotated[Optional[str], typer.Option(help="How deep, from 0 (first frame) to 1 (last); by default 0,0.5,1.")] = None,
     out: Annotated[Optional[Path], typer.Option(parser=path, help="Results folder; by default runs/vniah/MODEL_VIDEO.")] = None,
     fps: Annotated[Optional[float], typer.Option(help="Frames to take per second of video; by default all.")] = None,
     rope_base: Annotated[Optional[float], typer.Option(help="Another RoPE base, without training.")] = None,
@@ -301,6 +304,7 @@ def vniah_command(
     kv: Annotated[str, typer.Option(help="Where keys and values lie: device, or host for a GPU that is too small.")] = "device",
     variant: Annotated[str, typer.Option(help="vniah, or vniah-d, several, order, count, absent, shuffled, question-first, tenth, clock, relation.")] = "vniah",
     look_alikes: Annotated[Optional[Path], typer.Option(parser=path, help="For vniah-d: a folder like that of the needles, with a look-alike for each.")] = None,
+    distance: Annotated[int, typer.Option(min=1, help="For vniah-d: frames between a needle and its look-alike.")] = 200,
     half_width: Annotated[Optional[float], typer.Option(help="For a variant: ask needles until half of each cell's interval is at most so wide.")] = None,
     repeat: Annotated[bool, typer.Option("--repeat", help="Let a video that is too short start again.")] = False,
     features: Annotated[Optional[Path], typer.Option(parser=path, help="Folder where visual tokens are kept, so that the next run on this video encodes nothing; by default none.")] = None,
@@ -308,35 +312,38 @@ def vniah_command(
     "Hide pictures in a video and ask for them (the paper's V-NIAH)."
     with one_sentence("."): haystack, film = one_haystack(haystack)
     name = name or Path(model).resolve().name + (f" base {rope_base:g}" if rope_base else "")
-    out = out or Path("runs") / "vniah" / (f"{name}_{film}" + (f"_{variant}" if variant != "vniah" else ""))
+    out = out or Path("runs") / "vniah" / (f"{name}_{film}" + (f"_{variant}" if variant != "vniah" else "") + ("_adaptive" if half_width is not None else ""))
     how, read = dict(naive=naive, generate=generate, workers=workers), dict(fps=fps, repeat=repeat, features=features)
     with one_sentence(out):
         if kv not in ("device", "host"): raise Usage(f"--kv is device or host, and not {kv!r}.")
         if variant not in VARIANTS: raise Usage(f"--variant is one of {', '.join(VARIANTS)}, and not {variant!r}.")
         plain = variant == "vniah" and half_width is None
         if not plain and (generate or workers > 1 or kv == "host"): raise Usage("--variant and --half-width go without --generate, --workers and --kv.")
-        if look_alikes is not None and variant != "vniah-d": raise Usage("--look-alikes is for --variant vniah-d.")
+        if (look_alikes is None) == (variant == "vniah-d"): raise Usage("--look-alikes is for --variant vniah-d, which needs it." if look_alikes else "--variant vniah-d needs --look-alikes: a folder with a look-alike for each needle.")
+        if half_width is not None and not 0 < half_width < 0.5: raise Usage(f"--half-width is half of an interval, between 0 and 0.5, and not {half_width:g}.")
+        if variant == "absent" and depths and "," in depths: raise Usage("--variant absent hides nothing, so every depth is the same trial: give one depth, or none.")
         hide, seed = needles or beside(haystack), 0
         check_base(rope_base)
-        where, (lengths, places) = model_folder(model), check(haystack, hide, frames, depths, fps, repeat)
+        where, (lengths, places) = model_folder(model, families=True), check(haystack, hide, frames, depths or ("0" if variant == "absent" else "0,0.5,1"), fps, repeat)
         from longva.lab.demo import put_needles
         from longva.needle.adapters import reader_for
         from longva.needle.haystack import load_needles
         from longva.needle.vniah import run
         net, processor = load_model(where)
         adapter = None if net.config.model_type == "longva" else reader_for(net, processor)
-        if adapter is not None and not plain: raise Usage(f"--variant {variant} asks a LongVA only, and {model} is a {net.config.model_type}: leave --variant out.")
+        if adapter is not None and not plain: raise Usage(f"--variant and --half-width ask a LongVA only, and {model} is a {net.config.model_type}: leave them out.")
         if adapter is not None and features is not None: raise Usage(f"--features keeps what a LongVA sees, and {model} is a {net.config.model_type}: leave it out.")
         if rope_base is not None: stretch(net, rope_base)
         words, own = f"those beside the film, in {hide}", hide is None
         if own: hide, seed, words = own_needles(processor, haystack, out)
         else: hide = load_needles(hide)
         if needles is None: typer.echo(f"Needles: {words}.")
-        say_forecast(net, processor, hide, lengths, places, out, adapter, **how)
+        if plain: say_forecast(net, processor, hide, lengths, places, out, adapter, **how)
         if plain: trials = run(net, processor, haystack, hide, lengths, places, out, seed, name=name, kv=kv, adapter=adapter, **read, **how)
-        else: trials = other_variant(net, processor, haystack, hide, lengths, places, out, variant, look_alikes, seed=seed, name=name, naive=naive, goal=half_width, **read)
+        else: trials = other_variant(net, processor, haystack, hide, lengths, places, out, variant, look_alikes, distance=distance, seed=seed, name=name, naive=naive, goal=half_width, **read)
         if own: put_needles(out / "needles", 20, seed)
-        show_rows(trials, out)
+        show_rows(trials, out, said="said so" if variant == "absent" else "right")
+        if variant == "absent": typer.echo("Nothing was hidden: here a share of 0 is best, for each answer was made up.")
 
 # %% ../nbs/80_cli.ipynb #4d684c07
 def show_rows(
@@ -346,10 +353,12 @@ def show_rows(
     out: Path,
     # "frames" or "tokens"
     unit: str = "frames",
+    # what is counted
+    said: str = "right",
 ):
     "Print the shares by length, with intervals, and the files."
     from longva.needle.trials import by_frames, wilson
-    typer.echo(f"\n{unit:>6}  {'right':>9}  share  95% interval")
+    typer.echo(f"\n{unit:>6}  {said:>9}  share  95% interval")
     for n, (right, of) in by_frames(trials).items():
         low, high = wilson(right, of)
         typer.echo(f"{n:>6}  {f'{right}/{of}':>9}  {right / of:>5.2f}  {low:.2f} to {high:.2f}")
@@ -677,7 +686,7 @@ def chat_command(
         if fps is not None and not 0 < fps < math.inf: raise Usage(f"--fps must be a number above 0, and not {fps:g}.")
         if front_end not in (None, "crop", "pad", "resize"): raise Usage(f"--front-end is crop, pad or resize, and not {front_end!r}.")
         settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=tuple(stop or ()))
-        try: whole = _talk(question, image or [], video or [], model, device_map, settings, num_frames=frames or 64, fps=fps, frames_fit=front_end)
+        try: whole = _talk(question, image or [], video or [], model, device_map, settings, asked=frames, num_frames=frames or 64, fps=fps, frames_fit=front_end)
         except KeyboardInterrupt: whole = False
         if not whole:
             _say("Stopped.")
@@ -688,12 +697,14 @@ def _talk(question, images, videos, name, device_map, settings, **how):
     from longva.model.chat import Chat, ChatError, UnknownWord
     from longva.model.prefill import measure_speed
     from longva.vision.video import VideoError
+    asked = how.pop("asked")  # frames of a video, if somebody named a number
     chat = Chat(*chat_model(name, device_map), **how)
     speed, whole = measure_speed(chat.model.device, chat.model.dtype), True
     for text in questions() if question is None else [question]:
         try:
             turn = chat.prepare(text, *((), ()) if chat.turns else (images, videos))
             answer = chat.ask(turn, **settings)
+            if asked and 0 < turn.frames < asked * len(turn.films): _say(f"There are fewer than the {asked} frames asked for: all {turn.frames} are taken.")
             say_what_it_takes(chat, turn, name, settings["max_new_tokens"], speed)
             whole = answer_aloud(answer)
         except (ChatError, VideoError) as error:

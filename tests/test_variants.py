@@ -163,3 +163,38 @@ def test_which_haystack(tmp_path, inside, words, code, said):
     assert done.exit_code == code and (said is None or said in done.output) and "Traceback" not in done.output, done.output
     if code: assert not (tmp_path / "runs").exists()
     else: assert (tmp_path / "runs" / "vniah" / "mini-longva_films" / "heatmap.html").exists()
+
+
+def test_clock_times_are_those_of_the_film(tmp_path):
+    "Eight seconds into a film of four frames a second, or of those that fps leaves of it, it is eight seconds."
+    import numpy as np
+
+    from longva.needle.scenery import shown_rate
+    from longva.needle.variants import Scene, clock
+    from longva.vision.video import write_video
+    (model, processor), (_, needles, _) = load("mini-longva"), mini_scene(24, 3, 5)
+    film = tmp_path / "four.mp4"
+    write_video([np.full((32, 32, 3), i, np.uint8) for i in range(80)], film, fps=4)
+    for fps, n in ((None, 64), (2.0, 32), (1.0, 16)):
+        one = clock(Scene(processor, needles, MINI_WORDING, fps=shown_rate(film, fps)), 0, n, 0.5)
+        assert one.seconds == pytest.approx(8) and processor.tokenizer.decode(one.answer) == "0 0 0 8"
+    run_variant(model, processor, film, needles[:1], [32], [0.5], tmp_path / "clock", "clock", wording=MINI_WORDING, progress=False)
+    told = read_trials(tmp_path / "clock" / "trials.jsonl")[0]
+    assert processor.tokenizer.decode(told.answer_ids) == "0 0 0 4"
+
+
+def test_what_the_command_says_of_variants(inside, tmp_path):
+    film, needles = write_film(tmp_path / "film.mp4", 16, 3, side=28), write_needles(tmp_path / "needles", 2, 3)
+    given = ["vniah", "--model", "mini-longva", "--haystack", film, "--needles", needles, "--frames", "8"]
+    done = inside(*given, "--variant", "absent", "--out", "absent")
+    assert done.exit_code == 0 and "said so" in done.output and "a share of 0 is best" in done.output, done.output
+    for more, words in ((["--variant", "absent", "--depths", "0,1"], "give one depth"), (["--variant", "vniah-d"], "needs --look-alikes"), (["--half-width", "2"], "between 0 and 0.5")):
+        done = inside(*given, *more, "--out", "never")
+        assert done.exit_code == 2 and words in done.output and not (tmp_path / "never").exists(), done.output
+
+
+def test_families_are_for_the_needle_test(inside, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    done = inside("chat", "--model", tmp_path / "other", "find moon")
+    assert done.exit_code == 2 and "longva vniah takes the other families" in done.output, done.output

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['mix', 'pick', 'waves', 'shot_of', 'draw_scene', 'scenery_parts', 'scenery', 'scenery_seed', 'enough_frames',
-           'open_haystack']
+           'shown_rate', 'open_haystack']
 
 # %% ../../nbs/42c_needle.scenery.ipynb #fb44bd26
 import numpy as np
 
-from .haystack import count_frames, load_haystack
+from .haystack import count_frames, films, load_haystack
 from .trials import NeedleError
-from ..vision.video import Frames
+from ..vision.video import Frames, video_info
 
 # %% ../../nbs/42c_needle.scenery.ipynb #99605dda
 def mix(
@@ -130,6 +130,19 @@ def enough_frames(
     elif not isinstance(haystack, Frames): count_frames(haystack, n, fps, repeat)
     elif len(haystack) < n and not repeat:
         raise NeedleError(f"The haystack holds {len(haystack)} frames, and {n} are wanted: give a longer one, let it start again (repeat), or ask for fewer.")
+
+# %% ../../nbs/42c_needle.scenery.ipynb #shownrate01
+def shown_rate(
+    # as in `enough_frames`
+    haystack,
+    # asked for; None: what the haystack has
+    fps: float = None,
+) -> float: # frames per second
+    "How many of its frames the model sees of a second of film: clock times are counted by it."
+    if scenery_seed(haystack) is not None: return 1.0
+    if not isinstance(haystack, Frames): return fps or video_info(films(haystack)[0]).fps
+    span = haystack.seconds[-1] - haystack.seconds[0]
+    return float((len(haystack) - 1) / span) if span > 0 else 1.0
 
 # %% ../../nbs/42c_needle.scenery.ipynb #scenhay003
 def open_haystack(

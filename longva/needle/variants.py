@@ -16,7 +16,7 @@ import torch
 
 from ..model.prefill import CHUNK
 from .haystack import Needle
-from .scenery import enough_frames
+from .scenery import enough_frames, shown_rate
 from .statistics import still_wanted
 from .sweep import check_grid, judge, model_name, sweep
 from .trials import NeedleError, Trial, check_folder, key, versions
@@ -288,7 +288,7 @@ def run_variant(
     if variant == "vniah-d" and len(look_alikes) != len(needles): raise NeedleError(f"vniah-d takes a look-alike for each needle: there are {len(needles)} needles and {len(look_alikes)} look-alikes.")
     if features is not None: check_folder(features)
     enough_frames(haystack, frames[-1], fps, repeat)
-    scene = Scene(processor, needles, wording, distance, seed, fps or 1.0, tolerance)
+    scene = Scene(processor, needles, wording, distance, seed, shown_rate(haystack, fps), tolerance)
     asks = {(needles[j].name, n, d): VARIANTS[variant](scene, j, n, d) for n in frames for d in depths for j in range(len(needles))}
     if variant == "vniah-d" and max(len(a.places) for a in asks.values()) < 2: raise NeedleError(f"A look-alike {distance} frames away has room in no trial of this grid: give longer films, or a smaller distance.")
     return _sweep(model, scene, haystack, look_alikes, asks, out, variant, name or model_name(model), fps, fit, train_frames, progress, on_trial, naive, goal, repeat, features)

@@ -33,9 +33,14 @@ def to_rgb(
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 # %% ../../nbs/12_vision.image.ipynb #12a00007
+def _short(name: str) -> str:
+    "A name for a sentence; of a long one (base64, a deep folder) both ends."
+    name = ascii(name)[1:-1]
+    return name if len(name) <= 80 else f"{name[:20]}...{name[-57:]}"
+
 def _read(name: str) -> Image.Image:
     "A file, an address or base64, as transformers takes them; or a sentence."
-    short = ascii(name)[1:-1][:80]
+    short = _short(name)
     if not name: raise ValueError("The path of an image is empty: name a file.")
     if os.path.isdir(name): raise ValueError(f"{short} is a folder, not an image: name one file in it.")
     try:
