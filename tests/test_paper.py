@@ -127,7 +127,9 @@ def test_the_cost_of_the_whole_grid():
         total += 30 * (2 * weights * length + 28 * 4 * 3584 * length * length / 2)
     row = next(r for r in ROWS if r.id == "Figure 4")
     tower = reading([], 1, 3000).flops
-    assert row.cost.flops == pytest.approx(total + tower, rel=1e-9) and 3e11 < tower / 3000 < 5e11
+    plain = reading([n + 1 for n in range(200, 3001, 200)], 30, 3000)  # each trial by itself
+    assert plain.flops == pytest.approx(total + tower, rel=1e-9) and 3e11 < tower / 3000 < 5e11
+    assert "--naive" not in row.command and 2.40 < total / (row.cost.flops - tower) < 2.45 and 3.29 < plain.tokens / row.cost.tokens < 3.31  # what they share, once
 
 
 def test_the_command_prints_all_and_writes_json(tmp_path):
