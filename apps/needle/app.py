@@ -157,7 +157,7 @@ def build(gr, first, demo):
         for _ in fill_here(here, len(visit.own)):
             if visit.benches.get(visit.model) is not here: return
             picture, trials = heat_map(visit, demo, visit.palette)
-            yield picture, opened(visit, trials)
+            if visit.benches.get(visit.model) is here: yield picture, opened(visit, trials)  # else it is the other one's picture that is wanted
 
     def give_film(visit, path, palette, which):
         if path is None: return [gr.skip()] * 10
