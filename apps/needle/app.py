@@ -155,9 +155,10 @@ def build(gr, first, demo):
         # while the map grows, the ring follows the needle, and colours can be changed; another model or film ends it
         visit.filled, here = True, visit.bench(bench)
         for _ in fill_here(here, len(visit.own)):
-            if visit.benches.get(visit.model) is not here: return
+            if visit.benches.get(visit.model) is not here: break
             picture, trials = heat_map(visit, demo, visit.palette)
             if visit.benches.get(visit.model) is here: yield picture, opened(visit, trials)  # else it is the other one's picture that is wanted
+        yield gr.skip(), gr.skip()  # Gradio sends what came last once more when all is over, and by then the page may show something newer
 
     def give_film(visit, path, palette, which):
         if path is None: return [gr.skip()] * 10
