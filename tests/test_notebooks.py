@@ -1,5 +1,6 @@
 """Every notebook runs, each in a fresh process, so that nothing leaks from one to the next."""
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -17,13 +18,20 @@ settings = ConfigParser(delimiters=["="], interpolation=None)
 settings.read(root / "settings.ini", encoding="utf-8")
 flags = settings["DEFAULT"]["tst_flags"].split()
 seconds = 300
-run = """
-import sys
-from pathlib import Path
-from nbdev.test import test_nb
-ok, _ = test_nb(Path(sys.argv[1]), skip_flags=sys.argv[3:], basepath=sys.argv[2])
-sys.exit(not ok)
-"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    env = os.environ | {"PLOTLY_RENDERER": "plotly_mimetype"}
+    process = subprocess.Popen([sys.executable, root / "tests" / "notebook_server.py", root, *flags], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    yield process
+    process.stdin.close()
+    process.wait(60)
+
+
+def hear(server, timeout):
+    "A line of the server; the empty one if it says nothing in time, or is gone."
+    return os.read(server.stdout.fileno(), 100).decode() if select.select([server.stdout], [], [], timeout)[0] else ""
 
 
 def all_skipped(path):
@@ -36,19 +44,17 @@ def all_skipped(path):
 
 
 @pytest.mark.parametrize("path", notebooks, ids=lambda path: path.relative_to(root / "nbs").as_posix().removesuffix(".ipynb"))
-def test_notebook(path):
-    name = path.relative_to(root)
+def test_notebook(path, server, tmp_path):
+    name, log = path.relative_to(root), tmp_path / "log"
     if all_skipped(path):
         pytest.fail(f"{name} tests nothing: every code cell is skipped", pytrace=False)
-    env = os.environ | {"PLOTLY_RENDERER": "plotly_mimetype"}
-    # run beside the notebook and name it by its name alone, so that the path of the checkout may be anything
-    process = subprocess.Popen([sys.executable, "-c", run, path.name, str(root), *flags], cwd=path.parent, env=env,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the notebook's own children as well
-        process.wait()
+    server.stdin.write(f"{path.parent}\t{path.name}\t{log}\n".encode())
+    server.stdin.flush()
+    process, *code = hear(server, seconds).split()
+    code = code or hear(server, seconds).split()
+    if not code:
+        os.killpg(int(process), signal.SIGKILL)  # the notebook's own children as well
+        hear(server, 60)
         pytest.fail(f"{name} did not end within {seconds} seconds", pytrace=False)
-    if process.returncode:
-        pytest.fail(f"{name} fails:\n{output[-4000:]}", pytrace=False)
+    if code != ["0"]:
+        pytest.fail(f"{name} fails:\n{log.read_text(errors='replace')[-4000:]}", pytrace=False)
