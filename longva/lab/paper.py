@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PEAK', 'SHARE', 'ASSUMED', 'FRAME', 'TEXT', 'RESULTS', 'POST', 'REVIEW', 'NOTES', 'COMMITTED', 'UNKNOWN', 'NOT_READ',
-           'GPU', 'COLOURS', 'VNIAH', 'SWEEP', 'MOVIE', 'FIGURES', 'EVAL', 'VIDEO_MME', 'TABLES', 'ROWS', 'NOTE',
-           'Cost', 'reading', 'training', 'recorded', 'share', 'Row', 'efficiency', 'cache_gb', 'curves', 'maps',
-           'as_dict', 'paper_table', 'card']
+           'GPU', 'COLOURS', 'GRID', 'DEPTHS', 'VNIAH', 'SWEEP', 'ONE', 'ABSENT', 'MOVIE', 'FIGURES', 'EVAL',
+           'VIDEO_MME', 'TABLES', 'ROWS', 'NOTE', 'Cost', 'reading', 'training', 'recorded', 'share', 'Row',
+           'efficiency', 'cache_gb', 'curves', 'maps', 'as_dict', 'paper_table', 'card']
 
 # %% ../../nbs/62a_lab.paper.ipynb #981f49b4
 import json
@@ -264,24 +264,27 @@ def maps(
     return figure.update_layout(template="plotly_white", height=330, margin=dict(l=60, r=20, t=40, b=70))
 
 # %% ../../nbs/62a_lab.paper.ipynb #593daab7
-VNIAH = "longva vniah --model lmms-lab/LongVA-7B --haystack movie.mp4 --needles lmms-lab/v_niah_needles --fps 1 --frames 200,400,600,800,1000,1200,1400,1600,1800,2000,2200,2400,2600,2800,3000 --depths 0,0.2,0.4,0.6,0.8,1"
+GRID, DEPTHS = ",".join(str(n) for n in range(200, 3001, 200)), "0,0.2,0.4,0.6,0.8,1"
+VNIAH = f"longva vniah --model lmms-lab/LongVA-7B --haystack movie.mp4 --needles lmms-lab/v_niah_needles --fps 1 --frames {GRID} --depths {DEPTHS}"
 SWEEP = Cost(31_464_464, 3.116176e18 + 3000 * _tower())  # what the trials share is read once; counted by longva.needle.trie, which this module does not import
 _niah = lambda: Cost(55 * 3 * sum(range(32_000, 512_001, 32_000)), 55 * 3 * sum(map(_forward, range(32_000, 512_001, 32_000))))
+ONE = Cost(4_613_084, 3.798525e17 + 2000 * _tower())  # its column of 2000 frames
+ABSENT = Cost(433_889, 4.176973e16 + 3000 * _tower())  # its questions without needles: each film begins as the longest does
 MOVIE = GPU + "an hour of film (the authors' own is a commercial one)"
 
 FIGURES = [
     Row("Figure 2", "UniRes", "An image of many grids is read as a film is: no thumbnail, each grid flattened by itself, 2 x 2 pooling.", f"Figure 2 in {POST} and in the {REVIEW}",
         "144 tokens a grid, at most 49 grids", f"{NOTES}, and the code", 'longva chat "What is this?" --model lmms-lab/LongVA-7B --image photo.jpg', reading([24], 1, 24), "holds (arithmetic)", _grids),
     Row("Figure 3", "V-NIAH: a needle frame, a question that locates it", "One forward pass tells whether the model would say the answer.", f"Figure 3 in {POST}",
-        "5 needles, films at 1 frame a second", POST, VNIAH, SWEEP, "holds in miniature", _of("paper/generated", _generated), MOVIE),
+        "5 needles, films at 1 frame a second", POST, VNIAH + " --generate", SWEEP, "holds in miniature", _of("paper/generated", _generated), MOVIE + "; the same command without --generate is what to compare with"),
     Row("Figure 4", "V-NIAH of four models", "A model aligned on images finds a frame in films about as long as the text it was trained on.", f"Figure 4 in {POST} and in the {REVIEW}",
         "LongVA-7B 0.909 (0.973 up to 2000 frames); LLaVA-NeXT-Video-32K 0.147, with a base of 1e8 0.284", COMMITTED, VNIAH, SWEEP, "holds in miniature", _of("figure4", _figure4), MOVIE),
     Row("Figure 5", "text needle test with distractors", "The extended language model finds a number in 512K tokens, other numbers beside it or not.", UNKNOWN,
         "0/3/5 distractors: 0.998 | 0.935 | 0.920", COMMITTED, "longva niah --model lmms-lab/Qwen2-7B-Instrcuct-224K --haystack essays --lengths 32000,64000,96000,128000,160000,192000,224000,256000,288000,320000,352000,384000,416000,448000,480000,512000 --depths 0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1 --distractors 0,3,5 --repeat", _niah(), "holds in miniature, within the trained length", _of("paper/text", _text), GPU + "memory for 512K tokens"),
     Row("Figure 7", "RoPE bases without training", "A raised base lets a short model look further, but not far enough.", UNKNOWN,
-        "bases of 3e6 to 1e9 tried; LLaVA-NeXT-Video-32K from 0.147 to 0.284 at 1e8", f"{POST}; {COMMITTED}", VNIAH + " --rope-base 1e8", SWEEP, "holds in miniature", _of("paper/bases", _bases), MOVIE),
+        "bases of 3e6 to 1e9 tried; LLaVA-NeXT-Video-32K from 0.147 to 0.284 at 1e8", f"{POST}; {COMMITTED}", VNIAH.replace("lmms-lab/LongVA-7B", "llava-hf/LLaVA-NeXT-Video-7B-32K-hf") + " --rope-base 1e8", SWEEP, "holds in miniature", _of("paper/bases", _bases), MOVIE),
     Row("Figure 8", "beyond the trained length", "LongVA keeps up beyond the 1555 frames that its text training had, down to 3000.", UNKNOWN,
-        "0.99 at 200 to 1400 frames | 0.84 at 1600 to 3000; depths 0 and 1: 1.00, between: 0.85 to 0.88", COMMITTED, VNIAH, SWEEP, "holds in miniature", _of("paper/beyond", _beyond), MOVIE),
+        "0.99 at 200 to 1400 frames | 0.84 at 1600 to 3000, there 1.00 at depths 0 and 1, 0.76 between", COMMITTED, VNIAH, SWEEP, "holds in miniature", _of("paper/beyond", _beyond), MOVIE),
 ]
 
 # %% ../../nbs/62a_lab.paper.ipynb #377e2435
@@ -292,9 +295,9 @@ TABLES = [
     Row("Table 1", "frames and tokens of video models; length of video data", "Others shrink a frame to read more of them; here the language model's context is what limits.", f"Table 1 in {POST}",
         "LLaVA-1.6: 576 to 2880 tokens an image; LongVA: 2000 frames, over 200K tokens", f"{POST}; abstract", 'longva chat "What happens?" --model lmms-lab/LongVA-7B --video film.mp4 --frames 2000', reading([2000], 1, 2000), "holds (arithmetic)", _tokens),
     Row("Table 2", "train short, test long", "No video is needed in training: images of at most 49 grids carry over to thousands of frames.", UNKNOWN,
-        "49 grids in training, 2000 frames at the test", NOTES, "longva demo", reading([2001], 30, 2000), "holds in miniature", _of("figure4", _longer), "lengths of other people's video data are a survey; there is nothing to run"),
+        "49 grids in training, 2000 frames at the test", NOTES, VNIAH.replace(GRID, "2000"), ONE, "holds in miniature", _of("figure4", _longer), "lengths of other people's video data are a survey; there is nothing to run"),
     Row("Table 3", "the needles of V-NIAH", "Their answers can't be guessed from language alone.", f"{UNKNOWN}; {POST} lists the needles in Figure 3",
-        "5 needles, 3 of them with four choices: a quarter by luck", COMMITTED, VNIAH, SWEEP, "holds in miniature", _of("figure4", _control), MOVIE),
+        "5 needles, 3 of them with four choices: a quarter by luck", COMMITTED, VNIAH.replace(DEPTHS, "0.5") + " --variant absent", ABSENT, "holds in miniature", _of("figure4", _control), MOVIE),
     Row("Table 4", "Video-MME by number of frames", "More frames of the same video, better answers; most of all in long videos.", f"Table 4 in {POST} and in the {REVIEW}",
         "8/16/32/64/128/384 frames: 47.7 | 50.2 | 52.2 | 52.7 | 53.1 | 52.3", NOTES, EVAL.format("videomme", "8,16,32,64,128,384", "videomme"), reading(VIDEO_MME, 2700, 2700 * 632), "the rise holds in miniature", _of("paper/sampling", _sampling), GPU + "Video-MME's 900 videos"),
     Row("Table 5", "MLVU", "LongVA leads models of its size in long video understanding.", f"{UNKNOWN}; MLVU came between the post and the ICLR submission",
@@ -306,11 +309,11 @@ TABLES = [
 # %% ../../nbs/62a_lab.paper.ipynb #0cb073d4
 TABLES += [
     Row("Table 7", "image benchmarks, UniRes and AnyRes", "UniRes reads large images better, small charts and diagrams somewhat worse.", f"Table 7 in the {REVIEW}, Table 6 in {POST}",
-        "UniRes better in 4 of 6 benchmarks, InfoVQA most of all; AI2D and ChartQA worse (values not at hand)", f"{REVIEW}; {POST}", "python -m longva.lmms curve --pretrained lmms-lab/LongVA-7B --tasks infovqa_val,docvqa_val,chartqa,ai2d --frames 1 --out runs/images", reading([24], 1000, 24_000), "holds in miniature, on large images", _of("paper/images", _images), GPU + "the image benchmarks (cost for 1000 images of 24 grids)"),
+        "UniRes better in 4 of 6 benchmarks, InfoVQA most of all; AI2D and ChartQA worse (values not at hand)", f"{REVIEW}; {POST}", "python -m longva.lmms curve --pretrained lmms-lab/LongVA-7B --tasks infovqa_val,docvqa_val,chartqa,ai2d --frames 1 --out runs/images", reading([24], 1000, 24_000), "holds in miniature, on large images", _of("paper/images", _images), GPU + "the image benchmarks (cost for 1000 images of 24 grids); the command is UniRes alone, for the authors' AnyRes twin is not public"),
     Row("Table 8", "text training: how and how long", "224K tokens of context with 900M tokens of text, in two days on eight A100.", UNKNOWN,
-        "1000 steps of a million tokens, base 1e9, rate 1e-5; 2 days", POST, "longva extend --preset paper --text PY007/slimpajama_Qwen2_tokenized_upsample_4096_chunk_256K --cp 8 --engine deepspeed", training(224_000, 4000), "plausible (arithmetic)", _days, GPU + "eight of them"),
+        "1000 steps of a million tokens, base 1e9, rate 1e-5; 2 days", POST, "torchrun --nproc-per-node 8 --no-python longva extend --preset paper --text cerebras/SlimPajama-627B", training(224_000, 4000), "plausible (arithmetic)", _days, GPU + "eight of them"),
     Row("Table 9", "alignment: data and settings", "LLaVA-1.6's recipe in two stages, images and text only.", UNKNOWN,
-        "1.5 days on 8 A100", NOTES, "longva align --preset paper-1 --data blip_558k_plain.json --media blip_558k", training(650, 558_000), "open (cost of the first stage)", None, GPU + "the data of the second stage, which its authors did not publish"),
+        "1.5 days on 8 A100", NOTES, "torchrun --nproc-per-node 8 --no-python longva align --preset paper-1 --data blip_558k_plain.json --media blip_558k", training(650, 558_000), "open (cost of the first stage)", None, GPU + "the data of the second stage, which its authors did not publish"),
     Row("Table 10", "DPO", "17,000 pairs make the answers better.", UNKNOWN,
         NOT_READ, f"only the settings, in {NOTES}: beta 0.1, rate 5e-7, 3 epochs", "longva dpo --preset paper --data sft_dpo_17k.jsonl --media frames", training(10 * FRAME + 200, 2 * 3 * 17_000, 4 / 3), "the mechanism holds in miniature", _of("paper/dpo", _dpo), GPU + "the videos of ShareGPTVideo"),
     Row("Table 11", "what 200K tokens take", "A key/value cache of 100 GB forbids answering word by word, so one forward pass must do.", UNKNOWN,

@@ -125,7 +125,7 @@ def find_ranks(
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=recipe.timeout))
     world, cp = state.num_processes, recipe.cp
     if world != int(os.environ.get("WORLD_SIZE", world)): raise TrainError(f"{os.environ['WORLD_SIZE']} processes were started, but they did not find each other: start them with torchrun or accelerate launch.")
-    if world % cp: raise TrainError(f"{cp} ranks cannot share a sequence evenly among {world}: take a number of ranks that {cp} divides.")
+    if world % cp: raise TrainError(f"{cp} ranks cannot share a sequence evenly among {world}: start a number of ranks that {cp} divides (torchrun --nproc-per-node {cp} --no-python longva ...), or set cp (--cp) to 1.")
     if recipe.rows % (world // cp * recipe.micro):
         least = world // cp * recipe.micro
         raise TrainError(f"{recipe.rows} rows a step don't divide among {world // cp} ranks or groups of ranks that take {recipe.micro} at a time: take {least} rows or a multiple, or another number of ranks.")
