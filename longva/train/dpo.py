@@ -361,7 +361,7 @@ def dpo(
     now, sample = agree(now and now[0], ranks), lambda i: encode_pair(pairs[i], clips, preset.length)
     known = ask_reference(loss, sample, len(pairs), folder, now, ranks, preset.bad_share * n - len(bad), clips.precision == "bf16")
     bad = bad + [bad_row(pairs[i].row, line["bad"]) for i, line in sorted(known.items()) if "bad" in line]
-    together(ranks, (lambda: tell_bad(bad, n, preset.bad_share, out)) if ranks.rank == 0 else None)
+    together(ranks, (lambda: tell_bad(bad, n, out, preset.bad_share)) if ranks.rank == 0 else None)
     refuse_bad(bad, n, preset.bad_share)
     return _train(loss, clips, Preferences(sample, known, recipe.rows, recipe.seed), out, preset, now, ranks)
 
@@ -395,7 +395,7 @@ def open_longva(preset: Preset) -> tuple: # (LongVA, LongVAProcessor)
     except CheckpointError as e: raise TrainError(str(e)) from None
     except OSError as e: raise TrainError(f"The model {preset.model} cannot be loaded ({str(e).strip().splitlines()[0][:200]}).") from None
 
-def tell_bad(bad: list, rows: int, share: float, out: Path):
+def tell_bad(bad: list, rows: int, out: Path, share: float = 1):
     "Write down what is left out, and say so; where it is too much, `refuse_bad` says it."
     if not bad: return
     out.mkdir(parents=True, exist_ok=True)
