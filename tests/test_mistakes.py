@@ -1,5 +1,6 @@
 """Mistakes on the command line of `longva align` and `longva dpo`: one sentence that names what, where and what to do, an exit code, nothing half-written."""
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -121,3 +122,11 @@ def test_a_checkpoint_that_lacks_something(say, world, tmp_path, spoil, sentence
     if "weights" not in sentence:
         with pytest.raises(CheckpointError) as raised: LongVAProcessor.from_pretrained(broken)
         assert str(raised.value) == sentence
+
+
+def test_weights_that_may_not_be_read(say, world, tmp_path, monkeypatch):
+    "Another cause than a torn file, and another advice."
+    allowed = os.access  # root may read everything, so it is played
+    monkeypatch.setattr(os, "access", lambda file, mode, **more: Path(file).name != "model.safetensors" and allowed(file, mode, **more))
+    sentence = f"{world / 'model' / 'model.safetensors'} cannot be read (permission denied): ask its owner, or copy it."
+    assert say(*ALIGN, "--data", "captions.json", "--model", world / "model") == (1, [sentence], [])

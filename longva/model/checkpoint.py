@@ -10,6 +10,7 @@ __all__ = ['KNOWN_TOWERS', 'CheckpointError', 'is_original', 'tower_folder', 'to
 
 # %% ../../nbs/22_model.checkpoint.ipynb #89524907
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -180,6 +181,7 @@ def tensor_shapes(
     file,  # .safetensors or .bin
 ) -> dict:  # name -> shape
     "What a file holds, without reading it."
+    if not os.access(file, os.R_OK): raise CheckpointError(f"{file} cannot be read (permission denied): ask its owner, or copy it.")  # safetensors says that it is not there
     if Path(file).suffix == ".bin": return {k: tuple(v.shape) for k, v in _unpickle(file).items()}
     try:
         with safe_open(file, "pt") as opened: return {k: tuple(opened.get_slice(k).get_shape()) for k in opened.keys()}
