@@ -7,8 +7,8 @@ __all__ = ['app', 'mini_app', 'VARIANTS', 'Usage', 'one_sentence', 'path', 'numb
            'load_model', 'check', 'grid', 'check_base', 'stretch', 'paths', 'one_haystack', 'beside', 'own_needles',
            'say_forecast', 'other_variant', 'vniah_command', 'show_rows', 'run_folder', 'compare_command',
            'reading_model', 'own_words', 'own_book', 'show_perplexity', 'niah_command', 'plan_command',
-           'extend_command', 'align_command', 'chat_model', 'what_it_knows', 'say_what_it_takes', 'answer_aloud',
-           'questions', 'chat_command', 'dpo_command', 'list_command', 'train_command', 'paper_command']
+           'extend_command', 'named_model', 'align_command', 'chat_model', 'what_it_knows', 'say_what_it_takes',
+           'answer_aloud', 'questions', 'chat_command', 'dpo_command', 'list_command', 'train_command', 'paper_command']
 
 # %% ../nbs/80_cli.ipynb #93388f10
 import json
@@ -570,13 +570,22 @@ def extend_command(
     typer.echo(f"Done. The extended model is in {made}.")
 
 # %% ../nbs/80_cli.ipynb #ce521e14
+def named_model(
+    # of --model
+    name: Optional[str],
+) -> Optional[str]: # a folder or hub name
+    "A miniature's folder for its name; anything else as it is."
+    from longva.mini import NAMES, folder
+    if name is not None and not name.strip(): raise Usage("--model is empty: name a miniature, a folder or a model on the hub.")
+    return str(folder(name)) if name in NAMES else name
+
 @app.command("align")
 def align_command(
     preset: Annotated[str, typer.Option(help="paper-1 or paper-2: the paper's stages; mini-1 or mini-2: the same for a laptop.")],
     data: Annotated[str, typer.Option(help="LLaVA's rows: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
     media: Annotated[Optional[Path], typer.Option(parser=path, help="Folder of the pictures and videos; by default that of the data file.")] = None,
     out: Annotated[Optional[Path], typer.Option(parser=path, help="Folder of the run; by default runs/align/PRESET.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="Folder or hub name of the LongVA to start from.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="The LongVA to start from: a miniature, a folder or a hub name.")] = None,
     language_model: Annotated[Optional[str], typer.Option(help="Without --model: the language model,")] = None,
     vision_tower: Annotated[Optional[str], typer.Option(help="and the vision tower, if not the preset's.")] = None,
     answers_only: Annotated[bool, typer.Option("--answers-only", help="Learn answers alone, without the markers of turns.")] = False,
@@ -598,7 +607,7 @@ def align_command(
     with one_sentence(out):
         if engine not in (None, "plain", "deepspeed"): raise Usage(f"--engine is plain or deepspeed, and not {engine!r}.")
         from longva.train.align import align
-        made = align(preset, data, out, model=model, language_model=language_model, vision_tower=vision_tower, media=media, bad_share=bad_share, reading=reading, **changes)
+        made = align(preset, data, out, model=named_model(model), language_model=language_model, vision_tower=vision_tower, media=media, bad_share=bad_share, reading=reading, **changes)
     typer.echo(f"Done. The aligned model is in {made}.")
 
 # %% ../nbs/80_cli.ipynb #fc2617ab
@@ -743,11 +752,10 @@ def dpo_command(
     changes = {k: v for k, v in given.items() if v is not None and k not in ("preset", "data", "media", "out", "reference")}
     with one_sentence(out):
         if engine not in (None, "plain", "deepspeed"): raise Usage(f"--engine is plain or deepspeed, and not {engine!r}.")
-        from longva.mini import NAMES, folder
+        if preset == "mini": changes.setdefault("model", "mini-longva")
+        if "model" in changes: changes["model"] = named_model(changes["model"])
         from longva.train.dpo import dpo
         if parts: changes["parts"] = tuple(parts.split(","))
-        if preset == "mini": changes.setdefault("model", "mini-longva")
-        if changes.get("model") in NAMES: changes["model"] = str(folder(changes["model"]))
         made = dpo(preset, data, out, media, reference, **changes)
     typer.echo(f"Done. The trained model is in {made}.")
 

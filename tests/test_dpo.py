@@ -353,7 +353,7 @@ def test_too_many_bad_rows_stop_the_run(data, tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(DataError, match="2 of 7 rows are bad.*line 3: .*broken.mp4"): trainer(data, tmp_path / "run", bad_share=0.2)
     assert not checkpoints(tmp_path / "run")
-    with pytest.raises(TrainError, match="cannot be loaded"): trainer(data, tmp_path / "run", model=str(tmp_path / "nothing"))
+    with pytest.raises(TrainError, match="There is no folder nothing"): trainer(data, tmp_path / "run", model=str(tmp_path / "nothing"))
     with pytest.raises(DataError, match="cannot be read"): trainer(tmp_path / "nothing.jsonl", tmp_path / "run")
 
 

@@ -1,13 +1,10 @@
 """The lmms-eval plug-in: against oracles everywhere, and inside the real package where it is installed.
 
-lmms-eval has pins of its own. LONGVA_LMMS_ENV names a virtual environment that holds it and longva, or is `build`,
-which makes one in a temporary folder (minutes, and the network):
+lmms-eval has pins of its own, and an environment of its own. The lines that make it are in nbs/46_lmms.ipynb. Then:
 
-    python3 -m venv lmms_env
-    lmms_env/bin/pip install "lmms-eval>=0.7.3,<0.8" torchvision
-    lmms_env/bin/pip install -e .
-    lmms_env/bin/pip install --no-deps "av>=17"
     LONGVA_LMMS_ENV=lmms_env pytest tests/test_lmms.py
+
+With LONGVA_LMMS_ENV=build, those lines are run first, in a temporary folder (some minutes, and the network).
 """
 import configparser
 import json
@@ -340,6 +337,28 @@ def test_curve(tmp_path, monkeypatch, capsys):
     assert words[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] and "vniah_8" in words and "pretrained=m" in words and words[-2:] == ["--limit", "2"]
 
 
+@pytest.mark.parametrize("wrong, sentence", [
+    (["--frames", "0"], "frames is 0, and must be whole numbers from 1, as 8,16,32."), (["--frames=-4,8"], "frames is -4,8, and must be whole numbers from 1"), (["--frames", ""], "not a list of numbers"),
+    (["--tasks", " "], "No task is named"), (["--processes", "0"], "processes is 0, and must be a whole number from 1."), (["--include-path", "nowhere"], "There is no folder nowhere with tasks"),
+    (["--out", "taken"], "taken"), (["--out", "taken/below"], "taken"),
+])
+def test_a_curve_that_cannot_be_is_one_sentence(wrong, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(longva.lmms, "need_lmms", lambda: None)
+    monkeypatch.setattr(longva.lmms.subprocess, "run", lambda *a, **k: pytest.fail("it ran"))
+    (tmp_path / "taken").write_text("a file")
+    done = CliRunner().invoke(longva.lmms.app, ["curve", "--pretrained", "mini-longva", "--tasks", "toy", "--frames", "4", "--out", "out", *wrong])
+    assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit) and sentence in done.output
+    assert done.exit_code == 2 or len(done.stderr.strip().splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir() if p.name != "taken"] in ([], ["out"]) and not list(tmp_path.glob("out/*"))
+
+
+def test_what_lmms_eval_said_is_cut_to_the_sentence():
+    line = "2026-11-29 13:51:45 | ERROR    | lmms_eval.__main__:cli_evaluate:614 - Error during evaluation: fps is -1.0, and must be a number above 0.. Please set `--verbosity=DEBUG` to get more information."
+    assert longva.lmms.last_error(f"noise\n{line}\nmore") == "fps is -1.0, and must be a number above 0"
+    assert longva.lmms.last_error("ValueError: no such thing.\n") == "ValueError: no such thing" and longva.lmms.last_error("") == "it said nothing"
+
+
 def test_the_commands(world, tmp_path):
     ask = lambda frames, out: ["vniah", "--film", str(world / "film.mp4"), "--needles", str(world / "needles"), "--frames", frames, "--out", str(tmp_path / out)]
     done = CliRunner().invoke(longva.lmms.app, ask("4,8", "tasks"))
@@ -355,15 +374,17 @@ def test_the_commands(world, tmp_path):
 def real(tmp_path_factory):
     "Runs lmms-eval in its own environment: returns (output, results or None, samples by task)."
     named = os.environ.get("LONGVA_LMMS_ENV")
-    if not named: pytest.skip("lmms-eval is not run: set LONGVA_LMMS_ENV to an environment that holds it, or to `build` (see the top of this file)")
+    if not named: pytest.skip("lmms-eval is not run: make an environment for it by the lines of nbs/46_lmms.ipynb, and name it in LONGVA_LMMS_ENV; or LONGVA_LMMS_ENV=build")
     place = tmp_path_factory.mktemp("real")
-    if named == "build": named = build(place / "lmms_env")
+    if named == "build": named = build(place)
     python = Path(named).expanduser().absolute() / "bin" / "python"
+    if not python.exists(): pytest.fail(f"LONGVA_LMMS_ENV is {named}, and there is no bin/python in it.")
     env = os.environ | dict(PYTHONPATH=str(root), HF_HUB_OFFLINE="1", HF_HOME=str(place / "hf"), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     def lmms(tasks, *more, launcher=(), **args):
         out = Path(tmp_path_factory.mktemp("out"))
         given = ",".join(f"{k}={v}" for k, v in args.items())
-        done = subprocess.run([str(python), "-m", *launcher, "lmms_eval", "--model", "longva", "--model_args", given, "--tasks", tasks, "--output_path", str(out), "--log_samples",
+        start = [str(python), "-m", *launcher, "lmms_eval"] if launcher else [str(python.parent / "lmms-eval")]
+        done = subprocess.run([*start, "--model", "longva", "--model_args", given, "--tasks", tasks, "--output_path", str(out), "--log_samples",
                                "--batch_size", "1", *map(str, more)], env=env, capture_output=True, text=True, timeout=900, cwd=out)
         results = [json.loads(p.read_text()) for p in out.rglob("*_results.json")]
         samples = {p.stem.split("_samples_")[1]: [json.loads(line) for line in p.open()] for p in out.rglob("*_samples_*.jsonl")}
@@ -372,13 +393,18 @@ def real(tmp_path_factory):
     return lmms
 
 
+def install_lines():
+    "What the notebook tells a newcomer to type."
+    cells = json.loads((root / "nbs" / "46_lmms.ipynb").read_text("utf-8"))["cells"]
+    return [line for line in "".join(cells[0]["source"]).splitlines() if "lmms_env" in line and line.startswith(("python3 ", "lmms_env/"))]
+
+
 def build(folder):
-    "An environment with lmms-eval and this package, as the top of this file says."
-    source = folder.parent / "source"
+    "An environment with lmms-eval and this package, made by the notebook's own lines in a copy of the tree."
+    source = folder / "source"
     subprocess.run(["git", "-C", str(root), "checkout-index", "-a", f"--prefix={source}/"], check=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    for words in (["lmms-eval>=0.7.3,<0.8", "torchvision"], [str(source)], ["--no-deps", "av>=17"]): subprocess.run([str(folder / "bin" / "pip"), "install", "-q", *words], check=True, timeout=3600)
-    return folder
+    for line in install_lines(): subprocess.run(line.replace("python3", sys.executable, 1), shell=True, cwd=source, check=True, timeout=3600)
+    return source / "lmms_env"
 
 
 UTILS = """
@@ -442,10 +468,10 @@ def test_real_chat(real, tasks, chat):
 
 def test_real_likelihood(real, tasks, world, tmp_path):
     folder, docs = tasks
-    done, results, samples = real("toy_choose,vniah_forced", "--include_path", folder, "--force_simple", pretrained="mini-short", frames=4)
+    done, results, samples = real("toy_choose,vniah_forced", "--include_path", folder, "--force_simple", pretrained="mini-short", frames=4, fps=1, frames_fit="pad")
     assert results, done.stdout + done.stderr
     assert results["config"]["model_backend"] == "longva.lmms.LongVASimple (simple)"
-    lm = Simple("mini-short", device="cpu", frames=4)
+    lm = Simple("mini-short", device="cpu", frames=4, fps=1, frames_fit="pad")
     lm.task_dict = {"toy": {"test": docs}}
     pick = [int(np.argmax([lm.score(lm.prepare(user_turn(d["see"], d["ask"])), c)[0] for c in d["choices"]])) for d in docs]
     assert results["results"]["toy_choose"]["acc,none"] == np.mean([p == d["gold"] for p, d in zip(pick, docs)])

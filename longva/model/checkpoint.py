@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['KNOWN_TOWERS', 'CheckpointError', 'is_original', 'tower_folder', 'tower_config', 'grids_of', 'translate_config',
            'placeholder_ids', 'weight_files', 'tensor_shapes', 'compare_tensors', 'local_folder', 'load_checkpoint',
-           'load_original', 'load_processor', 'processor_of', 'LlavaQwenConfig', 'original_config', 'save_original',
-           'join_parts', 'load_projector']
+           'load_original', 'check_processor', 'load_processor', 'processor_of', 'LlavaQwenConfig', 'original_config',
+           'save_original', 'join_parts', 'load_projector']
 
 # %% ../../nbs/22_model.checkpoint.ipynb #89524907
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -180,6 +181,7 @@ def tensor_shapes(
     file,  # .safetensors or .bin
 ) -> dict:  # name -> shape
     "What a file holds, without reading it."
+    if not os.access(file, os.R_OK): raise CheckpointError(f"{file} cannot be read (permission denied): ask its owner, or copy it.")  # safetensors says that it is not there
     if Path(file).suffix == ".bin": return {k: tuple(v.shape) for k, v in _unpickle(file).items()}
     try:
         with safe_open(file, "pt") as opened: return {k: tuple(opened.get_slice(k).get_shape()) for k in opened.keys()}
@@ -278,6 +280,15 @@ _PICTURES = ("frames_fit", "image_fit", "encoding", "max_grids", "grids", "pool_
 _SETTINGS = (*_PICTURES, "chat_template", "time_stamps", "frame_delimiters", "tokenizer", "image_processor", *_HUB,
              *_THEIRS)
 
+def check_processor(
+    folder: Path,
+):
+    "What a folder lacks to make a processor, for transformers says it in many ways."
+    found = [folder / f for f in ("processor_config.json", "preprocessor_config.json") if (folder / f).is_file()]
+    if not found: raise CheckpointError(f"{folder.name} holds no processor, for it has no processor_config.json: save the processor beside the model.")
+    for file in found: _json(file)
+    if _tokenizer(folder) is None: raise CheckpointError(f"{folder.name} holds no tokenizer: copy tokenizer.json, or vocab.json and merges.txt, into it.")
+
 def load_processor(
     cls,  # LongVAProcessor
     load,  # transformers' `from_pretrained` of that class
@@ -291,7 +302,10 @@ def load_processor(
     if not is_original(raw):
         changes = {k: kwargs.pop(k) for k in _PICTURES if k in kwargs}
         refuse_unknown({k: v for k, v in kwargs.items() if k not in _HUB}, _SETTINGS, "LongVAProcessor.from_pretrained")
-        made = load(name, **kwargs)
+        try: made = load(name, **kwargs)
+        except Exception:
+            if Path(name).is_dir(): check_processor(Path(name))
+            raise
         if changes: made.image_processor = type(made.image_processor)(**made.image_processor.to_dict() | changes)
         return made
     folder = local_folder(name, **hub)

@@ -53,18 +53,20 @@ def read_file(
     file: Path,
 ) -> list: # of Row
     "All rows of a file. A broken line of a .jsonl file is a bad row; a broken .json file cannot be read at all."
-    try: text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e: raise DataError(f"The data {file} cannot be read ({getattr(e, 'strerror', None) or 'it is no UTF-8 text'}).") from None
+    try: text = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte-order mark, as some editors write it
+    except OSError as e: raise DataError(f"The data {file} cannot be read ({e.strerror}).") from None
     if str(file).endswith(".jsonl"):
-        return [Row(str(file), n, _line(line)) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    try: rows = json.loads(text)
-    except ValueError as e: raise DataError(f"{file} is broken JSON: {e}.") from None
+        return [Row(str(file), n, _line(line)) for n, line in enumerate(text.split(b"\n"), 1) if line.strip()]
+    try: rows = json.loads(text.decode())
+    except UnicodeDecodeError: raise DataError(f"The data {file} cannot be read (it is no UTF-8 text).") from None
+    except (ValueError, RecursionError) as e: raise DataError(f"{file} is broken JSON: {e}.") from None
     if not isinstance(rows, list): raise DataError(f"{file} must hold a list of rows, not {type(rows).__name__}.")
     return [Row(str(file), n, row) for n, row in enumerate(rows, 1)]
 
 def _line(line):
-    try: return json.loads(line)
-    except ValueError as e: return f"broken JSON: {e}"
+    try: return json.loads(line.decode())
+    except UnicodeDecodeError: return "it is no UTF-8 text"
+    except (ValueError, RecursionError) as e: return f"broken JSON: {e}"
 
 # %% ../../nbs/32a_train.conversations.ipynb #bc7c72db
 def take(
@@ -336,7 +338,7 @@ def read_row(row: Row, reading: Reading) -> dict: # input_ids and labels [L], an
         sample = lay_out(*token_ids(talk.messages, reading.processor, reading.layout, reading.answers_only, eye), reading)
         return sample | {name: torch.cat(parts) for name, parts in eye.pixels.items()}
     except (BadRow, TrainError): raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: raise BadRow(" ".join(str(e).split())[:300]) from e
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: raise BadRow(" ".join(str(e).split())[:300].rstrip(".")) from e
 
 def row_length(row: Row, reading: Reading) -> int: # 0 for a row that can't be read
     "Tokens of a sample, visual ones counted, without decoding its pictures."

@@ -301,6 +301,7 @@ def check_preset(preset: Preset, changes: dict):
     check_loss(preset.loss, preset.beta, preset.label_smoothing, preset.sft)
     if not preset.parts or set(preset.parts) - {"tower", "projector", "language"}: raise TrainError(f"The parts to train are {', '.join(preset.parts) or 'none'}: choose among tower, projector and language.")
     if not preset.recipe.steps and not 0 < preset.epochs < math.inf or changes.get("steps") == 0: raise TrainError("Nothing would be trained: steps must be a whole number from 1, or epochs a number above 0.")
+    if preset.fps is not None and not 0 < preset.fps < math.inf: raise TrainError(f"fps is {preset.fps}: it must be a number above 0.")
     if not 0 <= preset.warm_up <= 1: raise TrainError(f"warm_up is {preset.warm_up}: it must be a share of the steps, from 0 to 1.")
 
 def timed(
@@ -360,7 +361,7 @@ def dpo(
     now, sample = agree(now and now[0], ranks), lambda i: encode_pair(pairs[i], clips, preset.length)
     known = ask_reference(loss, sample, len(pairs), folder, now, ranks, preset.bad_share * n - len(bad), clips.precision == "bf16")
     bad = bad + [bad_row(pairs[i].row, line["bad"]) for i, line in sorted(known.items()) if "bad" in line]
-    together(ranks, (lambda: tell_bad(bad, n, out)) if ranks.rank == 0 else None)
+    together(ranks, (lambda: tell_bad(bad, n, out, preset.bad_share)) if ranks.rank == 0 else None)
     refuse_bad(bad, n, preset.bad_share)
     return _train(loss, clips, Preferences(sample, known, recipe.rows, recipe.seed), out, preset, now, ranks)
 
@@ -391,11 +392,12 @@ def open_longva(preset: Preset) -> tuple: # (LongVA, LongVAProcessor)
     "The model to start from; in bfloat16 for DeepSpeed, whose optimizer keeps the float32."
     dtype = torch.bfloat16 if preset.recipe.engine == "deepspeed" and preset.recipe.precision == "bf16" else torch.float32
     try: return LongVA.from_pretrained(preset.model, dtype=dtype), LongVAProcessor.from_pretrained(preset.model)
-    except (OSError, CheckpointError) as e: raise TrainError(f"The model {preset.model} cannot be loaded ({str(e).strip().splitlines()[0][:200]}).") from None
+    except CheckpointError as e: raise TrainError(str(e)) from None
+    except OSError as e: raise TrainError(f"The model {preset.model} cannot be loaded ({str(e).strip().splitlines()[0][:200]}).") from None
 
-def tell_bad(bad: list, rows: int, out: Path):
-    "Write down what is left out, and say so."
+def tell_bad(bad: list, rows: int, out: Path, share: float = 1):
+    "Write down what is left out, and say so; where it is too much, `refuse_bad` says it."
     if not bad: return
     out.mkdir(parents=True, exist_ok=True)
     (out / "bad_rows.jsonl").write_text("".join(json.dumps(b) + "\n" for b in bad))
-    print(f"{len(bad)} of {rows} rows are left out, and {out / 'bad_rows.jsonl'} says why. The first: {Row(bad[0]['file'], bad[0]['row'], None)}: {bad[0]['why']}.", file=sys.stderr)
+    if len(bad) <= share * rows: print(f"{len(bad)} of {rows} rows are left out, and {out / 'bad_rows.jsonl'} says why. The first: {Row(bad[0]['file'], bad[0]['row'], None)}: {bad[0]['why']}.", file=sys.stderr)

@@ -119,7 +119,7 @@ def read_pairs(
     for row in open_data(data, seed):
         try: pairs.append(read_pair(row, media))
         except BadRow as e: bad.append(bad_row(row, e))
-    if not pairs: raise DataError(f"{data} holds no pair: {bad[0]['file']}, row {bad[0]['row']}: {bad[0]['why']}.")
+    if not pairs: raise DataError(f"{data} holds no pair: {Row(bad[0]['file'], bad[0]['row'], None)}: {bad[0]['why']}.")
     return pairs, bad
 
 # %% ../../nbs/33a_train.pairs.ipynb #2fe7dda6
@@ -256,7 +256,7 @@ def encode_pair(
             start = expand_placeholders([start], token, [clips.text(kind, s) for s in seen])[0]
             sample |= _together(kind, seen)
     except TrainError: raise
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as e: raise BadRow(" ".join(str(e).split())[:300]) from None
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as e: raise BadRow(" ".join(str(e).split())[:300].rstrip(".")) from None
     ids = lambda text, **more: torch.tensor(p.tokenizer(text, **more)["input_ids"], dtype=torch.int64)
     sample |= dict(prompt=ids(start), chosen=ids(answers[0], add_special_tokens=False), rejected=ids(answers[1], add_special_tokens=False))
     long = len(sample["prompt"]) + max(len(sample[k]) for k in ("chosen", "rejected"))
