@@ -54,7 +54,7 @@ def mini_scene(
         colour, ground = p.answer.split()
         thing = max((f for f in foreign if f != p.locate), key=lambda f: likeness(p.locate, f))
         scene = (thing, colours[(colours.index(colour) + 1 + k % 7) % 8], GROUNDS[(GROUNDS.index(ground) + 1 + k % 7) % 8])
-        others.append(replace(p, name=f"{p.name} alike", image=Image.fromarray(draw_frame(scene, side, np.random.default_rng((seed, k)))), question=f"find {thing}", answer=" ".join(scene[1:]), locate=thing))
+        others.append(replace(p, name=f"{p.name} alike", image=Image.fromarray(draw_frame(scene, side, np.random.default_rng((seed, k)))), question=f"find {thing}", answer=" ".join(scene[1:]), locate=thing, choices=()))
     return Frames(film_frames(frames, seed, side), np.arange(frames, dtype=float), 1.0), pictures, others
 
 # %% ../../nbs/66_lab.variants.ipynb #ee7017d9

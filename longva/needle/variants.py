@@ -85,7 +85,9 @@ class Ask:
         return bool(self.choices) and isinstance(self.choices[0], list)
 
     def asked(self) -> list: # of (path, answer ids): what the model reads for it
-        return [(self.path, ids) for ids in (self.choices if self.whole else [self.answer])]
+        if not self.whole: return [(self.path, self.answer)]
+        *before, (_, question) = self.path  # all choices share it, but for its last token, which is read with each
+        return [((*before, ("ids", question[:-1]), ("ids", question[-1:])), ids) for ids in self.choices]
 
 # %% ../../nbs/43a_needle.variants.ipynb #d6156558
 def hide(
