@@ -141,6 +141,7 @@ def test_choices(here, tmp_path):
 
 def test_generated_needles_without_their_frames():
     "576 needles, four choices each, and a model that isn't shown the picture: a quarter, whatever it prefers to say."
+    import torch
     from PIL import Image
 
     from longva.model.modeling import LongVA, mini_config
@@ -149,7 +150,6 @@ def test_generated_needles_without_their_frames():
     from longva.needle.generate import generate
     from longva.needle.trials import wilson
     from longva.needle.variants import decide_asks, plan_variant
-    import torch
     tokenizer = byte_tokenizer("<video>")
     config = mini_config(len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids(SPECIAL[-2]), video_token_id=tokenizer.convert_tokens_to_ids(SPECIAL[-1]), layers=2)
     torch.manual_seed(0)
