@@ -16,7 +16,7 @@ from PIL import Image
 from ..mini import load
 from ..mini.world import COLOURS, GROUNDS, draw_frame, film_frames, needle_objects, scene_words, shape_mask, write_needles
 from ..needle.haystack import load_needles
-from ..needle.variants import Wording, joint, run_variant
+from ..needle.variants import NOTHING, Wording, joint, run_variant
 from ..vision.video import Frames
 
 # %% ../../nbs/66_lab.variants.ipynb #4fc36e6e
@@ -77,7 +77,7 @@ def measure(
     film, hide, alike = mini_scene(max(frames), needles, seed)
     found = {}
     for variant in variants:
-        found[variant] = run_variant(model, processor, film, hide, frames, depths if variant != "absent" else [0], Path(out) / variant, variant,
+        found[variant] = run_variant(model, processor, film, hide, frames, [0] if variant in NOTHING else depths, Path(out) / variant, variant,
                                      alike if variant == "vniah-d" else (), MINI_WORDING, distance, seed, name=name, progress=progress)
     if {"vniah", "tenth"} <= found.keys(): found["joint"] = joint(found["vniah"], found["tenth"])
     return found
