@@ -163,7 +163,7 @@ def test_saved_it_is_loaded_and_swept_by_the_command(family, tmp_path):
     words = ["vniah", "--model", tmp_path / "mine", "--haystack", tmp_path / "film.mp4", "--frames", "2,4", "--depths", "0,1", "--out", tmp_path / "out"]
     done = CliRunner().invoke(app, [str(w) for w in words])
     assert done.exit_code == 0, done.output
-    assert "4 trials: " in done.output and "one by one; memory" in done.output
+    assert "4 trials: " in done.output and "one by one (" in done.output and "; memory " in done.output and "; time " in done.output
     trials = read_trials(tmp_path / "out/trials.jsonl")
     assert sorted((t.frames, t.depth) for t in trials) == [(2, 0), (2, 1), (4, 0), (4, 1)] and {t.model for t in trials} == {"mine"}
     alone = CliRunner().invoke(app, [str(w) for w in [*words[:-1], tmp_path / "naive", "--naive"]])
