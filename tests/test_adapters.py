@@ -1,11 +1,19 @@
 """Adapters of other models: exact against the models' own classes and processors, however a path is cut."""
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
+from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import is_torchvision_available
+from transformers.video_utils import VideoMetadata
 from typer.testing import CliRunner
 
 from longva.cli import app
@@ -17,7 +25,9 @@ from longva.needle.trials import NeedleError, key, read_trials
 from longva.needle.trie import Cost, atoms, decide_paths, join, measure
 from longva.vision.video import write_video
 
+ROOT = Path(__file__).resolve().parents[1]
 FILM = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+NAMES = {"llava_onevision": "LlavaOnevision", "llava_next_video": "LlavaNextVideo", "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 RED = Needle("red", Image.new("RGB", (16, 16), "red"), "Which colour?", "red")
 
 
@@ -89,18 +99,38 @@ def test_each_habit_shows_in_the_logits(family):
     assert (ask(other) - right).abs().max() > 3e-3
 
 
-def test_the_whole_processors_of_transformers(family):
-    "The front door of each model: its own chat, its own video processor."
-    pytest.importorskip("torchvision", reason="the video processors of transformers need it")
-    import transformers
-    from transformers.video_utils import VideoMetadata
-    kind, model, plain, reader, prompt = family
+class FilmByPictures:
+    "Stands for transformers' video processors, which need torchvision: pixels of a film by the same family's processor of pictures, in what the model's processor takes from them."
+    merge_size = temporal_patch_size = 2
+    model_input_names = ["pixel_values_videos"]
+
+    def __init__(self, pictures, pairs: bool): self.pictures, self.pairs = pictures, pairs
+
+    image_mean, image_std = (property(lambda self, name=name: getattr(self.pictures, name)) for name in ("image_mean", "image_std"))
+
+    def __call__(self, videos, video_metadata=None, **options):
+        frames = [Image.fromarray(f.movedim(0, -1).numpy()) for f in videos[0]][:: 2 if self.pairs else 1]  # a picture is a pair of equal frames
+        pixels = torch.as_tensor(np.asarray(self.pictures(frames, do_resize=False, return_tensors="pt")["pixel_values"]))
+        if not self.pairs: return BatchFeature(dict(pixel_values_videos=pixels[:, 0][None]))
+        return BatchFeature(dict(pixel_values_videos=pixels, video_grid_thw=torch.tensor([[len(frames), 4, 4]]), video_metadata=video_metadata))
+
+
+def film_processor(kind, pictures, monkeypatch):
+    "Transformers' own where torchvision is installed, and else the one above."
+    if not is_torchvision_available():
+        monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *given: None)
+        return FilmByPictures(pictures, kind.startswith("qwen"))
     video = dict(size=dict(shortest_edge=64, longest_edge=40960), patch_size=4) if kind.startswith("qwen") else dict(size=dict(height=16, width=16))
     if kind == "llava_next_video": video = dict(size=dict(shortest_edge=16), crop_size=dict(height=16, width=16))
-    names = {"llava_onevision": "LlavaOnevision", "llava_next_video": "LlavaNextVideo", "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
-    made = getattr(transformers, f"{names[kind].replace('Qwen2_5_VL', 'Qwen2VL')}VideoProcessor")(**video)
+    return getattr(transformers, f"{NAMES[kind].replace('Qwen2_5_VL', 'Qwen2VL')}VideoProcessor")(**video)
+
+
+def test_the_whole_processors_of_transformers(family, monkeypatch):
+    "The front door of each model: its own chat, its own placeholders, stamps and times, and its own video processor where torchvision is there."
+    kind, model, plain, reader, prompt = family
+    made = film_processor(kind, plain.image_processor, monkeypatch)
     more = dict(llava_onevision=dict(num_image_tokens=16, vision_feature_select_strategy="full"), llava_next_video=dict(patch_size=4, vision_feature_select_strategy="default")).get(kind, {})
-    processor = getattr(transformers, f"{names[kind]}Processor")(image_processor=plain.image_processor, tokenizer=plain.tokenizer, video_processor=made, chat_template=plain.tokenizer.chat_template, **more)
+    processor = getattr(transformers, f"{NAMES[kind]}Processor")(image_processor=plain.image_processor, tokenizer=plain.tokenizer, video_processor=made, chat_template=plain.tokenizer.chat_template, **more)
     frames = np.concatenate([FILM[:2], np.asarray(RED.image)[None], FILM[2:]])
     if kind.startswith("qwen"): frames, more = frames.repeat(2, 0), dict(do_resize=False)
     else: more = {}
@@ -133,7 +163,7 @@ def test_saved_it_is_loaded_and_swept_by_the_command(family, tmp_path):
     words = ["vniah", "--model", tmp_path / "mine", "--haystack", tmp_path / "film.mp4", "--frames", "2,4", "--depths", "0,1", "--out", tmp_path / "out"]
     done = CliRunner().invoke(app, [str(w) for w in words])
     assert done.exit_code == 0, done.output
-    assert "4 trials: " in done.output and "one by one; memory" in done.output
+    assert "4 trials: " in done.output and "one by one (" in done.output and "; memory " in done.output and "; time " in done.output
     trials = read_trials(tmp_path / "out/trials.jsonl")
     assert sorted((t.frames, t.depth) for t in trials) == [(2, 0), (2, 1), (4, 0), (4, 1)] and {t.model for t in trials} == {"mine"}
     alone = CliRunner().invoke(app, [str(w) for w in [*words[:-1], tmp_path / "naive", "--naive"]])
@@ -145,6 +175,38 @@ def test_saved_it_is_loaded_and_swept_by_the_command(family, tmp_path):
     config.write_text(config.read_text().replace('"qwen2_vl"', '"blip"', 1))
     refused = CliRunner().invoke(app, [str(w) for w in words])
     assert refused.exit_code == 2 and "holds a model of type blip, not longva or one of llava_onevision" in refused.output
+
+
+HUB = """
+import sys, transformers
+from pathlib import Path
+from typer.testing import CliRunner
+from longva.cli import app
+go = lambda *words: CliRunner().invoke(app, list(words))
+film = ["--haystack", "film.mp4", "--needles", "needles", "--frames", "4", "--depths", "0"]
+done = go("vniah", "--model", "someone/mine", *film, "--out", "out")
+print(done.exit_code, len(Path("out/trials.jsonl").read_text().splitlines()) if done.exit_code == 0 else done.output)
+for words in (["vniah", "--model", "someone/other", *film, "--out", "none"], ["chat", "--model", "someone/mine", "find moon"]):
+    done = go(*words)
+    print(done.exit_code, done.stderr.strip().splitlines()[-1], Path("none").exists())
+"""
+
+
+def test_a_name_of_the_hub(tmp_path):
+    "Two models as the hub's cache keeps them, without a network; and names that are not there."
+    for kind, name in (("qwen3_vl", "mine"),):
+        snapshot = tmp_path / f"home/hub/models--someone--{name}/snapshots/{'0' * 40}"
+        for part in small(kind): part.save_pretrained(snapshot)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs/main").write_text("0" * 40)
+    write_video(FILM, tmp_path / "film.mp4", fps=1.0)
+    save_needles([RED], tmp_path / "needles")
+    env = os.environ | dict(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", COLUMNS="200")
+    done = subprocess.run([sys.executable, "-c", HUB], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[0] == "0 1", (done.stdout, done.stderr[-2000:])
+    assert lines[1].startswith("2 No model can be loaded from someone/other: it is no folder here, and the Hugging Face hub can't be reached") and lines[1].endswith("False")
+    assert lines[2].startswith("2 someone/mine is a qwen3_vl, and this command talks with a LongVA: longva vniah takes the other families.")
 
 
 def test_a_tokenizer_that_begins_with_a_token_of_its_own(family):

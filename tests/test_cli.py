@@ -108,6 +108,16 @@ def test_a_film_damaged_in_the_middle_leaves_nothing(things):
     assert sorted(things.rglob("*")) == before
 
 
+@pytest.mark.parametrize("file", ["nowhere.mp4", "empty.mp4", "noise.mp4", "torn.mp4", "rotten.mp4"])
+def test_a_broken_film_is_one_exit_code(things, tmp_path, file):
+    "The command line can be meant; what it names can't be had. So 1, whichever command is asked."
+    for words in (["vniah", "--model", "mini-longva", "--haystack", things / file, "--needles", things / "needles", "--frames", "300", "--out", "out"], ["chat", "--video", things / file, "find moon"]):
+        done = longva(*words, cwd=tmp_path)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and file in done.stderr.splitlines()[-1] and not list(tmp_path.iterdir()), done
+    if file == "empty.mp4": assert longva("chat", "--image", things / file, "find moon", cwd=tmp_path).returncode == 1
+    if file == "empty.mp4": assert longva("chat", "find the wizard", cwd=tmp_path).returncode == 2
+
+
 def test_missing_option(things):
     done = longva("vniah", "--model", "mini-longva", cwd=things)
     assert done.returncode == 2 and "'--haystack'" in done.stderr and "Traceback" not in done.stderr

@@ -265,7 +265,7 @@ def test_settings_of_another_test(tmp_path):
     same_settings(tmp_path, dict(model="a", seed=0), started=False)
     same_settings(tmp_path, dict(model="a", seed=0), started=True)
     same_settings(tmp_path, dict(model="b", seed=0), started=False)  # nothing was tested yet: free to change
-    with pytest.raises(NeedleError, match="different: model, fit") as error:
+    with pytest.raises(NeedleError, match=r"different: model \(b, not a\), fit\)") as error:
         same_settings(tmp_path, dict(model="a", seed=0, fit="pad"), started=True)
     assert is_one_sentence(error)
     for broken in ("{", "[]", "null", "7", "[" * 100_000):
@@ -306,6 +306,18 @@ def test_bad_grids(frames, depths):
     with pytest.raises(NeedleError) as error:
         check_grid(frames, depths)
     assert is_one_sentence(error)
+
+
+def test_another_variant_is_one_difference(tmp_path):
+    "What comes with a variant (its sentence, its distance, whether something is hidden) is no second difference; another seed is."
+    plain = dict(model="a", seed=0, with_needle=True)
+    tenth = dict(plain, variant="tenth", wording=["In which part?"], locate=["the moon"])
+    for old, new, words in ((plain, tenth, r"different: variant \(vniah, not tenth\)\)"), (tenth, dict(plain, variant="blind", with_needle=False, choices=[["a"]]), r"different: variant \(tenth, not blind\)\)"),
+                            (plain, dict(tenth, seed=1), r"different: variant \(vniah, not tenth\), seed \(0, not 1\)\)"), (tenth, dict(tenth, wording=["Where?"]), r"different: wording\)")):
+        same_settings(tmp_path, old, started=False)
+        with pytest.raises(NeedleError, match=words) as error: same_settings(tmp_path, new, started=True)
+        assert is_one_sentence(error)
+        same_settings(tmp_path, dict(old, half_width=0.1), started=True)  # how much is asked doesn't make another test
 
 
 # --- counts and pictures

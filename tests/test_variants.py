@@ -17,7 +17,7 @@ from longva.needle.features import cached_features, clear_features
 from longva.needle.haystack import films, load_needles, save_needles
 from longva.needle.statistics import compare
 from longva.needle.trials import NeedleError, key, read_trials
-from longva.needle.variants import VARIANTS, run_variant
+from longva.needle.variants import NOTHING, VARIANTS, run_variant
 from longva.needle.vniah import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,15 +73,40 @@ def test_variant_on_the_command_line(tmp_path, inside):
     done = inside(*words, "--variant", "tenth")
     trials = read_trials(tmp_path / "out" / "trials.jsonl")
     assert done.exit_code == 0 and len({key(t) for t in trials}) == 4 and all(t.variant == "tenth" and len(t.choices) == 10 for t in trials), done.stderr
-    for more, word in [(["--variant", "vniah-x"], "--variant is one of"), (["--variant", "vniah-d", "--out", "d"], "look-alike"), (["--variant", "order", "--out", "out"], "another test")]:
+    for more, word in [(["--variant", "vniah-x"], "--variant is one of"), (["--variant", "vniah-d", "--out", "d"], "look-alike"), (["--variant", "order", "--out", "out"], "(different: variant (tenth, not order)): choose another folder")]:
         done = inside(*words, *more)
         assert done.exit_code in (1, 2) and word in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "d").exists()
 
 
 def test_the_command_knows_all_variants():
-    assert tuple(VARIANTS) == cli.VARIANTS
+    assert tuple(VARIANTS) == cli.VARIANTS and NOTHING == cli.NOTHING
 
+
+def test_adaptive_runs_are_compared(inside, tmp_path):
+    "Two models that stop at different trials: no advice to finish what is finished, the trials of both, each cell the same weight."
+    write_film(tmp_path / "film.mp4", 64, seed=3, side=28)
+    write_needles(tmp_path / "needles", 20, seed=3, side=28)
+    words = ["vniah", "--haystack", "film.mp4", "--frames", "16,64", "--depths", "0,1", "--half-width", "0.2"]
+    for model in ("mini-longva", "mini-short"):
+        done = inside(*words, "--model", model, "--out", model)
+        assert done.exit_code == 0, done.output
+    a, b = (read_trials(tmp_path / model / "trials.jsonl") for model in ("mini-longva", "mini-short"))
+    both = {key(t) for t in a} & {key(t) for t in b}
+    assert len(both) < max(len(a), len(b)) and "in a share each of them weighs the same" in done.output  # the poor model was asked unequally
+    shares = {n: [sum(t.correct for t in b if (t.frames, t.depth) == (n, d)) / sum((t.frames, t.depth) == (n, d) for t in b) for d in (0, 1)] for n in (16, 64)}
+    for n, cell in shares.items(): assert any(line.split()[0] == str(n) and line.split()[2] == f"{sum(cell) / 2:.2f}" for line in done.output.splitlines() if line.strip()), (n, cell, done.output)
+    done = inside("compare", "mini-longva", "mini-short")
+    assert done.exit_code == 0 and f"A holds {len(a)}, B {len(b)}. The {len(both)} that both hold are compared" in done.output, done.output
+    right = [{key(t): t.correct for t in run if key(t) in both} for run in (a, b)]
+    mean = lambda found: sum(sum(v for k, v in found.items() if k[1:] == cell) / sum(k[1:] == cell for k in found) for cell in {k[1:] for k in both}) / 4
+    last = next(line for line in done.output.splitlines() if line.split()[:1] == ["all"]).split()
+    assert last[1] == str(len(both)) and last[2:4] == [f"{mean(found):.2f}" for found in right]
+    whole = inside("compare", "mini-longva", "mini-longva")
+    assert whole.exit_code == 0 and "+0.00" in whole.output
+    inside(*words[:-4], "--depths", "0,0.5", "--model", "mini-short", "--half-width", "0.2", "--out", "other")
+    done = inside("compare", "mini-longva", "other")
+    assert done.exit_code == 1 and "their depths differ" in done.stderr
 
 def test_needles_keep_their_choices(tmp_path):
     needles = mini_scene(4, 2, 1)[1]

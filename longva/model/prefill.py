@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'KVLayer', 'kv_cache', 'reserve', 'cut_to', 'ChatError', 'place_of', 'walk', 'longva_cache', 'maskless',
-           'prefill', 'LiveBytes', 'tower_sizes', 'work_bytes', 'Estimate', 'say_bytes', 'say_seconds', 'estimate',
-           'measure_speed']
+           'prefill', 'LiveBytes', 'tower_sizes', 'chunk_bytes', 'work_bytes', 'Estimate', 'say_bytes', 'say_seconds',
+           'estimate', 'measure_speed']
 
 # %% ../../nbs/22a_model.prefill.ipynb #b60f64fc
 import time
@@ -302,6 +302,19 @@ def tower_sizes(
     return weights, layers * block + 2 * P * (patches + projector)
 
 
+def chunk_bytes(
+    # from `longva.context.plan.sizes`
+    m,
+    # tokens at a time
+    chunk: int = CHUNK,
+    # of a number
+    b: int = 2,
+) -> float: # bytes
+    """What exists for a moment while one layer of a language model reads a chunk."""
+    attention = b * m.E * (3 * m.H + 2 * m.K) + 12 * m.H * m.E  # queries and their turning; two parts of the result in float32, and their sum
+    return chunk * (2 * b * m.D + max(attention, 3 * b * m.F, (8 + b) * m.D) + 2 * b * m.D)
+
+
 def work_bytes(
     config: LongVAConfig,
     # tokens at a time
@@ -316,9 +329,7 @@ def work_bytes(
     P, wide = (v.image_size // v.patch_size) ** 2, v.intermediate_size
     pixels = frames * 3 * v.image_size**2 * (4 + b)
     tower = pixels + b * frames * (P + 1) * max(3 * wide + 2 * v.hidden_size, 3 * m.D + v.hidden_size)
-    attention = b * m.E * (3 * m.H + 2 * m.K) + 12 * m.H * m.E  # queries and their turning; two parts of the result in float32, and their sum
-    layer = 2 * b * m.D + max(attention, 3 * b * m.F, (8 + b) * m.D)
-    return {"tower": tower, "prefill": chunk * layer + b * m.D * (frames * config.tokens_per_grid + 2 * chunk)}
+    return {"tower": tower, "prefill": chunk_bytes(m, chunk, b) + b * m.D * frames * config.tokens_per_grid}
 
 # %% ../../nbs/22a_model.prefill.ipynb #51547d19
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'Adapter', 'LlavaNextVideo', 'LlavaOnevision', 'Qwen2VL', 'Qwen2_5VL', 'Qwen3VL', 'LongVAFilm',
-           'reader_for', 'what_it_takes']
+           'reader_for']
 
 # %% ../../nbs/45_needle.adapters.ipynb #4500003
 from copy import copy
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..context.plan import per_token, sizes
-from ..model.prefill import place_of, say_bytes
+from ..context.plan import sizes
+from ..model.prefill import place_of
 from .haystack import Needle
 from .trials import NeedleError
-from .trie import Reader, trie_cost
-from .vniah import Prompt, make_prompt, path_of
+from .trie import Reader
+from .vniah import Prompt, make_prompt
 from .vniah import encode as longva_tokens
 from ..vision.unires import fit_frames, normalize
 
@@ -271,24 +271,3 @@ def reader_for(
     kind = model.config.model_type
     if kind not in ADAPTERS: raise NeedleError(f"There is no adapter for a model of type {kind}: known are {', '.join(ADAPTERS)}.")
     return ADAPTERS[kind](model, processor, **settings)
-
-# %% ../../nbs/45_needle.adapters.ipynb #4500027
-def what_it_takes(
-    adapter: Adapter,
-    # one for each needle
-    prompts: list,
-    # of `longva.needle.vniah.Spot`
-    spots: list,
-    naive: bool = False,
-    generate: bool = False,
-    # processes, each of which needs the memory
-    workers: int = 1,
-) -> str:
-    "What the language model will have to do, in a sentence."
-    one = adapter.encode(np.zeros((1, adapter.side, adapter.side, 3), np.uint8))
-    paths, answers = [path_of(prompts[s.needle], s) for s in spots], [prompts[s.needle].answer for s in spots]
-    cost, plain = (trie_cost(adapter.reader(one, one), paths, answers, way, generate) for way in (naive, True))
-    kv, m = 0 if naive else per_token(adapter.sizes, adapter.model.dtype.itemsize)["kv"] * cost.longest, adapter.model.num_parameters()
-    less = "" if naive else f", instead of {plain.tokens:,} and {plain.flops:.3g} one by one"
-    return (f"{cost.trials} trials: {cost.tokens:,} tokens of the language model, {cost.flops:.3g} operations{less}; "
-            f"memory {say_bytes(m * adapter.model.dtype.itemsize)} for the weights and {say_bytes(kv)} for keys and values of {cost.longest:,} tokens{f', {workers} times' if workers > 1 else ''}.")

@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .heatmap import heat_map, save_html, save_png
-from .trials import NeedleError, TrialLog, key, save_accuracies, write_whole
+from .trials import NeedleError, TrialLog, different, key, save_accuracies, write_whole
 
 # %% ../../nbs/40b_needle.sweep.ipynb #becab968
 def check_grid(
@@ -97,10 +97,6 @@ def model_name(
     return Path(model.config._name_or_path or model.config.model_type).name
 
 # %% ../../nbs/40b_needle.sweep.ipynb #74cdc94b
-def _content(value):
-    "A setting without the names of files and folders, which may be renamed."
-    return {k: v for k, v in value.items() if k not in ("file", "folder")} if isinstance(value, dict) else value
-
 def same_settings(
     # the results folder
     folder,
@@ -114,8 +110,8 @@ def same_settings(
         try: old = json.loads(file.read_text())
         except (OSError, ValueError, RecursionError): old = None
         if not isinstance(old, dict): raise NeedleError(f"{folder} holds trials but no readable settings.json: choose another folder.")
-        other = [k for k in {**old, **settings} if _content(old.get(k)) != _content(settings.get(k))]
-        if other: raise NeedleError(f"{folder} holds trials of another test (different: {', '.join(other)}): choose another folder, or delete this one.")
+        other = different(old, settings)
+        if other: raise NeedleError(f"{folder} holds trials of another test (different: {other}): choose another folder, or delete this one.")
     write_whole(file, json.dumps(settings, indent=2, ensure_ascii=False))
 
 # %% ../../nbs/40b_needle.sweep.ipynb #8bf43c31

@@ -17,7 +17,7 @@ import torch
 
 from ..model.prefill import CHUNK
 from .features import cached_features, feature_key, pictures_key
-from .haystack import Needle, NeedleError, films, load_needles
+from .haystack import Needle, NeedleError, check_choices, films, load_needles
 from .scenery import draw_scene, enough_frames, open_haystack, scenery_seed
 from .sweep import check_grid, digest, judge, model_name, sweep, together, weights_id
 from .trials import Trial, check_folder, versions
@@ -234,6 +234,7 @@ def _need(needles):
     needles = list(needles) if isinstance(needles, (list, tuple)) else load_needles(needles)
     names = [n.name for n in needles]
     if not names: raise NeedleError("There is no needle to hide: give at least one.")
+    for n in needles: check_choices(n, f"Needle {n.name}")
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice: raise NeedleError(f"Two needles are called {twice[0]}: give each its own name.")
     return needles
