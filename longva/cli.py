@@ -145,6 +145,7 @@ def model_folder(
         raise UnknownModel(f"The folder {name} holds no processor, for it has no processor_config.json: save the processor beside the model.")
     return Path(name)
 
+# %% ../nbs/80_cli.ipynb #92c287s0
 def load_model(
     # from `model_folder`
     where,
@@ -232,6 +233,7 @@ def beside(
     folder = (haystack[0] if isinstance(haystack, list) else haystack).parent / "needles"
     return folder if (folder / "needles.json").is_file() else None
 
+# %% ../nbs/80_cli.ipynb #8a7da7s0
 def own_needles(
     # the model's
     processor,
@@ -273,6 +275,7 @@ def say_forecast(
     spots = [Spot(j, n, d) for n in lengths for d in depths for j, needle in enumerate(needles) if (needle.name, n, d) not in done]
     if spots: typer.echo(forecast(model, [ask(n) for n in needles], spots, **how))
 
+# %% ../nbs/80_cli.ipynb #80f0cas0
 def say_forecasts(
     model,
     # {(needle, length, depth): Ask}
@@ -307,6 +310,7 @@ def check_options(variant, look_alikes, half_width, depths, others: bool, kv):
     if half_width is not None and not 0 < half_width < 0.5: raise Usage(f"--half-width is half of an interval, between 0 and 0.5, and not {half_width:g}.")
     if variant in NOTHING and depths and "," in depths: raise Usage(f"--variant {variant} hides nothing, so every depth is the same trial: give one depth, or none.")
 
+# %% ../nbs/80_cli.ipynb #6ea6e3s0
 def model_to_ask(model: str, where, rope_base, plain: bool, features):
     "(model, processor, adapter or None)"
     from longva.needle.adapters import reader_for
@@ -324,6 +328,7 @@ def needles_to_hide(folder, named: bool, processor, haystack, out: Path):
     if not named: typer.echo(f"Needles: {words}.")
     return hide, seed, folder is None
 
+# %% ../nbs/80_cli.ipynb #6ea6e3s1
 def other_variant(net, processor, haystack, needles, lengths, depths, out, variant, look_alikes, goal, naive, name, features, **asked):
     "Say what a variant takes, and run it; a miniature is asked in its own words."
     from dataclasses import replace
@@ -345,6 +350,7 @@ def what_chance_is(variant: str, trials: list) -> str:
     chance = sum(1 / len(t.choices) for t in trials) / len(trials)
     return f"{'Nothing was hidden: whoever only guesses' if variant == 'blind' else 'Whoever only guesses'} has a share of {chance:.2f}."
 
+# %% ../nbs/80_cli.ipynb #6ea6e3s2
 @app.command("vniah")
 def vniah_command(
     model: Annotated[str, typer.Option(help="mini-longva, mini-anyres, mini-short, or a LongVA: a folder (ours or the original's) or a name on the Hugging Face hub. Or a LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL, Qwen2.5-VL or Qwen3-VL in the format of transformers, likewise.")],
@@ -424,6 +430,7 @@ def run_folder(
     except (OSError, ValueError, TypeError, RecursionError): settings = {}
     return read_trials(file), settings
 
+# %% ../nbs/80_cli.ipynb #38f8bds0
 @app.command("compare")
 def compare_command(
     a: Annotated[Path, typer.Argument(parser=path, metavar="RUN_A", help="Results folder of a run,")],

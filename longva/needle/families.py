@@ -68,6 +68,7 @@ def kind_of(
     try: return PreTrainedConfig.get_config_dict(str(name))[0].get("model_type")
     except (OSError, ValueError): raise NeedleError(f"The config.json of {name} is not readable.") from None
 
+# %% ../../nbs/44a_needle.families.ipynb #44a000s0
 def load_family(
     # a model and its processor in the format of transformers: a folder, or a name of the hub
     folder,

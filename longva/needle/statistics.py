@@ -108,6 +108,7 @@ def _same_grid(a, b, names, adaptive):
         few = ", ".join(map(str, missing[:4])) + (", and more" if len(missing) > 4 else "")
         raise NeedleError(f"The runs can't be compared, for their {what} differ ({where} lacks {few}): run both on the same grid to the end.")
 
+# %% ../../nbs/40c_needle.statistics.ipynb #725b09s0
 def compare(
     # of Trial, as `read_trials` gives them
     a: list, b: list,

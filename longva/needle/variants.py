@@ -62,6 +62,7 @@ class Scene:
     def coin(self, *what): # a generator that is the same on every machine
         return random.Random(f"{self.seed} {what}")
 
+# %% ../../nbs/43a_needle.variants.ipynb #329240s0
 @dataclass(frozen=True)
 class Ask:
     "One trial, ready to be decided."
@@ -121,6 +122,7 @@ def options(
     if len(set(first)) < len(first): raise NeedleError(f"The choices {', '.join(choices)} can't be told apart by one token: word them so that each begins differently.")
     return ids[0][:common], first
 
+# %% ../../nbs/43a_needle.variants.ipynb #b08a97s0
 def whole_answers(
     tokenizer,
     needle: Needle,
@@ -133,6 +135,7 @@ def whole_answers(
         if sum(b[: len(a)] == a for b in ids) > 1: raise NeedleError(f"Needle {needle.name} can't be asked with choices, for {c} is how another of them begins: word them otherwise.")
     return ids
 
+# %% ../../nbs/43a_needle.variants.ipynb #b08a97s1
 def ask(
     scene: Scene,
     # the needle that is asked for
@@ -265,6 +268,7 @@ def likeliest(
     margin = worth[right] - max(w for k, w in enumerate(worth) if k != right)
     return one.choices[worth.index(max(worth))], margin > 0, margin
 
+# %% ../../nbs/43a_needle.variants.ipynb #a2cda0s0
 def verdict(
     one: Ask,
     # [S,V]
@@ -281,6 +285,7 @@ def verdict(
     if one.seconds is None: return best, correct, margin
     return best, abs(clock_seconds(tokenizer.decode(best)) - one.seconds) <= tolerance, margin
 
+# %% ../../nbs/43a_needle.variants.ipynb #a2cda0s1
 def decide_asks(
     # of `needle.trie`
     reader,
@@ -317,6 +322,7 @@ def what_decides(
     if variant == "clock": more["tolerance"] = scene.tolerance
     return dict(variant=variant, **more)
 
+# %% ../../nbs/43a_needle.variants.ipynb #plan00s0
 def plan_variant(
     # see `run_variant`
     processor, haystack, needles, frames: list, depths: list, variant: str = "vniah", look_alikes: list = (),
@@ -375,6 +381,7 @@ def run_variant(
     choose = None if goal is None else lambda trials: still_wanted(trials, lengths, depths, [n.name for n in scene.needles], goal)
     return sweep(model, name, out, about, asks, decide_open, train_length=train_frames, progress=progress, on_trial=on_trial, choose=choose)
 
+# %% ../../nbs/43a_needle.variants.ipynb #db7db4s0
 def _about(model, scene, haystack, look_alikes, name, variant, goal, fps, fit, repeat):
     "For settings.json; of the paper's own test the same as `vniah.run` writes."
     shown = lambda needles: [make_prompt(scene.processor, n) for n in needles]

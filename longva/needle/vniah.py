@@ -229,6 +229,7 @@ def decisions(
         seconds = (time.perf_counter() - start) / len(batch)
         yield [(s, v, seconds) for s, v in zip(batch, verdicts)]
 
+# %% ../../nbs/43_needle.vniah.ipynb #5c792as0
 def _need(needles):
     "Needles from a folder or a list, with names that tell them apart."
     needles = list(needles) if isinstance(needles, (list, tuple)) else load_needles(needles)
@@ -253,6 +254,15 @@ def _work(reader, prompts, todo, with_needle, **how):
     "Decide the open trials, one by one."
     paths, answers = [path_of(prompts[s.needle], s, with_needle) for s in todo], [prompts[s.needle].answer for s in todo]
     for k, logits, seconds in decide_apart(reader, paths, answers, **how): yield todo[k], judge(logits, answers[k]), seconds
+
+# %% ../../nbs/43_needle.vniah.ipynb #a3d9check
+def _check_settings(depths, with_needle, fit, kv, features, adapter):
+    "Refuse what can't be meant."
+    if not with_needle and len(depths) > 1: raise NeedleError("Without the needle frame every depth is the same trial: give one depth.")
+    if fit not in ("pad", "crop", "resize"): raise NeedleError(f"A frame can be fitted by pad, crop or resize, not by {fit}.")
+    if kv not in ("device", "host"): raise NeedleError(f"Keys and values can lie on the device or on the host, not on {kv}.")
+    if features is not None and adapter: raise NeedleError("The cache of features keeps what a LongVA sees: leave it out with other models.")
+    if features is not None: check_folder(features)
 
 # %% ../../nbs/43_needle.vniah.ipynb #a3d9dd8b
 def run(
@@ -304,11 +314,7 @@ def run(
 ) -> list: # of Trial: those of this grid, by length, depth and needle
     "Run V-NIAH, or go on with it."
     frames, depths = check_grid(frames, depths)
-    if not with_needle and len(depths) > 1: raise NeedleError("Without the needle frame every depth is the same trial: give one depth.")
-    if fit not in ("pad", "crop", "resize"): raise NeedleError(f"A frame can be fitted by pad, crop or resize, not by {fit}.")
-    if kv not in ("device", "host"): raise NeedleError(f"Keys and values can lie on the device or on the host, not on {kv}.")
-    if features is not None and adapter: raise NeedleError("The cache of features keeps what a LongVA sees: leave it out with other models.")
-    if features is not None: check_folder(features)
+    _check_settings(depths, with_needle, fit, kv, features, adapter)
     needles = _need(needles)
     prompts = [adapter.prompt(n) if adapter else make_prompt(processor, n) for n in needles]
     enough_frames(haystack, frames[-1], fps, repeat)
