@@ -842,18 +842,22 @@ def train_command(
 # %% ../nbs/80_cli.ipynb #b2d18f63
 @app.command("paper")
 def paper_command(
+    row: Annotated[Optional[str], typer.Argument(help="One of them, such as 'Figure 4'; by default all.")] = None,
     file: Annotated[Optional[Path], typer.Option("--json", parser=path, help="Also write the rows to this file.")] = None,
 ):
     "The paper's tables and figures: claims, published numbers, ours with intervals, commands and what they cost."
     with one_sentence("."):
         from rich.console import Console
 
-        from longva.lab.paper import NOTE, ROWS, as_dict, paper_table
+        from longva.lab.paper import NOTE, ROWS, as_dict, card, paper_table
         from longva.needle.trials import check_folder, write_whole
-        rows = [as_dict(row) for row in ROWS]
+        ids = {r.id.lower(): r.id for r in ROWS}
+        if row and row.lower() not in ids: raise Usage(f"There is no {row} here: name one of {', '.join(ids.values())}.")
+        rows = [as_dict(r) for r in ROWS if not row or r.id == ids[row.lower()]]
         if file:
             check_folder(file.parent).mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        if row: return print(card(rows[0]["id"]))
         screen = Console(highlight=False)
         if not screen.is_terminal: screen = Console(highlight=False, width=160)
         screen.print(paper_table(rows))
