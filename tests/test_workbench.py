@@ -74,6 +74,8 @@ def page(lab, chromium):
         page.asked, page.broken = [], []
         page.on("request", lambda request: page.asked.append(request.url))
         page.on("websocket", lambda websocket: page.asked.append(websocket.url))
+        # anywidget drops all messages to a widget that isn't ready in two seconds. Here none ever is: what a slow machine shows now and then.
+        page.add_init_script("{ const timeout = AbortSignal.timeout; AbortSignal.timeout = ms => timeout.call(AbortSignal, ms == 2000 ? 0 : ms); }")
         page.on("pageerror", lambda error: page.broken.append(str(error)))
         page.goto(lab.address)
         page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
@@ -178,7 +180,9 @@ def test_nothing_leaves_the_machine(page, lab):
     assert len(page.asked) > 20 and outside == []
     assert set(lab.heard.read_text().split()) <= {"127.0.0.1", "localhost", "None"}  # the server and its kernels
     errors = page.locator(".jp-OutputArea [data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
-    assert not [e for e in errors if re.search("Error|Traceback", e)] and page.broken == []
+    assert not [e for e in errors if re.search("Error|Traceback", e)]
+    assert {*page.broken} <= {"[anywidget] Failed to initialize model."}  # see the fixture
+    assert page.locator(":text('official Jupyter news')").count() == 0
     if folder := os.environ.get("LONGVA_SCREENSHOTS"):  # a folder to look at them
         for number, name in enumerate(("needle", "rope", "picture", "ring", "plan")):
             area = page.locator(".jp-OutputArea-output:has(.js-plotly-plot)").nth(number)

@@ -145,7 +145,8 @@ def click_cell(self: NeedleExplorer, column: int, row: int):
     "A cell of the map was clicked: its trial is loaded, and all trials of the cell are listed."
     with self.at_once(): self.frames.value, self.depth.value = self.lengths[round(column)], DEPTHS[round(row)]
     here = [t for t in self.bench.kept.values() if (t.frames, t.depth) == (self.frames.value, self.depth.value)]
-    self.cell.value = hover_text(here) if here else f"{self.frames.value} frames, depth {self.depth.value:.0%}: this cell isn't filled yet."
+    text = hover_text(here) if here else f"{self.frames.value} frames, depth {self.depth.value:.0%}: this cell isn't filled yet."
+    self.cell.value = "<div style='line-height:1.5'>" + text + "</div>"
 
 # %% ../../nbs/60b_lab.seek.ipynb #769c63a0
 @patch
