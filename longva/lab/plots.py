@@ -287,7 +287,7 @@ def plan_figure(
         figure.add_scatter(x=[have], y=[""], mode="markers", marker=dict(symbol="line-ns", size=44, line=dict(color=BLACK, width=4)), name="there is", showlegend=row == 1, hovertemplate="there is %{x:g} GiB<extra></extra>", cliponaxis=False, row=row, col=1)
         figure.update_xaxes(title="memory (GiB)", range=[0, 1.04 * max(sum(parts.values()) / 2**30, have, 1)], row=row, col=1)
     tokens = reach(plan)
-    figure.add_heatmap(z=np.log10(np.maximum(tokens, 1)), x=[str(n) for n in GPUS], y=list(OFFLOADS), text=[[_count(n) for n in row] for row in tokens], texttemplate="<b>%{text}</b>", colorscale="Cividis", zmin=1, zmax=7, showscale=False, xgap=2, ygap=2, hovertemplate="%{x} GPUs, offload %{y}: %{text}<extra></extra>", row=1, col=2)
+    figure.add_heatmap(z=np.log10(np.maximum(tokens, 1)), x=[str(n) for n in GPUS], y=list(OFFLOADS), text=[[_count(n) for n in row] for row in tokens], texttemplate="%{text}", textfont=dict(size=13, weight=600), colorscale="Cividis", zmin=1, zmax=7, showscale=False, xgap=2, ygap=2, hovertemplate="%{x} GPUs, offload %{y}: %{text}<extra></extra>", row=1, col=2)
     figure.update_xaxes(title="GPUs", type="category", row=1, col=2); figure.update_yaxes(title="offload", row=1, col=2)
     verdict = "fits" if plan.fits else f"does not fit: {plan.over} memory runs out"
     _dress(figure, f"{plan.length:,} tokens on {plan.gpus} GPU{'s' * (plan.gpus > 1)}: {verdict}<br><sup>{_count(longest(plan))} tokens would fit; a step takes {plan.seconds:,.0f} s if {plan.efficiency:.0%} of the peak is reached (assumed)</sup>", 450)
