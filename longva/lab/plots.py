@@ -65,19 +65,19 @@ def film_figure(
     words = [f"depth {p.depth:.0%}, before frame {p.insert}" + (" (the needle)" if p.here else "") for p in places]
     figure.add_scatter(x=list(range(last + 1)), y=[0] * (last + 1), mode="markers", marker=dict(symbol="square", size=34, opacity=0), text=words, hovertemplate="%{text}<extra></extra>", showlegend=False, row=1, col=1)
     figure.add_bar(x=np.arange(n), y=attention, marker=dict(color=[RED if i == insert else BLUE for i in range(n)], line_width=0), width=1, hovertemplate="place %{x}: %{y:.4f}<extra></extra>", showlegend=False, row=2, col=1)
-    figure.add_scatter(x=[insert], y=[attention[insert]], mode="markers+text", text=["needle"], textposition="top center", marker=dict(symbol="triangle-down", size=10, color=RED), hoverinfo="skip", showlegend=False, cliponaxis=False, row=2, col=1)
+    figure.add_scatter(x=[insert], y=[attention[insert] + 0.04 * float(max(attention))], mode="markers+text", text=["needle"], textposition="top center", marker=dict(symbol="triangle-down", size=10, color=RED), hoverinfo="skip", showlegend=False, cliponaxis=False, row=2, col=1)
     figure.add_scatter(x=[-0.5, n - 0.5], y=[1 / n] * 2, mode="lines", line=dict(color=BLACK, dash="dash", width=1), hoverinfo="skip", name="an even share", showlegend=False, row=2, col=1)
     half = (n - 1) / max(last, 1) / 2
     figure.update_xaxes(range=[-0.5, last + 0.5], visible=False, fixedrange=True, row=1, col=1)
     figure.update_yaxes(range=[-0.5, 0.5], visible=False, fixedrange=True, row=1, col=1)
     figure.update_xaxes(title="place in the film (frames)", range=[-half, n - 1 + half], row=2, col=1)
-    figure.update_yaxes(title="attention (share of 1)", rangemode="tozero", range=[0, 1.2 * float(max(attention))], row=2, col=1)
+    figure.update_yaxes(title="attention (share of 1)", rangemode="tozero", range=[0, 1.22 * float(max(attention))], row=2, col=1)
     figure.add_layout_image(source=_uri(_strip_picture(places)), x=-0.5, y=0.5, sizex=last + 1, sizey=1, xref="x", yref="y", sizing="stretch", layer="above")
     where = f"{attention[insert]:.2f} on the needle, {attention.sum():.2f} on all frames; an even share would be {1 / n:.4f} (dashed)"
-    return _dress(figure, f"Attention over frames before the first word of the answer<br><sup>{where}</sup>", 400)
+    return _dress(figure, f"Attention over frames before the first word of the answer<br><sup>{where}</sup>", 380).update_layout(margin_t=62)
 
 # %% ../../nbs/60_lab.plots.ipynb #c5b38d2e
-SEEN = (("turned fully in training", BLUE, "circle"), ("not a full turn in training", ORANGE, "circle-open"), ("comes to angles never trained", RED, "x"))
+SEEN = (("turned fully in training", BLUE, "circle"), ("not a full turn in training", ORANGE, "circle-open"), ("at angles never trained", RED, "x"))
 
 def pair_states(
     # configurations as trained, and as used
@@ -176,8 +176,8 @@ def order_figure(
     for column, (way, name) in enumerate(WAYS.items(), 1):
         tokens, shape = _order_panel(figure, column, picture, size, way, grid, max_grids, pool)
         figure.layout.annotations[column - 1].text = f"<b>{name}</b>: {tokens:,} tokens<br>{shape}"
-    _dress(figure, f"A picture of {size[0]} x {size[1]} pixels<br><sup>colour: place in the sequence, dark first</sup>", 430)
-    return figure.update_layout(margin_t=105)
+    _dress(figure, f"A picture of {size[0]} x {size[1]} pixels<br><sup>colour: place in the sequence, dark first</sup>", 410)
+    return figure.update_layout(margin_t=88)
 
 # %% ../../nbs/60_lab.plots.ipynb #7c68bf2d
 def computed(
@@ -287,7 +287,7 @@ def plan_figure(
         figure.add_scatter(x=[have], y=[""], mode="markers", marker=dict(symbol="line-ns", size=44, line=dict(color=BLACK, width=4)), name="there is", showlegend=row == 1, hovertemplate="there is %{x:g} GiB<extra></extra>", cliponaxis=False, row=row, col=1)
         figure.update_xaxes(title="memory (GiB)", range=[0, 1.04 * max(sum(parts.values()) / 2**30, have, 1)], row=row, col=1)
     tokens = reach(plan)
-    figure.add_heatmap(z=np.log10(np.maximum(tokens, 1)), x=[str(n) for n in GPUS], y=list(OFFLOADS), text=[[_count(n) for n in row] for row in tokens], texttemplate="%{text}", colorscale="Cividis", zmin=2, zmax=7, showscale=False, xgap=2, ygap=2, hovertemplate="%{x} GPUs, offload %{y}: %{text}<extra></extra>", row=1, col=2)
+    figure.add_heatmap(z=np.log10(np.maximum(tokens, 1)), x=[str(n) for n in GPUS], y=list(OFFLOADS), text=[[_count(n) for n in row] for row in tokens], texttemplate="%{text}", textfont=dict(size=13, weight=600), colorscale="Cividis", zmin=1, zmax=7, showscale=False, xgap=2, ygap=2, hovertemplate="%{x} GPUs, offload %{y}: %{text}<extra></extra>", row=1, col=2)
     figure.update_xaxes(title="GPUs", type="category", row=1, col=2); figure.update_yaxes(title="offload", row=1, col=2)
     verdict = "fits" if plan.fits else f"does not fit: {plan.over} memory runs out"
     _dress(figure, f"{plan.length:,} tokens on {plan.gpus} GPU{'s' * (plan.gpus > 1)}: {verdict}<br><sup>{_count(longest(plan))} tokens would fit; a step takes {plan.seconds:,.0f} s if {plan.efficiency:.0%} of the peak is reached (assumed)</sup>", 450)
