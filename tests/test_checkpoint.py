@@ -118,6 +118,7 @@ def refused(call, *words):
     text = str(error.value)
     assert text.endswith(".") and "\n" not in text and len(text) < 600, text
     assert all(word in text for word in words), text
+    return text
 
 
 def same(a, b):
@@ -429,6 +430,7 @@ def test_what_the_original_has_no_word_for(original, tmp_path):
 
 # ---- other processes, and Hugging Face's doors
 
+@pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
 def test_auto_classes_in_a_fresh_process(original, tmp_path):
     model, processor = LongVA.from_pretrained(original, dtype=torch.float32), LongVAProcessor.from_pretrained(original)
     model.save_pretrained(tmp_path / "ours")
@@ -454,6 +456,7 @@ for folder in ({str(tmp_path / "ours")!r}, {str(original)!r}):
         torch.testing.assert_close(load_file(folder / "logits.safetensors")["logits"], here, atol=1e-6, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
 def test_the_pipeline(tmp_path):
     from transformers import pipeline
 
@@ -559,6 +562,28 @@ def test_a_projector_alone(original, tmp_path):
     refused(lambda: load_projector(model, tmp_path / "mm_projector.bin"), "mm_projector.bin")
 
 
+def test_a_processor_that_is_not_there(tmp_path):
+    """What the model says of such a folder, the processor says, too."""
+    _, processor = load_mini("mini-longva")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(lambda: LongVAProcessor.from_pretrained(empty), "empty", "processor_config.json")
+    refused(lambda: LongVA.from_pretrained(empty), "empty", "config.json")
+    for place in (tmp_path / "nowhere", "no/where", str(tmp_path / "nowhere")):
+        assert refused(lambda: LongVAProcessor.from_pretrained(place)) == refused(lambda: LongVA.from_pretrained(place))
+    (tmp_path / "notes.txt").write_text("x")
+    refused(lambda: LongVAProcessor.from_pretrained(tmp_path / "notes.txt"), "notes.txt", "folder")
+    for number, file in enumerate(("tokenizer.json", "processor_config.json")):
+        for damage in (Path.unlink, lambda f: f.write_text("{")):
+            folder = tmp_path / f"{number}{damage is Path.unlink}"
+            processor.save_pretrained(folder)
+            damage(folder / file)
+            refused(lambda: LongVAProcessor.from_pretrained(folder), folder.name, file)
+    processor.save_pretrained(tmp_path / "alone")  # without a model
+    assert LongVAProcessor.from_pretrained(tmp_path / "alone").tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+@pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
 def test_settings_of_a_processor(original, tmp_path):
     LongVAProcessor.from_pretrained(original, time_stamps=True, frame_delimiters=" w9 ").save_pretrained(tmp_path / "ours")
     LongVA.from_pretrained(original).save_pretrained(tmp_path / "ours")

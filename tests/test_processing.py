@@ -87,6 +87,7 @@ def test_random_batches_equal_their_rows(pair):
                 torch.testing.assert_close(logits[row][keep], model(**alone).logits[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
 def test_padded_generation_equals_generation_alone(pair):
     model, processor = pair
     rng = np.random.default_rng(1)
@@ -209,6 +210,7 @@ def refused(call, *words):
     return text
 
 
+@pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
 def test_each_text_gets_its_own_pictures(pair):
     _, processor = pair
     a, b, c = (Image.new("RGB", size, "teal") for size in ((30, 30), (40, 90), (90, 40)))
@@ -335,6 +337,7 @@ def test_wrong_shapes_are_one_sentence(pair):
 
 # ---- conversations, and text between frames
 
+@pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
 def test_conversations_with_files(pair, tmp_path):
     _, processor = pair
     rng = np.random.default_rng(4)
@@ -354,6 +357,7 @@ def test_conversations_with_files(pair, tmp_path):
     assert processor.apply_chat_template([first, second], add_generation_prompt=True) == texts
 
 
+@pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
 def test_time_stamps_and_delimiters(pair, tmp_path):
     model, processor = pair
     frames = np.random.default_rng(5).integers(0, 256, (4, 32, 48, 3), dtype=np.uint8)
@@ -468,3 +472,161 @@ def test_a_long_file_is_read_in_parts(pair, tmp_path):
     assert peaks[1] < 100 * 360 * 640 * 3  # two parts of 32, and half of the film would be 100
     frames = read_frames(path, n=200).array
     assert torch.equal(seen["pixel_values_videos"], processor(text="<video>", videos=frames)["pixel_values_videos"])
+
+
+# ---- as people know it from transformers
+
+def test_unknown_words_are_named(pair, recwarn, monkeypatch):
+    """The tokenizer writes <unk> for them, and the model would answer another question."""
+    _, processor = pair
+    processor(text=["w1 <video> w2", "w3"], videos=film(np.random.default_rng(0)))
+    processor(text="<unk> w1 <pad>")  # written by hand
+    assert not recwarn.list, [str(w.message) for w in recwarn]
+    for how in ({}, {"return_tensors": "np"}, {"return_tensors": None}, {"padding": "max_length", "max_length": 99}):
+        with pytest.warns(UserWarning, match="does not know the words 'Find', 'heart\\?'.*47 words") as said:
+            processor(text="w1 <video> Find heart? Find", videos=np.zeros((2, 30, 30, 3), np.uint8), **how)
+        assert len(said) == 1 and said[0].filename == __file__ and "video" not in str(said[0].message)
+    with pytest.warns(UserWarning, match="does not know the word 'sees'"):
+        processor(text=["w1", "<|im_start|>sees"])
+    with pytest.warns(UserWarning, match="and others"):
+        processor(text=" ".join(f"x{i}" for i in range(9)))
+    with monkeypatch.context() as slow, pytest.warns(UserWarning, match="does not know the words 'Find', 'heart\\?'"):
+        slow.setattr(PreTrainedTokenizerFast, "is_fast", False)  # one that does not say where a token stands
+        processor(text="w1 <video> Find heart? Find", videos=np.zeros((2, 30, 30, 3), np.uint8))
+
+
+def test_a_tokenizer_without_an_unknown_word_is_not_asked(recwarn):
+    """As Qwen2's, which writes any text in bytes."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=None)
+    config = mini_config(300, 256, 257)
+    assert LongVAProcessor.from_config(config, fast)(text="Find heart?")["input_ids"].shape == (1, 11) and not recwarn.list
+
+
+@pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
+def test_settings_in_transformers_nested_way(pair):
+    _, processor = pair
+    rng = np.random.default_rng(6)
+    what = dict(text=["w1 <image>", "w2 w3 <video>"], images=picture(rng), videos=film(rng))
+    plain = processor(**what, padding_side="right", frames_fit="pad", frame_delimiters="w7", return_tensors="np")
+    nested = processor(**what, text_kwargs={"padding": True, "padding_side": "right"}, videos_kwargs={"frames_fit": "pad", "frame_delimiters": "w7"}, images_kwargs={}, audio_kwargs=None, common_kwargs={"return_tensors": "np"})
+    assert nested.keys() == plain.keys() and all(np.array_equal(nested[k], plain[k]) for k in plain)
+    talk = [{"role": "user", "content": [{"type": "video", "video": np.zeros((2, 30, 60, 3), np.uint8)}]}]
+    a, b = (processor.apply_chat_template(talk, tokenize=True, return_dict=True, **how) for how in ({"frames_fit": "pad"}, {"videos_kwargs": {"frames_fit": "pad"}}))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    refused(lambda: processor(**what, padding=True, text_kwargs={"padding": True}), "padding", "text_kwargs", "twice")
+    refused(lambda: processor(**what, videos_kwargs={"frame_fit": "pad"}), "videos_kwargs", "frames_fit")
+    refused(lambda: processor(**what, videos_kwargs={"padding": True}), "videos_kwargs", "padding")
+    refused(lambda: processor(**what, images_kwargs={"max_grids": 2}), "images_kwargs", "max_grids")
+    refused(lambda: processor(**what, images_kwargs=3), "images_kwargs", "3")
+
+
+@pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
+def test_assistants_words_are_marked(pair):
+    _, processor = pair
+    rng = np.random.default_rng(7)
+    talk = [{"role": "user", "content": [{"type": "image", "image": picture(rng)}, {"type": "text", "text": "w1"}, {"type": "video", "video": film(rng)}]},
+            {"role": "assistant", "content": " w2 w3 "}, {"role": "user", "content": "w4"}, {"role": "assistant", "content": [{"type": "text", "text": " w5 "}]}]
+    short = [{"role": "user", "content": "w6"}, {"role": "assistant", "content": " w7 "}]
+    for side in ("left", "right"):
+        plain = processor.apply_chat_template([talk, short], tokenize=True, return_dict=True, padding_side=side)
+        batch = processor.apply_chat_template([talk, short], tokenize=True, return_dict=True, return_assistant_tokens_mask=True, padding_side=side, frame_delimiters=None)
+        assert batch.keys() == {*plain, "assistant_masks"} and all(torch.equal(batch[k], plain[k]) for k in plain)
+        assert isinstance(batch["assistant_masks"], torch.Tensor) and batch["assistant_masks"].shape == batch["input_ids"].shape
+        for row, words in enumerate((["w2", "w3", "<|im_end|>", "w5", "<|im_end|>"], ["w7", "<|im_end|>"])):
+            ids = batch["input_ids"][row][batch["assistant_masks"][row].bool()]
+            assert processor.tokenizer.convert_ids_to_tokens(ids) == words
+    one = processor.apply_chat_template(short, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="np")
+    assert isinstance(one["assistant_masks"], np.ndarray) and one["assistant_masks"].sum() == 2
+    unmarked = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    refused(lambda: processor.apply_chat_template(short, chat_template=unmarked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True), "generation", "chat_template")
+
+
+def test_the_marks_do_not_change_what_is_written(pair):
+    """Qwen2's ChatML written out here, with all that can stand in a message."""
+    _, processor = pair
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " a\n"}, {"type": "video"}]},
+            {"role": "assistant", "content": "b\n\n"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": [{"type": "text", "text": "d"}, {"type": "image"}]}]
+    said = ["s", "<image>\n a\n<video>\n", "b\n\n", "c", "d<image>\n"]
+    for n in range(1, 6):
+        for ask in (False, True):
+            want = "".join(f"<|im_start|>{m['role']}\n{text}<|im_end|>\n" for m, text in zip(talk[:n], said)) + "<|im_start|>assistant\n" * ask
+            assert processor.apply_chat_template(talk[:n], add_generation_prompt=ask) == want
+            assert processor.tokenizer.apply_chat_template(talk[:n], chat_template=processor.chat_template, tokenize=False, add_generation_prompt=ask) == want
+    assert processor.apply_chat_template(talk[1:2]).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>")
+
+
+def test_outputs_as_a_tuple(pair):
+    model, processor = pair
+    batch = processor(text="w1 <image> w2", images=Image.new("RGB", (50, 70), "teal"))
+    with torch.no_grad():
+        named, plain = model(**batch, labels=batch["input_ids"]), model(**batch, labels=batch["input_ids"], return_dict=False)
+        assert type(plain) is tuple and torch.equal(plain[0], named.loss) and torch.equal(plain[1], named.logits)
+        assert type(model(**batch, return_dict=True)) is type(named)
+        model.config.return_dict = False
+        assert type(model(**batch)) is tuple
+    assert model.generate(**batch, max_new_tokens=2, do_sample=False).shape[0] == 1
+
+
+def test_features_of_pictures(pair):
+    """The rows that `embed` puts into the text, picture by picture."""
+    model, processor = pair
+    rng = np.random.default_rng(8)
+    batch = processor(text="<image> w1 <image> <video> <video>", images=[picture(rng), picture(rng)], videos=[film(rng), film(rng)])
+    with torch.no_grad():
+        rows = model.embed(**{k: v for k, v in batch.items() if k != "attention_mask"})[0]
+        images = model.get_image_features(pixel_values=batch["pixel_values"], image_layouts=batch["image_layouts"]).pooler_output
+        videos = model.get_video_features(pixel_values_videos=batch["pixel_values_videos"], video_frames=batch["video_frames"]).pooler_output
+        whole = model.get_video_features(batch["pixel_values_videos"]).pooler_output
+        assert type(model.get_image_features(batch["pixel_values"], batch["image_layouts"], return_dict=False)) is tuple
+    assert len(images) == len(videos) == 2 and len(whole) == 1 and torch.equal(whole[0], torch.cat(videos))
+    assert torch.equal(torch.cat(images), rows[batch["input_ids"][0] == 3]) and torch.equal(torch.cat(videos), rows[batch["input_ids"][0] == 4])
+    assert [len(v) for v in videos] == [4 * n for n in batch["video_frames"].tolist()]
+    refused(lambda: model.get_image_features(batch["pixel_values"]), "image_layouts")
+    refused(lambda: model.get_video_features(batch["pixel_values_videos"], [99]), "99 frames")
+
+
+def test_nothing_to_read_is_refused(pair):
+    _, processor = pair
+    for text in ("", " \n", ["w1", ""]):
+        refused(lambda: processor(text=text), "empty")
+
+
+def test_labels_of_another_length(pair):
+    model, processor = pair
+    batch = processor(text=["w1 w2 w3", "w4 w5 w6"])
+    labels = batch["input_ids"]
+    for wrong in (labels[:, :1], labels[:1], labels[0], torch.cat([labels, labels], 1)):
+        for name in ("labels", "shift_labels"):
+            refused(lambda: model(**batch, **{name: wrong}), name, "[2, 3]", str(list(wrong.shape)))
+
+
+def test_arrays_are_seen_as_pillow_sees_them(pair):
+    """Each array beside the PIL image made of the same bytes."""
+    _, processor = pair
+    rng = np.random.default_rng(9)
+    look = lambda image: processor(text="<image>", images=image)
+    grey, colour, clear = (rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((40, 60), (40, 60, 3), (40, 60, 4)))
+    for array, mode, size in ((grey, "L", grey.shape[::-1]), (grey[..., None], "L", grey.shape[::-1]), (colour, "RGB", (60, 40)), (clear, "RGBA", (60, 40)),
+                              (clear[..., :2], "LA", (60, 40)), (colour.transpose(2, 0, 1), "RGB", (60, 40)), (colour[:, ::-1][:, ::-1], "RGB", (60, 40))):
+        right = array.transpose(1, 2, 0) if array.shape[0] == 3 else array
+        seen = look(Image.frombytes(mode, size, np.ascontiguousarray(right).tobytes()))
+        for same in (array, torch.from_numpy(array.copy()), [torch.from_numpy(array.copy())]):
+            assert all(torch.equal(look(same)[k], v) for k, v in seen.items()), (array.shape, mode)
+    assert all(torch.equal(look(np.full((30, 30, 4), (9, 9, 9, 0), np.uint8))[k], v) for k, v in look(Image.new("RGB", (30, 30), "white")).items())
+    for wrong in (grey.astype(np.uint16), grey.astype(np.float32), grey > 9, torch.zeros(30, 30), torch.zeros(3, 30, 30, dtype=torch.bfloat16), np.zeros((5, 30, 30), np.uint8), np.zeros((30, 30, 5), np.uint8),
+                  np.zeros((2, 30, 30, 3), np.uint8), np.zeros(9, np.uint8), np.zeros((0, 3), np.uint8), np.zeros((3, 0, 9), np.uint8), torch.zeros(30, 0, 3, dtype=torch.uint8)):
+        refused(lambda: look(wrong), str(list(wrong.shape)), "uint8")
+
+
+@pytest.mark.parametrize("first", ["from longva import LongVA", "from longva import LongVAProcessor", "import longva; longva.LongVAConfig", "from longva import mini; mini.load('mini-longva')"])
+def test_what_makes_the_auto_classes_know_longva(first):
+    code = f"""
+{first}
+from longva.mini import folder
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+for auto in (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoImageProcessor): print(type(auto.from_pretrained(folder("mini-longva"))).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["LongVAConfig", "LongVA", "LongVAProcessor", "LongVAImageProcessor"], done.stderr

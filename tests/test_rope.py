@@ -399,3 +399,12 @@ def test_not_a_rotary_model():
     for call in (rope_report, lambda m: extend_rope(m, theta=1e6), exact_rope, lambda m: inverse_frequencies(m.config)):
         with pytest.raises(ValueError, match="rotary"):
             call(model)
+
+
+def test_what_is_no_model_at_all():
+    for wrong in ("x", None, torch.nn.Linear(2, 2), {"rope_theta": 1e6}):
+        for call in (rope_report, exact_rope, lambda m: extend_rope(m, theta=1e6), lambda m: base_search(m, len)):
+            with pytest.raises(ValueError, match=f"{type(wrong).__name__}.*transformers model.*\\.$"):
+                call(wrong)
+    with pytest.raises(ValueError, match="Qwen2Config.*transformers model"):
+        rope_report(tf.Qwen2Config())

@@ -156,9 +156,17 @@ class ExactRotary(torch.nn.Module):
         return torch.func.functional_call(self._table[0], {name: angles}, (x, torch.ones_like(position_ids), *more))
 
 # %% ../../nbs/00_context.rope.ipynb #51557258
+def _text_of(model, live=True):
+    """The configuration of the language model in a live model, or in another configuration."""
+    config = getattr(model, "config", None) if isinstance(model, torch.nn.Module) else None if live else model
+    if not hasattr(config, "get_text_config"):
+        raise ValueError(f"A {type(model).__name__} came, where a {'live ' * live}transformers model{'' if live else ' or its configuration'} is needed: load one with from_pretrained.")
+    return config.get_text_config()
+
+
 def _sites(model) -> list: # of (name of the module that the model calls, rotary module of transformers)
     """Rotary modules of the language model: those built from its text configuration, or else from one of its class."""
-    text, found = model.config.get_text_config(), []
+    text, found = _text_of(model), []
     for name, module in model.named_modules():
         if isinstance(getattr(module, "config", None), type(text)) and _live(module):
             outer, _, last = name.rpartition(".")
@@ -302,7 +310,7 @@ def extend_rope(
     live = isinstance(config_or_model, torch.nn.Module)
     if exact and not live:
         raise ValueError("exact=True replaces the rotary table of a live model; for a configuration there is none. Build the model, then call exact_rope.")
-    text = (config_or_model.config if live else config_or_model).get_text_config()
+    text = _text_of(config_or_model, live)
     _apply(config_or_model, *_new_parameters(text, method, theta, factor, layer_type, details))
     return exact_rope(config_or_model) if exact else config_or_model
 
@@ -572,7 +580,7 @@ def rope_report(
 
     Several kinds of layers: the numbers are those of the layers that see the whole context; all kinds are searched for ignored settings.
     """
-    text, sites = model.config.get_text_config(), _sites(model)
+    text, sites = _text_of(model), _sites(model)
     site, rotary = sites[0]
     kind = _parameters(rotary.config)[1]
     p, outer, f = _parameters(text, kind)[0], model.get_submodule(site), _live(rotary)[kind].detach().cpu().double()
@@ -649,7 +657,7 @@ def base_search(
     if not callable(score) and not len(score) or not len(candidates) or not all(c > 1 for c in candidates):
         raise ValueError("base_search needs candidates greater than 1, and a score: a function of the model, or a list of texts as token ids.")
     rate = score if callable(score) else lambda m: last_likelihood(m, score)
-    text, rows = model.config.get_text_config(), []
+    text, rows = _text_of(model), []
     old = deepcopy(text.rope_parameters), text.max_position_embeddings
     for base in (None, *candidates):
         try:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from transformers.image_utils import load_image
 
@@ -55,13 +56,26 @@ def _read(name: str) -> Image.Image:
         raise ValueError(f"There is no file {short} to read as an image: check the name and the folder.") from error
 
 # %% ../../nbs/12_vision.image.ipynb #12a00008
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of so many channels
+
+def _of_bytes(
+    pixels: np.ndarray,  # uint8
+) -> Image.Image:  # of the mode that so many channels have in Pillow; None if they are none
+    "Pixels [H,W], [H,W,1 to 4] or [3,H,W] as a picture."
+    if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] not in _MODES: pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 2: pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in _MODES or not pixels.size: return None
+    return Image.frombytes(_MODES[pixels.shape[2]], pixels.shape[1::-1], pixels.tobytes())
+
 def open_image(
-    # a PIL image, a path, or uint8 pixels [H,W,3]
+    # a PIL image, a path, or uint8 pixels of NumPy or torch: [H,W] grey, [H,W,3] colour, [H,W,2 or 4] with transparency, or [3,H,W]
     image,
 ) -> Image.Image: # mode RGB
     "A picture from whatever shows one."
     if isinstance(image, (str, Path)): return to_rgb(_read(str(image)), ascii(Path(image).name)[1:-1][:80] or "The image")
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3: return Image.fromarray(image)
     if isinstance(image, Image.Image): return to_rgb(image)
+    eight_bits = isinstance(image, (np.ndarray, torch.Tensor)) and image.dtype in (np.uint8, torch.uint8)
+    made = _of_bytes(image if isinstance(image, np.ndarray) else image.cpu().numpy()) if eight_bits else None
+    if made is not None: return to_rgb(made)
     shape = f" {image.dtype} {list(image.shape)}" if hasattr(image, "shape") else ""
-    raise ValueError(f"An image must be a PIL image, a path or uint8 pixels [H, W, 3], not {type(image).__name__}{shape}.")
+    raise ValueError(f"An image must be a PIL image, a path or uint8 pixels [H, W, 3], [H, W], [H, W, 4] or [3, H, W], not {type(image).__name__}{shape}.")
