@@ -76,6 +76,7 @@ def main():
     import shutil
 
     import numpy as np
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -90,7 +91,7 @@ def main():
         figures = [*percentiles(alone[n]), *percentiles(page[n])]
         table.add_row(str(n), str(len(page[n])), *(f"{s:.3f} s" for s in figures))
         result |= dict(zip((f"bench_p50_{n}", f"bench_p95_{n}", f"p50_{n}", f"p95_{n}"), figures))
-    result |= dict(moves=given.moves, model="mini-longva", cores=len(os.sched_getaffinity(0)), machine=platform.machine(), load_before=round(load, 1), load_after=round(os.getloadavg()[0], 1), **versions())
+    result |= dict(moves=given.moves, model="mini-longva", cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads(), machine=platform.machine(), load_before=round(load, 1), load_after=round(os.getloadavg()[0], 1), **versions())
     Console().print(table)
     if given.json: given.json.write_text(json.dumps(result, indent=1) + "\n")
 
