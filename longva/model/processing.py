@@ -135,7 +135,7 @@ def _texts(self: LongVAProcessor, text, return_tensors) -> list[str]:
     if not isinstance(wrong, str):
         raise ValueError(f"The text must be a string or a list of strings, and {str(wrong)[:60]!r} ({type(wrong).__name__}) is none.")
     if not all(t.strip() for t in texts):
-        raise ValueError("A text is empty, and the model needs something to read: write at least one word or placeholder.")
+        raise ValueError("There is no word in the text, the question is empty: write at least one word or placeholder.")
     return list(texts)
 
 # %% ../../nbs/21_model.processing.ipynb #6b9cc5a5
