@@ -50,7 +50,9 @@ async def chat_user(page, number, rng, end, note):
             await page.fill("#box textarea", buttons[asked // 2].split(": ")[1])
             ask = page.press("#box textarea", "Enter")
         asked += 1
-        if asked == 6 and rng.random() < 0.3: await ask
+        if asked == 6 and rng.random() < 0.3:
+            await ask
+            await page.wait_for_function("document.querySelectorAll('#history [data-testid=user]').length === 6")
         else: await note(ask, page.wait_for_function(said))
         await page.wait_for_timeout(int(rng.integers(100, 900)) if asked < 6 else 0)
         if asked == 6:
