@@ -306,6 +306,10 @@ def test_a_new_conversation_while_the_old_one_is_answered(visit, endless):
         page.wait_for_timeout(700)
         assert page.evaluate("window.look.disconnect() ?? window.late") == 0
     say(page, "find heart")
+    page.click("#fresh")  # before the page shows the question: it belongs to the old conversation
+    page.wait_for_timeout(1500)
+    assert page.locator("#history [data-testid=user]").count() == 0
+    say(page, "find heart")
     page.wait_for_function("document.querySelector('#history [data-testid=bot]')?.innerText.trim().split(' ').length > 5")
     page.click("#stop")
     page.wait_for_timeout(300)

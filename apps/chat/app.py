@@ -101,15 +101,16 @@ def build(gr, desk, about, examples):
                 most = gr.Slider(1, 1024, start.most, step=1, label="Longest answer, in tokens", elem_id="most", buttons=[])
                 seed = gr.Number(start.seed, precision=0, minimum=0, label="Seed (one seed, one text)", elem_id="seed")
         given, quiet = [frames, way, rate, temperature, most, seed], dict(show_progress="hidden", api_visibility="private")
-        often = quiet | dict(trigger_mode="multiple", concurrency_limit=None)  # by default Gradio drops what is asked while an answer is under way
-        asked = [box.submit(submit, [box, *given], [box, history], **often)]
+        often = quiet | dict(trigger_mode="multiple")  # by default Gradio drops what is asked while an answer is under way
+        in_order = often | dict(concurrency_id="order", concurrency_limit=1)  # and does what came together in any order
+        asked = [box.submit(submit, [box, *given], [box, history], **in_order)]
         for button, (_, text, file) in zip(buttons, examples):
-            asked.append(button.click(example(gr, ask, text, file), given, [box, history], **often))
-        for event in asked: event.then(answer, None, [history, about], **quiet, trigger_mode="multiple", concurrency_limit=1, concurrency_id="answer").then(back, None, box, **often)
+            asked.append(button.click(example(gr, ask, text, file), given, [box, history], **in_order))
+        for event in asked: event.then(answer, None, [history, about], **often, concurrency_limit=1, concurrency_id="answer").then(back, None, box, concurrency_limit=None, **often)
         gr.on([box.change, frames.change, way.change, rate.change], weigh, [box, *given], about, **quiet, trigger_mode="always_last", concurrency_limit=4)
         way.change(lambda way: gr.update(visible=way == BY_RATE), way, rate, **quiet)
         halt.click(stop, None, None, queue=False, **quiet)
-        fresh.click(renew, None, [history, about], concurrency_limit=None, **quiet)
+        fresh.click(renew, None, [history, about], **in_order)
         page.unload(leave)
     return page.queue(max_size=200)  # of all events; the desk has its own limit for questions
 
