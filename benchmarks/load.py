@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/load.py --app needle --users 8 --seconds 300 --json benchmarks/results/load-needle.json
 
 Each user is a browser context with a page of its own. In the needle app a user moves the needle to a drawn place and waits for that answer, and now and
-then fills the heat map; in the chat app a user asks about the shipped film. An error is a page error, an answer of the server with status 400 or more, an
+then fills the heat map; in the chat app a user asks about the example film and picture. An error is a page error, an answer of the server with status 400 or more, an
 alert, or an answer that does not come in time.
 """
 
@@ -41,17 +41,20 @@ async def needle_user(page, number, rng, end, note):
 
 
 async def chat_user(page, number, rng, end, note):
-    asked = 0
+    "Asks by the buttons and by hand, and begins anew after six questions, once in a while before the last one is answered."
+    buttons, asked = await page.locator("#examples button").all_inner_texts(), 0
     while time.time() < end:
-        if asked == 0:
-            await page.click("#example")
-            await page.wait_for_function("document.querySelector('#box textarea').value.startsWith('find ')")
-            await page.wait_for_selector("#box .thumbnail-item")
-        else: await page.fill("#box textarea", "find heart")
-        said = f"document.querySelectorAll('#history [data-testid=bot]').length > {asked} && document.querySelectorAll('#history [data-testid=bot]')[{asked}].innerText.trim().split(' ').length >= 2"
-        await note(page.press("#box textarea", "Enter"), page.wait_for_function(said))
+        said = f"/^[a-z]+ [a-z]+$/.test(document.querySelectorAll('#history [data-testid=bot]')[{asked}]?.innerText.trim())"
+        if asked % 2 == 0: ask = page.click(f"#example-{asked // 2}")
+        else:
+            await page.fill("#box textarea", buttons[asked // 2].split(": ")[1])
+            ask = page.press("#box textarea", "Enter")
         asked += 1
-        await page.wait_for_timeout(int(rng.integers(100, 900)))
+        if asked == 6 and rng.random() < 0.3:
+            await ask
+            await page.wait_for_function("document.querySelectorAll('#history [data-testid=user]').length === 6")
+        else: await note(ask, page.wait_for_function(said))
+        await page.wait_for_timeout(int(rng.integers(100, 900)) if asked < 6 else 0)
         if asked == 6:
             await page.click("#fresh")
             await page.wait_for_function("document.querySelectorAll('#history [data-testid=bot]').length === 0")

@@ -1,6 +1,7 @@
 """Chat: memory that grows by the cache's formula alone, chunks that change nothing, seeds, conversations, and the command."""
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from PIL import Image
 
 from longva import mini
 from longva.mini.world import OBJECTS, draw_frame, film_scenes, needle_objects, scene_words, write_film
-from longva.model.chat import Chat, ChatError, load, next_token
+from longva.model.chat import Chat, ChatError, TooLarge, load, next_token
 from longva.model.checkpoint import save_original
 from longva.model.modeling import LongVA, longva_7b, mini_config
 from longva.model.prefill import KVLayer, LiveBytes, estimate, kv_cache, prefill, reserve, say_bytes
@@ -179,6 +180,38 @@ def test_the_estimate_of_the_7b_follows_from_its_configuration():
     assert made.flops["tower"] == pytest.approx(3000 * clip, rel=1e-9)
     assert made.seconds["prefill"] == pytest.approx(made.flops["prefill"] / (989e12 * 0.4))
     assert estimate(longva_7b(), 1000, 0, 256, past=143_000).tokens == 144_000
+
+
+def test_a_film_that_does_not_fit_is_refused_before_it_is_read():
+    "The number of frames that is advised fits, and a few more do not."
+    chat, video = deep(1500)
+    turn = chat.prepare("find heart", videos=video)
+    turn.films[0].parts = lambda: 1 / 0
+    with pytest.raises(TooLarge, match="take at most") as told: chat.check_room(turn, 2, 40 << 20)
+    most = int(re.search(r"at most ([0-9,]+) frames", str(told.value))[1].replace(",", ""))
+    beside = chat.estimate(turn, 2).parts
+    assert 0 <= ((40 << 20) - beside["work"] - beside["logits"]) // (4 * EACH) - most <= 2
+    chat.check_room(chat.prepare("find heart", videos=video[:most]), 2, 40 << 20)
+    with pytest.raises(TooLarge): chat.check_room(chat.prepare("find heart", videos=video[: most + 3]), 2, 40 << 20)
+    with pytest.raises(TooLarge, match="start a new conversation"): chat.check_room(turn, 2, 1000)
+
+
+def test_a_rate_with_a_cap(pair, film):
+    chat = Chat(*pair, fps=0.5, most_frames=64)
+    assert chat.prepare("find heart", videos=film).frames == 24
+    chat.most_frames = 10
+    turn = chat.prepare("find heart", videos=film)
+    assert np.array_equal(np.concatenate(list(turn.films[0].parts())), read_frames(film, n=10).array)
+    chat.fps, chat.most_frames = 30, 64
+    assert chat.prepare("find heart", videos=film).frames == 48  # all that there are
+
+
+def test_a_stop_before_the_first_piece(pair, film):
+    chat, (thing, right) = Chat(*pair), next(iter(answers().items()))
+    answer = chat.ask(f"find {thing}", videos=film)
+    chat.stop()
+    with pytest.raises(ChatError, match="Stopped"): list(answer)
+    assert "".join(chat.ask(f"find {thing}", videos=film)) == right
 
 
 # conversations

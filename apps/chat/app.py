@@ -1,211 +1,192 @@
 """Talk with a LongVA about images and films; the miniature that comes with the package is the default.
 
-    python apps/chat/app.py [--model mini-longva] [--device-map auto] [--host 127.0.0.1] [--port 7861] [--share]
+    python apps/chat/app.py [--model mini-longva] [--device-map auto] [--memory GIB] [--host 127.0.0.1] [--port 7861] [--share]
 """
-import base64
-import io
+import argparse
 import os
-import shutil
-import signal
 import sys
-import tempfile
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}  # before gradio: nothing is sent
 
 from longva import mini
-from longva.lab.serve import check_address, launch, server_options
+from longva.lab.serve import check_address, launch, server_options, upload_folder
 
-FILM, SEED, LARGEST = 96, 11, 2 << 30  # frames of the film to try, what it shows, bytes of an upload
+LARGEST = 2 << 30  # bytes of an upload
+FILM, SEED = 96, 11  # frames of the example film, and what it shows
+SHEET = [("heart", "blue", "rows"), ("cup", "yellow", "dots"), ("cloud", "pink", "checks"), ("bolt", "green", "slant")]  # on the example picture, and not in the film
+RIGHT = {"mini-longva": "213 of 214", "mini-anyres": "103 of 107", "mini-short": "only 15 of 107"}  # objects that are shown once in films of 96 frames
 ABOUT = """
 # Chat about films
-Give an image or a video, and ask. What you gave stays in the model's memory (its key/value cache), so that the next question is answered without \
-reading it again. Nothing leaves this machine, and uploads are removed as soon as they are read.
+Give images or videos to **{}**, and ask. What was read stays in the model's memory (its key/value cache), so that the next question does not read it again. {}\
+Uploads are removed as soon as they are answered.
 """
-MINIATURE = """The miniature knows a tiny world: {} drawn objects in eight colours on eight grounds. It answers one kind of question, `find OBJECT`, \
-such as *find {}*. **Try this:** press the button below, then ask for other objects of the same film."""
+MINIATURE = """
+It is a miniature and knows a tiny world: {} drawn objects in eight colours on eight grounds. **Ask** `find OBJECT`, and it answers with the colour and the ground.{} \
+**Don't ask** anything else: it cannot describe, count or read, it knows nothing of real films, and of an object that is shown several times, or never, it says something all the same. \
+The buttons give it a film or a picture, once, and ask.
+<details><summary>The objects</summary>{}</details>
+"""
 CSS = """
-.gradio-container {max-width: 1080px !important}
+.gradio-container {max-width: 1080px !important; width: 100%; margin: 0 auto !important} .gradio-container .fillable {max-width: none !important; padding-left: 0; padding-right: 0}
 .gradio-container main {padding: 0 24px 8px !important} .gradio-container main .column, .gradio-container main .row {gap: 8px}
-.gradio-container .html-container {padding: 4px 0}
-.about h1 {font-size: 1.4rem; margin: 0 0 .1rem} .about p {margin: 0; line-height: 1.4}
-.takes {color: var(--body-text-color); line-height: 1.4; font-size: 14px} .takes table {border-collapse: collapse}
+.gradio-container .html-container {padding: 4px 0} #history .top-panel {display: none}  /* a second New conversation, which would forget the page's lines only */
+.about h1 {font-size: 1.4rem; margin: 0 0 .1rem} .about p {margin: 0 0 .2rem; line-height: 1.4} .about summary {cursor: pointer}
+.takes {color: var(--body-text-color); line-height: 1.4; font-size: 14px; overflow-x: auto} .takes table {border-collapse: collapse}
 .takes td, .takes th {padding: 1px 18px 1px 0; text-align: left; font-weight: 400; white-space: nowrap} .takes th {color: var(--neutral-600)}
 .dark .takes th {color: var(--neutral-300)} .takes .small {font-size: 13px}
-.trouble {border-left: 4px solid #d55e00; padding: 2px 10px; margin-bottom: 4px}
+.trouble {border-left: 4px solid #d55e00; padding: 2px 10px; margin: 2px 0; color: var(--body-text-color); line-height: 1.4}
 .seen {display: flex; gap: 3px; flex-wrap: wrap} .seen img {width: 56px; height: 56px; object-fit: cover; border-radius: 4px; margin: 0}
 """
 
 
-@dataclass
-class Talk:
-    "What one visitor's page has: a conversation, and what its last turn took."
-    chat: object = None
-    takes: str = ""
-    seen: str = ""
+def build(gr, desk, about, examples):
+    "The page; each of its events is a method of the desk."
+    from longva.lab.talk import BY_NUMBER, BY_RATE, Settings, Trouble, trouble_html
+    start = Settings(frames=FILM, most=16) if examples else Settings()
 
+    def shown(who):
+        "The lines of a conversation as Gradio wants them."
+        return [line | dict(content=gr.HTML(trouble_html(line["content"]))) if isinstance(line["content"], Trouble) else dict(line) for line in desk.talk(who).lines]
 
-def picture(array):
-    "A thumbnail as a data URL, so that no file is needed to show it."
-    from PIL import Image
-    file = io.BytesIO()
-    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
-    image.convert("RGB").resize((84, 84)).save(file, "JPEG", quality=85)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="">'
+    def ask(who, text, files, given):
+        "(box, history)"
+        if not text.strip() and not files: return gr.skip(), gr.skip()
+        taken = desk.take(who, text, files, Settings(*given))
+        return dict(text="", files=[]) if taken else gr.skip(), shown(who)
 
+    def submit(request: gr.Request, box, *given):
+        return ask(request.session_hash, (box or {}).get("text") or "", (box or {}).get("files") or [], given)
 
-def sort_files(paths):
-    "Uploads by what is in them, not by what they are called: (images, videos)."
-    from PIL import Image
-    images, videos = [], []
-    for path in paths:
-        try:
-            with Image.open(path) as opened: still = getattr(opened, "n_frames", 1) == 1
-        except Exception: still = False  # Pillow raises whatever comes to hand; the video reader has the last word, and a sentence
-        (images if still else videos).append(path)
-    return images, videos
+    def answer(request: gr.Request):
+        "(history, panel), again and again."
+        who = request.session_hash
+        for _ in desk.answer(who):
+            talk = desk.talk(who)
+            yield shown(who), panel(talk.takes, talk.seen)
+        yield gr.skip(), gr.skip()  # Gradio says the last one again when all is done, and by then the page may show a new conversation
 
+    def back(request: gr.Request): return desk.back(request.session_hash) or gr.skip()
 
-def takes_html(chat, turn, name, most, speed):
-    "What the turn takes, here and with LongVA-7B."
-    from longva.model.prefill import say_bytes, say_seconds
-    here = "this GPU" if chat.model.device.type == "cuda" else "this CPU"
-    rows = []
-    for who, e in ((f"{name} on {here}", chat.estimate(turn, most, tflops=speed[0], bandwidth=speed[1])), ("LongVA-7B on one H100", chat.estimate_7b(turn, most))):
-        cells = (who, f"{e.tokens:,}", say_bytes(e.parts["KV cache"]), say_bytes(e.total), say_seconds(e.seconds["tower"] + e.seconds["prefill"]), say_seconds(e.seconds["answer"]))
-        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{h}</th>" for h in ("", "tokens", "KV cache", "memory in all", "to the first word", f"{most} words more"))
-    note = f"Seconds are assumptions: {e.efficiency:.0%} of what products reach here, and of {e.tflops:g} TFLOPS there; an answer reads all weights and the cache for each word."
-    return f'<table><tr>{head}</tr>{"".join(rows)}</table><div class="small">{note}</div>'
+    def weigh(request: gr.Request, box, *given):
+        takes = desk.weigh(request.session_hash, (box or {}).get("files") or [], Settings(*given))
+        return gr.skip() if takes is None else panel(takes)
 
+    def stop(request: gr.Request): desk.stop(request.session_hash)
 
-def seen_html(turn):
-    "A dozen of the frames, and the images, as they were given."
-    import numpy as np
-    pictures = []
-    for part in turn.message["content"] if isinstance(turn.message["content"], list) else []:
-        if part["type"] == "image":
-            from longva.vision.image import open_image
-            pictures.append(picture(open_image(part["image"])))
-        elif part["type"] == "video":
-            from longva.vision.video import read_frames, video_info
-            pictures += [picture(np.ascontiguousarray(frame)) for frame in read_frames(part["video"], n=min(12, video_info(part["video"]).frames)).array]
-    return f'<div class="seen">{"".join(pictures)}</div>' if pictures else ""
+    def renew(request: gr.Request):
+        desk.renew(request.session_hash)
+        return shown(request.session_hash), ""
 
-
-def panel(talk, trouble=""):
-    words = f'<div class="trouble" role="alert">{escape(trouble)}</div>' if trouble else ""
-    return f'<div class="takes">{words}{talk.seen}{talk.takes}</div>'
-
-
-def remove(paths, kept):
-    "Uploads go when they have been read; each lies in a folder of its own."
-    for path in map(Path, paths):
-        if path != kept: path.unlink(missing_ok=True)
-        if path != kept and path.parent.is_dir() and not any(path.parent.iterdir()): path.parent.rmdir()
-
-
-def build(gr, model, processor, name, hint, film):
-    "The page."
-    from longva.model.chat import Chat, ChatError, UnknownWord
-    from longva.model.prefill import measure_speed
-    from longva.vision.video import VideoError
-    speed = measure_speed(model.device, model.dtype)
-
-    def answer(box, history, talk, frames, temperature, most, seed):
-        "Read what was given and stream the answer: (box, history, panel, talk)."
-        text, files = (box or {}).get("text") or "", (box or {}).get("files") or []
-        frames, most, seed = int(frames), int(most), int(seed or 0)
-        talk = talk or Talk()
-        if talk.chat is None: talk.chat = Chat(model, processor)
-        talk.chat.num_frames = frames
-        history = list(history or [])
-        try:
-            images, videos = sort_files(files)
-            turn = talk.chat.prepare(text, images, videos)
-            pieces = talk.chat.ask(turn, max_new_tokens=most, temperature=float(temperature), seed=seed)
-            talk.takes, talk.seen = takes_html(talk.chat, turn, name, most, speed), seen_html(turn) or talk.seen
-            given = [f"{len(images)} image{'s' * (len(images) > 1)}"] * bool(images) + [f"{len(videos)} video{'s' * (len(videos) > 1)}, {turn.frames} frames"] * bool(videos)
-            history += [dict(role="user", content=f"[{', '.join(given)}] {text}" if given else text), dict(role="assistant", content="")]
-            yield dict(text="", files=[]), history, panel(talk), talk
-            for piece in pieces:
-                remove(files, film)  # they have been read
-                history[-1]["content"] += piece
-                yield gr.skip(), history, gr.skip(), gr.skip()
-            if not history[-1]["content"]: history[-1]["content"] = "(nothing)"
-            yield gr.skip(), history, gr.skip(), gr.skip()
-        except (ChatError, VideoError) as error:
-            history = history[:-2] if history and history[-1] == dict(role="assistant", content="") else history
-            yield dict(text=text, files=[]), history, panel(talk, f"{error}{hint if isinstance(error, UnknownWord) else ''}"), talk
-        finally: remove(files, film)
-
-    def halt(talk):
-        if talk and talk.chat: talk.chat.stop()
-
-    def forget(talk):
-        if talk and talk.chat: talk.chat.stop()
-        return None, [], ""
+    def leave(request: gr.Request): desk.leave(request.session_hash)
 
     with gr.Blocks(title="Chat about films", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        talk = gr.State(None, time_to_live=3600)
-        gr.Markdown(ABOUT + (f"\n{MINIATURE.format(*about_world())}" if film else ""), elem_classes="about")
-        history = gr.Chatbot(show_label=False, height=380, elem_id="history", render_markdown=False, buttons=[], layout="bubble")
+        gr.Markdown(about, elem_classes="about")
+        with gr.Row(elem_id="examples"): buttons = [gr.Button(name, size="sm", min_width=100, elem_id=f"example-{i}") for i, (name, _, _) in enumerate(examples)]
+        history = gr.Chatbot(show_label=False, height=340, elem_id="history", render_markdown=False, buttons=[], layout="bubble")
         box = gr.MultimodalTextbox(show_label=False, file_types=["image", "video"], file_count="multiple", sources=["upload"], elem_id="box", max_lines=4,
                                    placeholder="Ask; the paper clip takes images and videos", max_plain_text_length=100_000)
         with gr.Row():
-            stop = gr.Button("Stop", elem_id="stop", variant="stop", size="sm")
+            halt = gr.Button("Stop", elem_id="stop", variant="stop", size="sm")
             fresh = gr.Button("New conversation", elem_id="fresh", size="sm")
-            if film: example = gr.Button(f"A film of its world, {FILM} frames", elem_id="example", size="sm")
         about = gr.HTML(elem_id="takes", apply_default_css=False, js_on_load=None)
         with gr.Accordion("Settings", open=False):
-            frames = gr.Slider(1, 3000, 64 if not film else FILM, step=1, label="Frames of a video, at most", elem_id="frames", buttons=[])
-            temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature; 0 always takes the likeliest word", elem_id="temperature", buttons=[])
-            most = gr.Slider(1, 1024, 16 if film else 256, step=1, label="Longest answer, in tokens", elem_id="most", buttons=[])
-            seed = gr.Number(0, precision=0, minimum=0, label="Seed: the same one gives the same text", elem_id="seed")
-        box.submit(answer, [box, history, talk, frames, temperature, most, seed], [box, history, about, talk], concurrency_limit=1, show_progress="hidden", api_visibility="private")
-        stop.click(halt, talk, None, concurrency_limit=None, show_progress="hidden", queue=False, api_visibility="private")
-        history.clear(forget, talk, [talk, history, about], concurrency_limit=None, show_progress="hidden", api_visibility="private")
-        fresh.click(forget, talk, [talk, history, about], concurrency_limit=None, show_progress="hidden", api_visibility="private")
-        if film: example.click(lambda: dict(text=f"find {about_world()[1]}", files=[str(film)]), None, box, show_progress="hidden", api_visibility="private")
-    return page.queue(max_size=32)
+            with gr.Row():
+                way = gr.Radio([BY_NUMBER, BY_RATE], value=start.way, label="Take of a video", elem_id="way")
+                frames = gr.Slider(1, 3000, start.frames, step=1, label="Frames, at most", elem_id="frames", buttons=[])
+                rate = gr.Number(start.rate, label="Frames per second", minimum=0.001, elem_id="rate", visible=False)
+            with gr.Row():
+                temperature = gr.Slider(0, 2, start.temperature, step=0.05, label="Temperature (0: the likeliest word)", elem_id="temperature", buttons=[])
+                most = gr.Slider(1, 1024, start.most, step=1, label="Longest answer, in tokens", elem_id="most", buttons=[])
+                seed = gr.Number(start.seed, precision=0, minimum=0, label="Seed (one seed, one text)", elem_id="seed")
+        given, quiet = [frames, way, rate, temperature, most, seed], dict(show_progress="hidden", api_visibility="private")
+        often = quiet | dict(trigger_mode="multiple")  # by default Gradio drops what is asked while an answer is under way
+        in_order = often | dict(concurrency_id="order", concurrency_limit=1)  # and does what came together in any order
+        asked = [box.submit(submit, [box, *given], [box, history], **in_order)]
+        for button, (_, text, file) in zip(buttons, examples):
+            asked.append(button.click(example(gr, ask, text, file), given, [box, history], **in_order))
+        for event in asked: event.then(answer, None, [history, about], **often, concurrency_limit=1, concurrency_id="answer").then(back, None, box, concurrency_limit=None, **often)
+        gr.on([box.change, frames.change, way.change, rate.change], weigh, [box, *given], about, **quiet, trigger_mode="always_last", concurrency_limit=4)
+        way.change(lambda way: gr.update(visible=way == BY_RATE), way, rate, **quiet)
+        halt.click(stop, None, None, queue=False, **quiet)
+        fresh.click(renew, None, [history, about], **in_order)
+        page.unload(leave)
+    return page.queue(max_size=200)  # of all events; the desk has its own limit for questions
 
 
-def about_world():
-    "(how many objects, one that the film to try shows once)."
-    from longva.mini.world import OBJECTS, film_scenes, scene_words
-    shown = [scene_words(scene)[0] for scene in film_scenes(FILM, SEED)]
-    return len(OBJECTS), next(thing for thing in OBJECTS if shown.count(thing) == 1)
+def panel(takes, seen=""):
+    return f'<div class="takes">{seen}{takes}</div>'
+
+
+def example(gr, ask, text, file):
+    "A button that asks; what it gives is read once."
+    def click(request: gr.Request, *given): return ask(request.session_hash, text, [file], given)
+    return click
+
+
+def write_examples(folder):
+    "A film and a picture of the miniature's world: [(name of a button, question, file)]."
+    import numpy as np
+    from PIL import Image
+
+    from longva.mini.world import OBJECTS, draw_frame, film_scenes, scene_words, write_film
+    film, sheet = write_film(folder / "film.mp4", FILM, SEED, side=56), folder / "picture.png"
+    drawn, things = [draw_frame(scene) for scene in SHEET], [scene_words(scene)[0] for scene in film_scenes(FILM, SEED)]
+    Image.fromarray(np.vstack([np.hstack(drawn[:2]), np.hstack(drawn[2:])])).save(sheet)
+    once = [thing for thing in OBJECTS if things.count(thing) == 1]
+    return [(f"Film: find {thing}", f"find {thing}", str(film)) for thing in once[:3]] + [(f"Picture: find {thing}", f"find {thing}", str(sheet)) for thing, *_ in SHEET[:2]]
+
+
+def about(name, hint, share):
+    "What the page says about the model."
+    from longva.mini.world import OBJECTS
+    text = ABOUT.format(escape(name), "" if share else "Nothing leaves this machine. ")
+    if not hint: return text
+    right = f" Of objects that a film of {FILM} frames shows once, it named {RIGHT[name]} rightly." if name in RIGHT else ""
+    return text + MINIATURE.format(len(OBJECTS), right, ", ".join(OBJECTS))
+
+
+def gibibytes(text):
+    "An amount of memory from the command line."
+    try: amount = float(text)
+    except ValueError: amount = 0
+    if not 0 < amount < float("inf"): raise argparse.ArgumentTypeError(f"an amount of memory is a number of GiB above 0, not {text}")
+    return amount
 
 
 def options():
     parser = server_options("The chat app.", 7861)
-    parser.add_argument("--model", default="mini-longva", help=f"{', '.join(mini.NAMES)}, a folder, or a name on the Hugging Face hub (with HF_HUB_OFFLINE=0)")
+    parser.add_argument("--model", default="mini-longva", help=f"{', '.join(mini.NAMES)}, a folder, or a name on the Hugging Face hub (with HF_HUB_OFFLINE=0 it is fetched)")
     parser.add_argument("--device-map", help="for transformers: auto, cpu, cuda:1; by default the GPU if there is one")
+    parser.add_argument("--memory", type=gibibytes, metavar="GIB", help="what one conversation may take beside the model; by default what is free")
     return parser.parse_args()
+
+
+def load(asked):
+    "(model, processor), or the end with a sentence."
+    from longva.cli import Usage, chat_model
+    from longva.model.prefill import ChatError
+    try: return chat_model(asked.model, asked.device_map)
+    except (ChatError, Usage, mini.UnknownModel) as error:
+        hub = asked.model.count("/") == 1 and not Path(asked.model).exists() and os.environ["HF_HUB_OFFLINE"] != "0"
+        sys.exit(f"{error}{' It was looked for on this machine only; with HF_HUB_OFFLINE=0 it is fetched from the hub.' * hub}")
 
 
 def main():
     asked = options()
     check_address(asked.host, asked.port)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads goes then, too
-    print(f"Loading {asked.model} …", flush=True)
-    from longva.cli import Usage, chat_model, what_it_knows
-    from longva.model.prefill import ChatError
-    try: model, processor = chat_model(asked.model, asked.device_map)
-    except (ChatError, Usage, mini.UnknownModel) as error: sys.exit(str(error))
-    hint, rooms = what_it_knows(processor), Path(tempfile.mkdtemp(prefix="longva-chat-"))
-    os.environ["GRADIO_TEMP_DIR"] = str(rooms / "uploads")  # uploads go with the folder when the app ends
-    import gradio as gr
-    film = None
-    try:
-        if hint:
-            from longva.mini.world import write_film
-            film = write_film(rooms / "film.mp4", FILM, SEED, side=56)
-        page = build(gr, model, processor, asked.model, hint, film)
-        launch(gr, page, asked, css=CSS, max_file_size=LARGEST)
-    finally: shutil.rmtree(rooms, ignore_errors=True)
+    with upload_folder("longva-chat-") as room:
+        print(f"Loading {asked.model} …", flush=True)
+        model, processor = load(asked)
+        import gradio as gr
+
+        from longva.cli import what_it_knows
+        from longva.lab.talk import Desk
+        hint = what_it_knows(processor)
+        examples, sample = (write_examples(room), "find heart") if hint else ([], "What happens here?")
+        desk = Desk(model, processor, asked.model, sample, hint, own=[file for *_, file in examples], most_bytes=asked.memory and asked.memory * 2**30)
+        launch(gr, build(gr, desk, about(asked.model, hint, asked.share), examples), asked, css=CSS, max_file_size=LARGEST)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ __all__ = ['port_number', 'server_options', 'check_address', 'launch', 'upload_f
 
 # %% ../../nbs/65_lab.serve.ipynb #9f5d8ef4
 import argparse
+import ctypes
 import os
 import shutil
 import signal
@@ -63,6 +64,8 @@ def launch(
     **more,
 ) -> None: # when somebody ends it
     "Serve a page, say where, and wait. Fonts are the system's; nothing is fetched."
+    # glibc gives each thread a heap of its own and keeps what a model's work has left there: with Gradio's 40 threads, hundreds of MB. Two heaps (M_ARENA_MAX is -8) are enough
+    with suppress(OSError, AttributeError, TypeError): ctypes.CDLL(None).mallopt(-8, 2)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
         page.launch(server_name=asked.host, server_port=asked.port, share=asked.share, quiet=True, prevent_thread_lock=True, ssr_mode=False,
