@@ -589,9 +589,9 @@ def _choose(path, index, n, fps, start, end, repeat):
     "The frames that were asked for, or a sentence why they cannot be had."
     length, here = index.seconds[-1] + 1 / index.fps, len(pick_frames(index.seconds, None, None, start, end))
     if fps is not None and fps > index.fps * _SAME_RATE and not repeat:
-        raise VideoError(f"{path} has {index.fps:.6g} frames per second, and fps={fps:.6g} would repeat some: ask for at most {index.fps:.6g}, or say repeat=True.")
+        raise VideoError(f"{path} has {index.fps:.6g} frames per second, and fps={fps:.6g} is more: ask for at most {index.fps:.6g}, or let read_frames repeat some (repeat=True).")
     if n is not None and 0 < here < n and not repeat:
-        raise VideoError(f"{path} has {here} frame{'s' * (here != 1)}{' there' if start or end else ''}, and {n} were asked for: ask for at most {here}, or say repeat=True.")
+        raise VideoError(f"{path} has {here} frame{'s' * (here != 1)}{' there' if start or end else ''}, and {n} were asked for: ask for at most {here}, or let read_frames repeat some (repeat=True).")
     asked = n or 0 if fps is None else (min(length, length if end is None else end) - start) * fps
     if asked > _MOST:
         raise VideoError(f"{path} cannot give that many frames at once, with {f'n={n}' if n else f'fps={fps:.6g}'}: ask for at most {_MOST:,} in one call.")
