@@ -78,7 +78,9 @@ async def visit(browser, address, app, number, end, seconds, errors):
         await page.goto(address)
         await page.wait_for_selector("#verdict .card" if app == "needle" else "#box textarea")
         await (needle_user if app == "needle" else chat_user)(page, number, np.random.default_rng(number), end(), note)
-    except Exception as error: errors.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+    except Exception as error:
+        there = await page.locator("#history, #verdict").all_inner_texts()
+        errors.append(f"{type(error).__name__}: {str(error).splitlines()[0]} User {number} sees {there}.")
     finally: await page.context.close()
 
 

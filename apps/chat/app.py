@@ -79,6 +79,10 @@ def build(gr, desk, about, examples):
         desk.renew(request.session_hash)
         return shown(request.session_hash), ""
 
+    def look(request: gr.Request):
+        talk = desk.talk(request.session_hash)
+        return shown(request.session_hash), panel(talk.takes, talk.seen) if talk.lines else ""
+
     def leave(request: gr.Request): desk.leave(request.session_hash)
 
     with gr.Blocks(title="Chat about films", analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -110,7 +114,8 @@ def build(gr, desk, about, examples):
         gr.on([box.change, frames.change, way.change, rate.change], weigh, [box, *given], about, **quiet, trigger_mode="always_last", concurrency_limit=4)
         way.change(lambda way: gr.update(visible=way == BY_RATE), way, rate, **quiet)
         halt.click(stop, None, None, queue=False, **quiet)
-        fresh.click(renew, None, [history, about], **in_order)
+        # An answer's last words may come to the page after the empty conversation; when no answer is under way, they can't any more.
+        fresh.click(renew, None, [history, about], **in_order).then(look, None, [history, about], **often, concurrency_limit=1, concurrency_id="answer")
         page.unload(leave)
     return page.queue(max_size=200)  # of all events; the desk has its own limit for questions
 

@@ -223,7 +223,8 @@ def answer(
     who: str,
 ): # yields whenever the lines have grown
     "Answer what waits, one question after the other."
-    talk = self.talk(who)
+    talk = self.talks.get(who)
+    if talk is None: return  # the page was closed meanwhile
     talk.idle.clear()
     try:
         while talk.waiting and self.talks.get(who) is talk:
@@ -279,7 +280,8 @@ def back(
     who: str,
 ) -> dict | None: # {"text", "files"} for the box, or nothing
     "A question that needs a change, once."
-    talk = self.talk(who)
+    talk = self.talks.get(who)
+    if talk is None: return None  # the page was closed meanwhile
     back, talk.back = talk.back, None
     return back
 
