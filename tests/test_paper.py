@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from longva.cli import app as cli_app
-from longva.cli import grid, numbers
+from longva.commands.base import grid, numbers
 from longva.lab.paper import ROWS, as_dict, curves, maps, reading, recorded
 from longva.lmms import app as lmms_app
 from longva.needle.trials import wilson

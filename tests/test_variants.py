@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from longva import cli
+from longva.commands import vniah
 from longva.lab.variants import MINI_WORDING, mini_scene
 from longva.mini import load
 from longva.mini.world import write_film, write_needles
@@ -80,7 +81,7 @@ def test_variant_on_the_command_line(tmp_path, inside):
 
 
 def test_the_command_knows_all_variants():
-    assert tuple(VARIANTS) == cli.VARIANTS and NOTHING == cli.NOTHING
+    assert tuple(VARIANTS) == vniah.VARIANTS and NOTHING == vniah.NOTHING
 
 
 def test_adaptive_runs_are_compared(inside, tmp_path):

@@ -170,7 +170,8 @@ def options():
 
 def load(asked):
     "(model, processor), or the end with a sentence."
-    from longva.cli import Usage, chat_model
+    from longva.commands.base import Usage
+    from longva.commands.chat import chat_model
     from longva.model.prefill import ChatError
     try: return chat_model(asked.model, asked.device_map)
     except (ChatError, Usage, mini.UnknownModel) as error:
@@ -186,7 +187,7 @@ def main():
         model, processor = load(asked)
         import gradio as gr
 
-        from longva.cli import what_it_knows
+        from longva.commands.chat import what_it_knows
         from longva.lab.talk import Desk
         hint = what_it_knows(processor)
         examples, sample = (write_examples(room), "find heart") if hint else ([], "What happens here?")
