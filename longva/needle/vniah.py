@@ -159,7 +159,6 @@ def batches(
         return len(p.before) + (s.frames + 1) * tokens_per_frame + len(p.after) + len(p.answer), len(p.answer)
     return together(spots, shape, batch_tokens)
 
-# %% ../../nbs/43_needle.vniah.ipynb #43b00002
 def path_of(
     prompt: Prompt,
     spot: Spot,
