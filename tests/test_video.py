@@ -112,6 +112,35 @@ def test_decord_is_refused_where_it_would_miscount(films, name):
     with pytest.raises(VideoError, match="decord.*pyav"): read_frames(films / name, n=4, backend="decord")
 
 
+def test_the_contents_of_an_mp4_are_what_its_packets_say(films, tmp_path):
+    from longva.vision.video import _listed, _open, _packets
+    encode(tmp_path / "open.mp4", bars(), "mp4", g="30", bf="3", **{"x264-params": "open-gop=1"})
+    encode(tmp_path / "uneven.mp4", bars(10), "mp4", times=[0, 20, 40, 60, 600, 620, 1200, 3000, 3020, 3600])
+    with av.open(str(films / "a.mp4")) as old, av.open(str(tmp_path / "parts.mp4"), "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}) as new:
+        copy = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None: packet.stream = copy; new.mux(packet)
+    cut = [remux(films / "a.mp4", tmp_path / f"cut{i}.mp4", at / 30) for i, at in enumerate((0, 50, 80))]
+    listed = {}
+    for path in [films / "a.mp4", films / "front.mp4", films / "c.mov", films / "a.mkv", *sorted(tmp_path.glob("*.mp4"))]:
+        found = _listed(path, path.stat().st_size)
+        with _open(path) as (container, stream): packets = _packets(container, stream, path.stat().st_size)
+        listed[path.name] = found is not None
+        if found: assert all(np.array_equal(x, y) for x, y in zip(found, packets)), path
+    assert {name for name, was in listed.items() if was} >= {"a.mp4", "front.mp4", "c.mov", "open.mp4", "uneven.mp4"}, listed
+    assert not listed["parts.mp4"] and not listed["a.mkv"] and not listed["cut1.mp4"] and len(cut) == 3
+
+
+def test_a_lying_table_is_not_believed(films, tmp_path):
+    "The first delays are changed behind FFmpeg's back: what the packets say is right."
+    from longva.vision import mp4
+    delays = mp4._delays
+    with av.open(str(films / "a.mp4")) as container:
+        mp4._delays = lambda *given: (lambda steps, wait: (steps, wait + (np.arange(len(wait)) == 10)))(*delays(*given))
+        try: assert mp4.contents(films / "a.mp4", container, container.streams.video[0]) is None
+        finally: mp4._delays = delays
+
+
 def test_film_cut_without_encoding(films, tmp_path):
     cut = remux(films / "a.mp4", tmp_path / "cut.mp4", 50 / 30)
     with av.open(str(cut)) as container: assert container.streams.video[0].frames == 80      # what it declares

@@ -26,6 +26,8 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from PIL import Image, ImageOps
 
+from .mp4 import begins_anew, contents
+
 # %% ../../nbs/10_vision.video.ipynb #ee72a765
 class VideoError(ValueError):
     "A video could not be read or written. The message is one sentence: which file, what is wrong, what to do."
@@ -175,15 +177,6 @@ _NO_TIME = -2**63                                # FFmpeg's own mark
 _PROMISES = {"matroska,webm", "flv", "asf"}      # they have no table of contents that we could check, but a length in the header
 
 
-def _begins_anew(packet, header) -> bool:
-    "Whether an H.264 keyframe, as mp4 and Matroska store it (units, each after its length), is of the kind behind which nothing refers to what came before."
-    data, at, width = bytes(packet), 0, (header[4] & 3) + 1
-    while at + width < len(data):
-        if data[at + width] & 31 == 5: return True
-        at += width + int.from_bytes(data[at:at + width], "big")
-    return False
-
-
 class _Packets(NamedTuple):
     "The labels of a video's packets, in file order."
     # [M] in ticks: when to show the frame, and when to decode it
@@ -211,7 +204,7 @@ def _packets(container, stream, size) -> _Packets: # `size` in bytes, of the fil
             pts.append(_NO_TIME if packet.pts is None else packet.pts)
             dts.append(_NO_TIME if packet.dts is None else packet.dts)
             marks.append(packet.is_keyframe | packet.is_discard << 1 | packet.is_corrupt << 2)
-            if closed and packet.is_keyframe and header[:1] == b"\1" and stream.codec_context.name == "h264": closed = _begins_anew(packet, header)
+            if closed and packet.is_keyframe and header[:1] == b"\1" and stream.codec_context.name == "h264": closed = begins_anew(bytes(packet), header)
     marks, pts, dts = np.frombuffer(marks, np.uint8), np.frombuffer(pts, np.int64), np.frombuffer(dts, np.int64)
     keys, hidden, corrupt = (marks >> bit & 1 == 1 for bit in range(3))
     if kind == "mpegts":                         # recordings glued together: a gap, but one or two packets later all begins anew
@@ -220,8 +213,19 @@ def _packets(container, stream, size) -> _Packets: # `size` in bytes, of the fil
     torn = corrupt.any() or any(entry.pos + entry.size > size for entry in stream.index_entries)
     torn = torn or bool(promised) and end < 0.95 * promised / av.time_base - 1
     torn = torn or kind == "avi" and dts.max(initial=0) < 0.95 * stream.frames - 2
-    key = np.maximum.accumulate(np.where(keys, np.arange(len(keys)), 0))
-    return _Packets(pts, dts, keys, hidden, bool(torn), bool(closed and not (pts < pts[key]).any()))
+    return _Packets(pts, dts, keys, hidden, bool(torn), bool(closed and not _shown_before(pts, keys)))
+
+
+def _shown_before(pts, keys):
+    "Is a frame shown before the keyframe that it comes behind?"
+    return (pts < pts[np.maximum.accumulate(np.where(keys, np.arange(len(keys)), 0))]).any()
+
+
+def _listed(path, size): # as `_packets`; None where there is no list to be believed
+    "The same from an mp4's table of contents."
+    with _open(path) as (container, stream): table = contents(path, container, stream)
+    if table is None: return None
+    return _Packets(table.pts, table.dts, table.keys, np.zeros(len(table.pts), bool), bool((table.end > size).any()), bool(table.closed and not _shown_before(table.pts, table.keys)))
 
 # %% ../../nbs/10_vision.video.ipynb #313a867b
 class _Index(NamedTuple):
@@ -299,7 +303,7 @@ def _breaks_off(path, container, stream, packets) -> bool:
 def _indexed(path, state) -> _Index:
     "The index of a file in this `state`."
     with _open(path) as (container, stream):
-        packets = _packets(container, stream, path.stat().st_size)
+        packets = _listed(path, path.stat().st_size) or _packets(container, stream, path.stat().st_size)
         if packets.torn or _breaks_off(path, container, stream, packets): raise VideoError(f"{path} is truncated, it breaks off before its end: copy or download it again.")
         kind, rate, tick = container.format.name, stream.average_rate, stream.time_base
         guess, label = stream.guessed_rate or rate or 25, _label(kind, stream.codec_context.codec, packets)
