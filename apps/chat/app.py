@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}  # before gradio: nothing is sent
 
 from longva import mini
-from longva.lab.serve import check_address, launch, server_options, upload_folder
+from longva.lab.serve import check_address, keep_listening, launch, server_options, upload_folder
 
 LARGEST = 2 << 30  # bytes of an upload
 FILM, SEED = 96, 11  # frames of the example film, and what it shows
@@ -117,6 +117,7 @@ def build(gr, desk, about, examples):
         # An answer's last words may come to the page after the empty conversation; when no answer is under way, they can't any more.
         fresh.click(renew, None, [history, about], **in_order).then(look, None, [history, about], **often, concurrency_limit=1, concurrency_id="answer")
         page.unload(leave)
+        keep_listening(gr)
     return page.queue(max_size=200)  # of all events; the desk has its own limit for questions
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}  # before gradio: nothing is fetched, nothing is sent
 
 from longva import mini
-from longva.lab.serve import check_address, launch, remove_uploads, server_options, upload_folder
+from longva.lab.serve import check_address, keep_listening, launch, remove_uploads, server_options, upload_folder
 
 DEMO = Path(__file__).resolve().parents[2] / "runs" / "demo"
 FILM_BYTES, PICTURE_BYTES, MOST_NEEDLES = 512 << 20, 20 << 20, 20  # of an upload; needles that one visitor may bring
@@ -249,6 +249,7 @@ def build(gr, first, demo):
         back.click(drawn_film, [visit, *looks], [video, film_said, frames, percent, *views], **reading)
         picture.upload(give_picture, [visit, picture], [visit, picture, needle_said], **reading)
         hide.click(give_needle, [visit, question, answer, *looks], [needle_said, *views], **reading)
+        keep_listening(gr)
     return page.queue(max_size=64)
 
 
