@@ -38,11 +38,12 @@ def runs(
     begin: int, end: int,
 ) -> np.ndarray: # [N] int64; empty if the box isn't whole
     "A table of (how many frames, a value for each) as one value for each frame."
-    file.seek(begin + 4)
-    rows = np.frombuffer(file.read(end - begin - 4), ">i4")
-    if len(rows) < 1 or len(rows) != 1 + 2 * rows[0]: return np.zeros(0, np.int64)
-    counts, values = rows[1:].reshape(-1, 2).astype(np.int64).T
-    return np.repeat(values, counts) if len(counts) and counts.min() > 0 and counts.sum() <= 1 << 26 else np.zeros(0, np.int64)
+    file.seek(begin + 4)  # past version and flags
+    table = file.read(max(end - begin - 4, 0))
+    rows = np.frombuffer(table[: len(table) // 4 * 4], ">i4").astype(np.int64)
+    if len(rows) < 3 or len(table) != 4 * (1 + 2 * rows[0]): return np.zeros(0, np.int64)
+    counts, values = rows[1:].reshape(-1, 2).T
+    return np.repeat(values, counts) if counts.min() > 0 and counts.sum() <= 1 << 26 else np.zeros(0, np.int64)
 
 # %% ../../nbs/09_vision.mp4.ipynb #157403c6
 class Contents(NamedTuple):
@@ -50,13 +51,8 @@ class Contents(NamedTuple):
     # [M] in ticks: when to show the frame, and when to decode it
     pts: np.ndarray
     dts: np.ndarray
-    # [M] whether decoding can begin here
+    # [M] whether decoding can begin here: nothing behind refers to what came before
     keys: np.ndarray
-    # [M] where the packet lies in the file, in bytes
-    begin: np.ndarray
-    end: np.ndarray
-    # whether no keyframe is of a kind behind which something may refer to what came before
-    closed: bool = True
 
 def begins_anew(
     # of a keyframe
@@ -70,12 +66,6 @@ def begins_anew(
         if packet[at + width] & 31 == 5: return True
         at += width + int.from_bytes(packet[at : at + width], "big")
     return False
-
-def _closed(path, codec, begins, sizes):
-    "Whether all keyframes begin anew, as far as can be known."
-    header = codec.extradata or b""
-    if codec.name != "h264" or header[:1] != b"\1": return codec.name != "h264"
-    with open(path, "rb") as file: return all(file.seek(at) == at and begins_anew(file.read(size), header) for at, size in zip(begins.tolist(), sizes.tolist()))
 
 def _delays(file, size, track):
     "How long after decoding each frame of this track is shown, and how long after the frame before it is decoded; None where the file doesn't say."
@@ -101,15 +91,18 @@ def contents(
     looked: int = 64,
 ) -> Contents | None: # None: read the packets
     "What an mp4's table of contents says, if all signs agree that it is right."
-    if not container.format.name.startswith("mov,mp4"): return None
-    with open(path, "rb") as file: found = _delays(file, file.seek(0, 2), stream.id)
-    entries = found and np.array([(e.timestamp, e.pos, e.size, e.is_keyframe, e.is_discard) for e in stream.index_entries], np.int64).reshape(-1, 5)
-    if found is None or not len(entries): return None
+    codec, header = stream.codec_context.name, stream.codec_context.extradata or b""
+    if not container.format.name.startswith("mov,mp4") or codec != "h264" or header[:1] != b"\1" or len(header) < 5: return None
+    with open(path, "rb") as file: found = _delays(file, length := file.seek(0, 2), stream.id)
+    if found is None: return None
+    entries = np.array([(e.timestamp, e.pos, e.size, e.is_keyframe, e.is_discard) for e in stream.index_entries], np.int64).reshape(-1, 5)
     (steps, delays), (dts, begin, size, keys, hidden) = found, entries.T
-    if not len(steps) == len(delays) == len(dts) or (np.diff(dts) != steps[:-1]).any(): return None
-    if delays.min() < 0 or hidden.any() or size.min() < 1: return None
-    table = Contents(dts + delays, dts, keys == 1, begin, begin + size, _closed(path, stream.codec_context, begin[keys == 1], size[keys == 1]))
-    for i, packet in enumerate(islice((p for p in container.demux(stream) if p.size), looked)):
-        if (packet.pts, packet.dts, packet.is_keyframe, packet.size, packet.pos) != (table.pts[i], dts[i], table.keys[i], size[i], begin[i]): return None
-        if packet.is_discard or packet.is_corrupt: return None
-    return table
+    if not 0 < len(steps) == len(delays) == len(dts) or (np.diff(dts) != steps[:-1]).any(): return None
+    if delays.min() < 0 or hidden.any() or size.min() < 1 or begin.min() < 0 or (begin + size).max() > length: return None
+    real = [(p.pts, p.dts, p.pos, p.size, p.is_keyframe) for p in islice((p for p in container.demux(stream) if p.size), looked) if not (p.is_discard or p.is_corrupt)]
+    if real != [*zip((dts + delays)[:looked].tolist(), *entries[:looked, :4].T.tolist())]: return None
+    with open(path, "rb") as file:
+        for at, n in entries[keys == 1, 1:3].tolist():
+            file.seek(at)
+            if not begins_anew(file.read(n), header): return None
+    return Contents(dts + delays, dts, keys == 1)

@@ -213,19 +213,19 @@ def _packets(container, stream, size) -> _Packets: # `size` in bytes, of the fil
     torn = corrupt.any() or any(entry.pos + entry.size > size for entry in stream.index_entries)
     torn = torn or bool(promised) and end < 0.95 * promised / av.time_base - 1
     torn = torn or kind == "avi" and dts.max(initial=0) < 0.95 * stream.frames - 2
-    return _Packets(pts, dts, keys, hidden, bool(torn), bool(closed and not _shown_before(pts, keys)))
+    return _Packets(pts, dts, keys, hidden, bool(torn), closed and not _shown_before(pts, keys))
 
 
 def _shown_before(pts, keys):
     "Is a frame shown before the keyframe that it comes behind?"
-    return (pts < pts[np.maximum.accumulate(np.where(keys, np.arange(len(keys)), 0))]).any()
+    return bool((pts < pts[np.maximum.accumulate(np.where(keys, np.arange(len(keys)), 0))]).any())
 
 
-def _listed(path, size): # as `_packets`; None where there is no list to be believed
+def _listed(path): # as `_packets`; None where there is no list to be believed
     "The same from an mp4's table of contents."
     with _open(path) as (container, stream): table = contents(path, container, stream)
     if table is None: return None
-    return _Packets(table.pts, table.dts, table.keys, np.zeros(len(table.pts), bool), bool((table.end > size).any()), bool(table.closed and not _shown_before(table.pts, table.keys)))
+    return _Packets(table.pts, table.dts, table.keys, np.zeros(len(table.pts), bool), False, not _shown_before(table.pts, table.keys))
 
 # %% ../../nbs/10_vision.video.ipynb #313a867b
 class _Index(NamedTuple):
@@ -303,7 +303,7 @@ def _breaks_off(path, container, stream, packets) -> bool:
 def _indexed(path, state) -> _Index:
     "The index of a file in this `state`."
     with _open(path) as (container, stream):
-        packets = _listed(path, path.stat().st_size) or _packets(container, stream, path.stat().st_size)
+        packets = _listed(path) or _packets(container, stream, path.stat().st_size)
         if packets.torn or _breaks_off(path, container, stream, packets): raise VideoError(f"{path} is truncated, it breaks off before its end: copy or download it again.")
         kind, rate, tick = container.format.name, stream.average_rate, stream.time_base
         guess, label = stream.guessed_rate or rate or 25, _label(kind, stream.codec_context.codec, packets)
