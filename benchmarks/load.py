@@ -20,12 +20,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 PATIENCE = 120  # seconds for one answer
+REST = 12  # seconds before memory is read; the apps give back what was freed every 10
 
 
 def memory(pid):
     "Resident MiB of a process; nan where there is no /proc."
     try: return next(int(line.split()[1]) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")) / 1024
     except OSError: return float("nan")
+
+
+def rested(pid):
+    "Resident MiB when everybody has left."
+    time.sleep(REST)
+    return memory(pid)
 
 
 async def needle_user(page, number, rng, end, note):
@@ -108,15 +115,14 @@ def measure(app, users, length, browser):
     try:
         address = wait_for(process, "http://").split()[1]
         asyncio.run(crowd(address, app, 1, min(5, length), browser))  # warm, so that what is loaded once does not count as growth
-        before = memory(process.pid)
+        before = rested(process.pid)
         halves = []
         for _ in range(2):
-            halves.append((*asyncio.run(crowd(address, app, users, length / 2, browser)), memory(process.pid)))
+            halves.append((*asyncio.run(crowd(address, app, users, length / 2, browser)), rested(process.pid)))
         seconds, errors, middle = halves[0][0] + halves[1][0], halves[0][1] + halves[1][1], halves[0][2]
-        time.sleep(2)
         return dict(app=app, users=users, seconds=length, requests=len(seconds), errors=len(errors), first_errors=errors[:5],
                     p50=round(float(np.percentile(seconds, 50)), 3) if seconds else None, p95=round(float(np.percentile(seconds, 95)), 3) if seconds else None,
-                    slowest=round(max(seconds), 3) if seconds else None, mib_before=round(before), mib_middle=round(middle), mib_after=round(memory(process.pid)))
+                    slowest=round(max(seconds), 3) if seconds else None, mib_before=round(before), mib_middle=round(middle), mib_after=round(halves[1][2]))
     finally:
         process.terminate()
         process.wait(30)

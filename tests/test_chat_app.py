@@ -1,7 +1,10 @@
 """The chat app in a real browser: it answers about uploads, stops, refuses in sentences, keeps no upload, and sends nothing out."""
+import asyncio
 import importlib.util
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -332,3 +335,24 @@ def test_refusals(tmp_path):
     assert "GiB above 0" in refusal("--memory", "0")
     assert "with HF_HUB_OFFLINE=0 it is fetched" in refusal("--model", "nobody/nothing", "--port", free_port())
     assert "no-such-folder" in refusal("--model", "no-such-folder", "--port", free_port())
+
+
+def test_gradio_keeps_no_copies_of_what_was_shown():
+    "Each value that follows on a skip leaves a copy of the component in Gradio's memory of the page; a hundred answers leave none."
+    import gradio as gr
+    from gradio.state_holder import SessionState
+    spec = importlib.util.spec_from_file_location("chat_app", root / "apps/chat/app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    talk = SimpleNamespace(lines=[dict(role="user", content="find heart"), dict(role="assistant", content="red rows")], takes="takes", seen="seen")
+    desk = SimpleNamespace(talks=dict(me=talk), talk=lambda who: talk, answer=lambda who: iter(range(3)), weigh=lambda *given: None)
+    page, me = app.build(gr, desk, "", []), SimpleNamespace(session_hash="me")
+    memory, fns = SessionState(page), {fn.name: fn for fn in page.fns.values()}
+    before = len(memory.blocks_config.blocks)
+
+    async def converse():
+        for _ in range(100):
+            await page.postprocess_data(fns["weigh"], fns["weigh"].fn(me, None, 64), memory)
+            for said in fns["answer"].fn(me): await page.postprocess_data(fns["answer"], list(said), memory)
+    with ThreadPoolExecutor(1) as pool: pool.submit(asyncio.run, converse()).result()  # the browser's event loop has this thread
+    assert len(memory.blocks_config.blocks) == before

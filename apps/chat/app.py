@@ -46,9 +46,14 @@ def build(gr, desk, about, examples):
     from longva.lab.talk import BY_NUMBER, BY_RATE, Settings, Trouble, trouble_html
     start = Settings(frames=FILM, most=16) if examples else Settings()
 
+    # Whenever a value follows on gr.skip(), Gradio keeps one more copy of the component with its value for as long as it knows the page. So what is
+    # shown is said again, and skips are for the rare cases and for the small box.
+
     def shown(who):
         "The lines of a conversation as Gradio wants them."
         return [line | dict(content=gr.HTML(trouble_html(line["content"]))) if isinstance(line["content"], Trouble) else dict(line) for line in desk.talk(who).lines]
+
+    def panel(talk): return takes_panel(talk.takes, talk.seen) if talk.lines else ""
 
     def ask(who, text, files, given):
         "(box, history)"
@@ -64,14 +69,15 @@ def build(gr, desk, about, examples):
         who = request.session_hash
         for _ in desk.answer(who):
             talk = desk.talk(who)
-            yield shown(who), panel(talk.takes, talk.seen)
-        yield gr.skip(), gr.skip()  # Gradio says the last one again when all is done, and by then the page may show a new conversation
+            yield shown(who), panel(talk)
+        # Gradio says the last one again when all is done, and by then the page may show a new conversation, or be closed
+        yield (shown(who), panel(desk.talk(who))) if who in desk.talks else (gr.skip(), gr.skip())
 
     def back(request: gr.Request): return desk.back(request.session_hash) or gr.skip()
 
     def weigh(request: gr.Request, box, *given):
         takes = desk.weigh(request.session_hash, (box or {}).get("files") or [], Settings(*given))
-        return gr.skip() if takes is None else panel(takes)
+        return panel(desk.talk(request.session_hash)) if takes is None else takes_panel(takes)
 
     def stop(request: gr.Request): desk.stop(request.session_hash)
 
@@ -81,7 +87,7 @@ def build(gr, desk, about, examples):
 
     def look(request: gr.Request):
         talk = desk.talk(request.session_hash)
-        return shown(request.session_hash), panel(talk.takes, talk.seen) if talk.lines else ""
+        return shown(request.session_hash), panel(talk)
 
     def leave(request: gr.Request): desk.leave(request.session_hash)
 
@@ -121,7 +127,7 @@ def build(gr, desk, about, examples):
     return page.queue(max_size=200)  # of all events; the desk has its own limit for questions
 
 
-def panel(takes, seen=""):
+def takes_panel(takes, seen=""):
     return f'<div class="takes">{seen}{takes}</div>'
 
 
