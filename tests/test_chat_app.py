@@ -21,6 +21,14 @@ from longva.model.modeling import LongVA, mini_config
 from longva.vision.video import write_video
 
 
+def the_app():
+    "Its file as a module."
+    spec = importlib.util.spec_from_file_location("chat_app", root / "apps" / "chat" / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    return app
+
+
 @pytest.fixture(scope="module")
 def rooms(tmp_path_factory):
     "Where the app keeps its temporary files."
@@ -171,9 +179,7 @@ def test_examples(page, rooms, tmp_path):
 
 def test_the_miniature_is_as_good_as_the_page_says(tmp_path):
     "All examples, in any order, and other films than those that were counted."
-    spec = importlib.util.spec_from_file_location("chat_app", root / "apps" / "chat" / "app.py")
-    app = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(app)
+    app = the_app()
     model, processor = mini.load("mini-longva")
     examples, right = app.write_examples(tmp_path), once(11, 96) | {thing: f"{colour} {ground}" for thing, colour, ground in app.SHEET}
     assert not {thing for thing, *_ in app.SHEET} & {scene_words(scene)[0] for scene in film_scenes(96, 11)}
@@ -341,9 +347,7 @@ def test_gradio_keeps_no_copies_of_what_was_shown():
     "Each value that follows on a skip leaves a copy of the component in Gradio's memory of the page; a hundred answers leave none."
     import gradio as gr
     from gradio.state_holder import SessionState
-    spec = importlib.util.spec_from_file_location("chat_app", root / "apps/chat/app.py")
-    app = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(app)
+    app = the_app()
     talk = SimpleNamespace(lines=[dict(role="user", content="find heart"), dict(role="assistant", content="red rows")], takes="takes", seen="seen")
     desk = SimpleNamespace(talks=dict(me=talk), talk=lambda who: talk, answer=lambda who: iter(range(3)), weigh=lambda *given: None)
     page, me = app.build(gr, desk, "", []), SimpleNamespace(session_hash="me")
