@@ -25,8 +25,8 @@ DEPTHS, SEED = (0, 0.25, 0.5, 0.75, 1), 20270114
 
 def film(frames, seed):
     """A film and needles of the miniature's world."""
-    from longva.lab.demo import put_needles
     from longva.mini.world import write_film
+    from longva.study.demo import put_needles
     WORK.mkdir(parents=True, exist_ok=True)
     file = WORK / f"film-{seed}.mp4"
     return file if file.exists() else write_film(file, frames, seed), put_needles(WORK / f"needles-{seed}", 20, seed)
@@ -34,8 +34,8 @@ def film(frames, seed):
 
 def bases():
     """mini-short with other RoPE bases, mini-longva beside it: shares by base and length."""
-    from longva.lab.ablate import ablate, product
-    from longva.lab.demo import TRAIN_FRAMES
+    from longva.study.ablate import ablate, product
+    from longva.study.demo import TRAIN_FRAMES
     haystack, needles = film(512, SEED)
     tried = (1e3, 1e4, 1e5, 1e6, 1e9)
     settings = product(model="mini-short", theta=[None, *tried]) + product(model="mini-longva")
@@ -107,9 +107,9 @@ def image_logits(model, processor, image, thing, answer):
 
 def images():
     """Both encodings on the same images, of 2 to 49 grids; alignment had at most 24."""
-    from longva.lab.demo import newcombe
     from longva.mini import load
     from longva.needle.sweep import judge
+    from longva.study.demo import newcombe
     models = {name: load(name) for name in ("mini-longva", "mini-anyres")}
     rows = []
     for grids in (2, 6, 12, 24, 35, 49):
@@ -168,11 +168,11 @@ def dpo():
 
 def beyond():
     """mini-longva in films of up to three times its text-training length."""
-    from longva.lab.demo import put_needles
     from longva.mini import load
     from longva.mini.world import write_film
     from longva.needle.trials import cells
     from longva.needle.vniah import run
+    from longva.study.demo import put_needles
     model, processor = load("mini-longva")
     haystack = WORK / "film-long.mp4"
     WORK.mkdir(parents=True, exist_ok=True)
@@ -212,8 +212,8 @@ def main():
     ask = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ask.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     given = ask.parse_args()
-    from longva.lab.ablate import machine
     from longva.needle.trials import versions, write_whole
+    from longva.study.ablate import machine
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in given.parts or PARTS:
         start = time.perf_counter()

@@ -11,10 +11,10 @@ import platform
 import tempfile
 from pathlib import Path
 
-from longva.lab.variants import measure
 from longva.mini import NAMES
 from longva.needle.trials import versions, wilson
 from longva.needle.variants import VARIANTS
+from longva.study.variants import measure
 
 CHANCE = {"vniah": 1 / 64, "vniah-d": 1 / 64, "several": 1 / 64, "absent": 1 / 64, "shuffled": 1 / 64, "question-first": 1 / 64,
           "order": 1 / 2, "relation": 1 / 2, "count": 1 / 4, "choice": 1 / 4, "blind": 1 / 4, "tenth": 1 / 10, "joint": 1 / 640}

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from longva.context.rope import extend_rope
-from longva.lab.ablate import Run, ablate, compare, named, product
-from longva.lab.demo import newcombe
 from longva.mini import load
 from longva.mini.world import write_film, write_needles
 from longva.needle.trials import NeedleError, Trial, key, read_trials, versions
 from longva.needle.vniah import run
+from longva.study.ablate import Run, ablate, compare, named, product
+from longva.study.demo import newcombe
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = product(model="mini-short", theta=[None, 1e4], pool_mode="max")
 SCRIPT = """
-from longva.lab.ablate import ablate, product
+from longva.study.ablate import ablate, product
 if __name__ == "__main__":
     ablate(product(model="mini-short", theta=[None, 1e4], pool_mode="max"), "broken", workers=2, progress=False,
            haystack="film.mp4", needles="needles", frames=(8, 64), depths=(0, 1), seed=3)

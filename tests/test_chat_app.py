@@ -14,11 +14,11 @@ from app_toy import flags, free_port, patience, root, start, wait_for
 from PIL import Image
 
 from longva import mini
-from longva.lab.talk import Desk, Settings
 from longva.mini.world import draw_frame, film_scenes, scene_words, write_film
 from longva.model.chat import Chat
 from longva.model.modeling import LongVA, mini_config
 from longva.vision.video import write_video
+from longva.web.desk import Desk, Settings
 
 
 def the_app():

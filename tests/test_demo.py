@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from longva.lab.demo import PANELS, TASKS, demo
 from longva.needle.trials import NeedleError, key, read_trials
+from longva.study.demo import PANELS, TASKS, demo
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(frames=(8, 16), depths=(0, 1), needles=2, control=10, progress=False)

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from longva import cli
 from longva.context.plan import per_token
-from longva.lab.variants import mini_scene
 from longva.mini import load
 from longva.mini.world import write_film
 from longva.model.prefill import LiveBytes
@@ -22,6 +21,7 @@ from longva.needle.haystack import save_needles
 from longva.needle.trials import read_trials
 from longva.needle.trie import Cost, Reader, decide_paths, shares
 from longva.needle.vniah import Spot, encode, encode_needles, make_prompt, path_of
+from longva.study.variants import mini_scene
 
 sys.path.insert(0, str(Path(__file__).parent))
 from needle_toy import film, needles, toy

@@ -1,6 +1,6 @@
 """The lmms-eval plug-in: against oracles everywhere, and inside the real package where it is installed.
 
-lmms-eval has pins of its own, and an environment of its own. The lines that make it are in nbs/46_lmms.ipynb. Then:
+lmms-eval has pins of its own, and an environment of its own. The lines that make it are in nbs/780_lmms.ipynb. Then:
 
     LONGVA_LMMS_ENV=lmms_env pytest tests/test_lmms.py
 
@@ -239,7 +239,7 @@ def test_import_needs_no_lmms_eval(monkeypatch):
     assert done.stdout.strip() == "Answerer", done.stderr
     monkeypatch.setattr(longva.lmms, "find_spec", lambda name: None)
     for call in (longva.lmms.manifest, lambda: longva.lmms.LongVAChat, lambda: longva.lmms.model_class.__wrapped__(True), lambda: curve("mini-longva", "x", [1], "out")):
-        with pytest.raises(LmmsError, match=r"^lmms-eval is not installed here: make an environment for it, as the notebook 46_lmms says\.$"): call()
+        with pytest.raises(LmmsError, match=r"^lmms-eval is not installed here: make an environment for it, as the notebook 780_lmms says\.$"): call()
 
 
 def test_the_entry_point_is_declared(tmp_path):
@@ -374,7 +374,7 @@ def test_the_commands(world, tmp_path):
 def real(tmp_path_factory):
     "Runs lmms-eval in its own environment: returns (output, results or None, samples by task)."
     named = os.environ.get("LONGVA_LMMS_ENV")
-    if not named: pytest.skip("lmms-eval is not run: make an environment for it by the lines of nbs/46_lmms.ipynb, and name it in LONGVA_LMMS_ENV; or LONGVA_LMMS_ENV=build")
+    if not named: pytest.skip("lmms-eval is not run: make an environment for it by the lines of nbs/780_lmms.ipynb, and name it in LONGVA_LMMS_ENV; or LONGVA_LMMS_ENV=build")
     place = tmp_path_factory.mktemp("real")
     if named == "build": named = build(place)
     python = Path(named).expanduser().absolute() / "bin" / "python"
@@ -395,7 +395,7 @@ def real(tmp_path_factory):
 
 def install_lines():
     "What the notebook tells a newcomer to type."
-    cells = json.loads((root / "nbs" / "46_lmms.ipynb").read_text("utf-8"))["cells"]
+    cells = json.loads((root / "nbs" / "780_lmms.ipynb").read_text("utf-8"))["cells"]
     return [line for line in "".join(cells[0]["source"]).splitlines() if "lmms_env" in line and line.startswith(("python3 ", "lmms_env/"))]
 
 

@@ -25,7 +25,7 @@ def process(chromium, rooms, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(process):  # made while the app starts
-    from longva.lab.bench import mini_bench
+    from longva.needle.bench import mini_bench
     return mini_bench("mini-longva")
 
 
@@ -143,9 +143,9 @@ def test_attention(page, bench):
 
 
 def test_heat_map_cells_log_and_short_twin(page, bench, tmp_path):
-    from longva.lab.bench import fill, mini_bench
-    from longva.lab.page import shade
+    from longva.needle.bench import fill, mini_bench
     from longva.needle.trials import cells, read_trials
+    from longva.web.page import shade
     page.click("#fill")
     page.wait_for_selector('#heat button[data-frames="16"][data-all="10"]')
     page.click('#strip button[data-index="20"]')  # the needle can be moved while the map grows
@@ -195,9 +195,9 @@ def real_film(tmp_path):
 def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):
     from PIL import Image
 
-    from longva.lab.visit import add_needle, with_film
     from longva.mini.world import draw_frame
     from longva.needle.haystack import Needle
+    from longva.web.visit import add_needle, with_film
     film, count = real_film
     page.locator("#own > button").click()
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)

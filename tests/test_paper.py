@@ -13,9 +13,9 @@ import typer
 
 from longva.cli import app as cli_app
 from longva.commands.base import grid, numbers
-from longva.lab.paper import ROWS, as_dict, curves, maps, reading, recorded
 from longva.lmms import app as lmms_app
 from longva.needle.trials import wilson
+from longva.study.paper import ROWS, as_dict, curves, maps, reading, recorded
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = sorted((ROOT / "benchmarks/results/paper").glob("*.json"))

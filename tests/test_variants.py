@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from longva import cli
 from longva.commands import vniah
-from longva.lab.variants import MINI_WORDING, mini_scene
 from longva.mini import load
 from longva.mini.world import write_film, write_needles
 from longva.needle.features import cached_features, clear_features
@@ -20,6 +19,7 @@ from longva.needle.statistics import compare
 from longva.needle.trials import NeedleError, key, read_trials
 from longva.needle.variants import NOTHING, VARIANTS, run_variant
 from longva.needle.vniah import run
+from longva.study.variants import MINI_WORDING, mini_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}  # before gradio: nothing is sent
 
 from longva import mini
-from longva.lab.serve import check_address, keep_listening, launch, server_options, upload_folder
+from longva.web.serve import check_address, keep_listening, launch, server_options, upload_folder
 
 LARGEST = 2 << 30  # bytes of an upload
 FILM, SEED = 96, 11  # frames of the example film, and what it shows
@@ -43,7 +43,7 @@ CSS = """
 
 def build(gr, desk, about, examples):
     "The page; each of its events is a method of the desk."
-    from longva.lab.talk import BY_NUMBER, BY_RATE, Settings, Trouble, trouble_html
+    from longva.web.desk import BY_NUMBER, BY_RATE, Settings, Trouble, trouble_html
     start = Settings(frames=FILM, most=16) if examples else Settings()
 
     # Whenever a value follows on gr.skip(), Gradio keeps one more copy of the component with its value for as long as it knows the page. So what is
@@ -195,7 +195,7 @@ def main():
         import gradio as gr
 
         from longva.commands.chat import what_it_knows
-        from longva.lab.talk import Desk
+        from longva.web.desk import Desk
         hint = what_it_knows(processor)
         examples, sample = (write_examples(room), "find heart") if hint else ([], "What happens here?")
         desk = Desk(model, processor, asked.model, sample, hint, own=[file for *_, file in examples], most_bytes=asked.memory and asked.memory * 2**30)

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}  # before gradio: nothing is fetched, nothing is sent
 
 from longva import mini
-from longva.lab.serve import check_address, keep_listening, launch, remove_uploads, server_options, upload_folder
+from longva.web.serve import check_address, keep_listening, launch, remove_uploads, server_options, upload_folder
 
 DEMO = Path(__file__).resolve().parents[2] / "runs" / "demo"
 FILM_BYTES, PICTURE_BYTES, MOST_NEEDLES = 512 << 20, 20 << 20, 20  # of an upload; needles that one visitor may bring
@@ -40,7 +40,7 @@ SAVE = """text => {
 @lru_cache(maxsize=len(mini.NAMES))
 def bench(name):
     "The bench of a miniature, shared by all visitors; its film is encoded the first time only."
-    from longva.lab.bench import mini_bench
+    from longva.needle.bench import mini_bench
     return mini_bench(name)
 
 
@@ -52,10 +52,10 @@ def heads(config):
 
 def heat_map(visit, demo, palette):
     "The map of a demo run with these weights, or of what was decided here."
-    from longva.lab.bench import recorded
-    from longva.lab.demo import FRAMES, TRAIN_FRAMES
-    from longva.lab.page import map_html
-    from longva.lab.visit import lengths
+    from longva.needle.bench import recorded
+    from longva.study.demo import FRAMES, TRAIN_FRAMES
+    from longva.web.page import map_html
+    from longva.web.visit import lengths
     here = visit.bench(bench)
     columns, source = lengths(len(here.film)), visit.film[0] if visit.film else "filled here"
     trials, before = list(here.kept.values()), [] if visit.film or visit.filled else recorded(here, demo / visit.model)
@@ -65,7 +65,7 @@ def heat_map(visit, demo, palette):
 
 def opened(visit, trials):
     "The trials of the open cell."
-    from longva.lab.page import trials_html
+    from longva.web.page import trials_html
     return trials_html([t for t in trials if (t.frames, t.depth) == visit.opened], visit.bench(bench).processor.tokenizer)
 
 
@@ -73,9 +73,9 @@ def look(visit, demo, palette, which):
     "Everything that follows from where the needle is."
     import numpy as np
 
-    from longva.lab.bench import one_pass, strip
-    from longva.lab.page import card_html, needles_html, strip_html
-    from longva.lab.visit import look_here
+    from longva.needle.bench import one_pass, strip
+    from longva.web.page import card_html, needles_html, strip_html
+    from longva.web.visit import look_here
     visit.palette = palette
     with one_pass:  # so that of two events at once the later one shows both changes
         here = visit.bench(bench)
@@ -105,11 +105,11 @@ def build(gr, first, demo):
     import json
     from dataclasses import asdict
 
-    from longva.lab.bench import FRAMES, NEEDLES
-    from longva.lab.page import CLICK, DRAG
-    from longva.lab.visit import Visit, fill_here, read_picture, take_film, take_needle
+    from longva.needle.bench import FRAMES, NEEDLES
     from longva.needle.haystack import Needle
     from longva.needle.trials import NeedleError
+    from longva.web.page import CLICK, DRAG
+    from longva.web.visit import Visit, fill_here, read_picture, take_film, take_needle
 
     def shown(visit, palette, which):
         try: return visit, *look(visit, demo, palette, which)
@@ -270,7 +270,7 @@ def main():
         import gradio as gr
         from transformers.utils import logging
 
-        from longva.lab.page import CSS
+        from longva.web.page import CSS
         logging.disable_progress_bar()
         try: bench(asked.model)
         except mini.UnknownModel as error: sys.exit(str(error))
