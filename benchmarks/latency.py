@@ -80,7 +80,7 @@ def main():
     from rich.console import Console
     from rich.table import Table
 
-    from longva.needle.trials import versions
+    from longva.files import versions
     depths = [k / 400 for k in np.random.default_rng(0).permutation(401)[: given.moves].tolist()]
     load = os.getloadavg()[0]
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

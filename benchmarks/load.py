@@ -138,7 +138,7 @@ def main():
     from rich.console import Console
     from rich.table import Table
 
-    from longva.needle.trials import versions
+    from longva.files import versions
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None: sys.exit("There is no Chromium here, and the users are its pages: install it (Debian: apt-get install chromium).")
     load, result = os.getloadavg()[0], measure(given.app, given.users, given.seconds, browser)

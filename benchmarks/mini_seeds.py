@@ -45,9 +45,9 @@ def main():
     from rich.console import Console
     from rich.table import Table
 
+    from longva.files import versions
     from longva.mini import NAMES
     from longva.mini.recipe import train
-    from longva.needle.trials import versions
 
     result, table = {"film_seed": given.film_seed, "versions": versions(), "seeds": {}}, Table("seed", "model", "16", "32", "64", "128", "256", "512", "no needle")
     for seed in given.seeds:

@@ -212,7 +212,7 @@ def main():
     ask = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ask.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     given = ask.parse_args()
-    from longva.needle.trials import versions, write_whole
+    from longva.files import versions, write_whole
     from longva.study.ablate import machine
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in given.parts or PARTS:

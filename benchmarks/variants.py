@@ -11,8 +11,9 @@ import platform
 import tempfile
 from pathlib import Path
 
+from longva.files import versions
 from longva.mini import NAMES
-from longva.needle.trials import versions, wilson
+from longva.needle.trials import wilson
 from longva.needle.variants import VARIANTS
 from longva.study.variants import measure
 

@@ -64,7 +64,7 @@ def paper_command(
     with one_sentence("."):
         from rich.console import Console
 
-        from longva.needle.trials import check_folder, write_whole
+        from longva.files import check_folder, write_whole
         from longva.study.paper import NOTE, ROWS, as_dict, card, paper_table
         ids = {r.id.lower(): r.id for r in ROWS}
         if row and row.lower() not in ids: raise Usage(f"There is no {row} here: name one of {', '.join(ids.values())}.")

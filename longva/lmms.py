@@ -31,12 +31,12 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .files import check_folder, versions, write_whole
 from .mini import NAMES, folder
 from .model.chat import load
 from .model.prefill import prefill
 from .needle.haystack import count_frames, load_haystack, load_needles
 from .needle.sweep import check_grid
-from .needle.trials import check_folder, versions, write_whole
 from .vision.image import open_image
 from .vision.unires import fit_frames
 from .vision.video import Frames, read_frames, video_info

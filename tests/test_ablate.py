@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from longva.context.rope import extend_rope
+from longva.files import versions
 from longva.mini import load
 from longva.mini.world import write_film, write_needles
-from longva.needle.trials import NeedleError, Trial, key, read_trials, versions
+from longva.needle.trials import NeedleError, Trial, key, read_trials
 from longva.needle.vniah import run
 from longva.study.ablate import Run, ablate, compare, named, product
 from longva.study.demo import newcombe

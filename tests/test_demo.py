@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from longva.files import FolderError
 from longva.needle.trials import NeedleError, key, read_trials
 from longva.study.demo import PANELS, TASKS, demo
 
@@ -74,7 +75,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(NeedleError, match="holds files but no demo.json: choose another folder"): demo(tmp_path, progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["haystack.mp4"] and (tmp_path / "haystack.mp4").read_bytes() == b"a stranger's film"
     for out in ("haystack.mp4", "haystack.mp4/below"):
-        with pytest.raises(NeedleError, match="haystack.mp4 is a file, and the results need a folder"): demo(tmp_path / out, progress=False)
+        with pytest.raises(FolderError, match="haystack.mp4 is a file, and the results need a folder"): demo(tmp_path / out, progress=False)
 
 
 @pytest.fixture(scope="module")

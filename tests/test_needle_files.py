@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from longva.files import FolderError
 from longva.needle.haystack import Needle, NeedleError, count_frames, load_haystack, load_needles, save_needles
 from longva.needle.heatmap import figure4, heat_map, save_figure4, save_html, save_png
 from longva.needle.sweep import check_grid, same_settings, sweep
@@ -254,7 +255,7 @@ def test_log_has_one_writer(tmp_path):
 def test_log_in_a_file(tmp_path):
     (tmp_path / "x").write_text("")
     for log in ("x/trials.jsonl", "x/below/trials.jsonl", "x/far/below/trials.jsonl"):
-        with pytest.raises(NeedleError, match="/x is a file, and the results need a folder") as error:
+        with pytest.raises(FolderError, match="/x is a file, and the results need a folder") as error:
             TrialLog(tmp_path / log)
         assert is_one_sentence(error)
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from longva import cli
 from longva.commands import vniah
+from longva.files import FolderError
 from longva.mini import load
 from longva.mini.world import write_film, write_needles
 from longva.needle.features import cached_features, clear_features
@@ -144,7 +145,7 @@ def test_a_second_sweep_encodes_nothing(tmp_path, sweep, monkeypatch):
     assert decided(go("short", [6], features=tmp_path / "tokens")) == [d for d in decided(first) if d[0][1] == 6] and sum(calls) == 14
     go("crop", features=tmp_path / "tokens", fit="crop")
     assert sum(calls) == 28                                       # another front end is another key
-    with pytest.raises(NeedleError, match="is a file"): go("none", features=tmp_path / "plain" / "trials.jsonl")
+    with pytest.raises(FolderError, match="is a file"): go("none", features=tmp_path / "plain" / "trials.jsonl")
     assert not (tmp_path / "none").exists()
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 import train_toy
 
-from longva.needle.trials import NeedleError
 from longva.needle.watch import NeedleWatch, watched
 from longva.train.loop import train
 
@@ -88,4 +87,4 @@ def test_its_verdicts_are_those_of_a_sweep(tmp_path):
 
 @pytest.mark.parametrize("wrong, said", [(dict(every=0), "a whole number from 1, and not every 0"), (dict(frames=[7]), "holds 6 frames, and 7"), (dict(needles=[]), "at least one"), (dict(out=__file__), "is a file")], ids=str)
 def test_what_cannot_be_looked_at(tmp_path, wrong, said):
-    with pytest.raises(NeedleError, match=said): NeedleWatch(**(dict(processor=None, haystack=toy.film(6), needles=toy.needles(), out=tmp_path, **GRID) | wrong))
+    with pytest.raises(ValueError, match=said): NeedleWatch(**(dict(processor=None, haystack=toy.film(6), needles=toy.needles(), out=tmp_path, **GRID) | wrong))

@@ -40,7 +40,7 @@ def one_sentence(
     said_here = lambda record: not record.getMessage().startswith("Stopped.")  # a sweep says itself how to go on; here the command says it
     logging.getLogger("longva").addFilter(said_here)
     try:
-        from longva.needle.trials import check_folder
+        from longva.files import check_folder
         check_folder(out)
         yield
     except KeyboardInterrupt:

@@ -49,9 +49,9 @@ def own_book(
     repeat: bool = False,
 ) -> Path: # out/book
     "Write a book of the miniature's world, unless it is too short or something else lies there."
+    from longva.files import write_whole
     from longva.mini.reader import write_book
     from longva.needle.book import NeedleError, check_fit
-    from longva.needle.trials import write_whole
     with tempfile.TemporaryDirectory() as drawn: text = (write_book(drawn) / "scenes.txt").read_bytes()
     check_fit(len(text.split()), longest, repeat, "The book of the miniature's world")
     there = out / "book"
@@ -71,7 +71,7 @@ def show_perplexity(
     "Print the table and keep it as JSON."
     from dataclasses import asdict
 
-    from longva.needle.trials import write_whole
+    from longva.files import write_whole
     typer.echo(f"\n{'tokens':>6}  perplexity")
     for r in rows: typer.echo(f"{r.length:>6}  {r.perplexity:>10.3f}")
     typer.echo(f"\nKept in {write_whole(out / 'perplexity.json', json.dumps([asdict(r) for r in rows], indent=2))}.")

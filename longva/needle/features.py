@@ -15,9 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from ..files import check_folder, write_whole
 from .haystack import films
 from .scenery import draw_scene, scenery_seed
-from .trials import check_folder, write_whole
 from ..vision.video import Frames
 
 # %% ../../nbs/545_needle.features.ipynb #f04cd8c0

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .trials import NeedleError, write_whole
+from ..files import write_whole
+from .trials import NeedleError
 from ..vision.video import Frames, read_frames, video_info
 
 # %% ../../nbs/520_needle.haystack.ipynb #8513ecdd

@@ -16,7 +16,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
-from .trials import UNITS, cells, wilson, write_whole
+from ..files import write_whole
+from .trials import UNITS, cells, wilson
 
 # %% ../../nbs/510_needle.heatmap.ipynb #2921dda3
 PALETTES = {

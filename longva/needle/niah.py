@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from ..files import digest, versions
 from ..model.modeling import LongVA
 from longva.needle.book import (
     PAPER,
@@ -42,8 +43,8 @@ from longva.needle.book import (
     text_files,
     trial_draw,
 )
-from .sweep import check_grid, digest, judge, model_name, sweep, together, weights_id
-from .trials import NeedleError, Trial, versions
+from .sweep import check_grid, judge, model_name, sweep, together, weights_id
+from .trials import NeedleError, Trial
 
 # %% ../../nbs/570_needle.niah.ipynb #77b33e4f
 @torch.no_grad()

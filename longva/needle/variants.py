@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..files import check_folder, versions
 from ..model.prefill import CHUNK
 from .haystack import Needle
 from .scenery import enough_frames, shown_rate
 from .statistics import still_wanted
 from .sweep import check_grid, judge, model_name, sweep
-from .trials import NeedleError, Trial, check_folder, key, versions
+from .trials import NeedleError, Trial, key
 from .trie import Reader, decide_paths
 from .vniah import _encoded, _need, describe, make_prompt
 

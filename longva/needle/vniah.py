@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..files import check_folder, digest, versions
 from ..model.prefill import CHUNK
 from .features import cached_features, feature_key, pictures_key
 from .haystack import Needle, NeedleError, check_choices, films, load_needles
 from .scenery import draw_scene, enough_frames, open_haystack, scenery_seed
-from .sweep import check_grid, digest, judge, model_name, sweep, together, weights_id
-from .trials import Trial, check_folder, versions
+from .sweep import check_grid, judge, model_name, sweep, together, weights_id
+from .trials import Trial
 from .trie import Reader, decide_apart
 from ..vision.unires import fit_frames
 from ..vision.video import Frames

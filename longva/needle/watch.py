@@ -17,10 +17,11 @@ import torch.distributed as dist
 from fastcore.basics import patch
 
 from ..context.parallel import current_context
+from ..files import check_folder, versions, write_whole
 from ..model.prefill import kv_cache
 from .adapters import reader_for
 from .sweep import check_grid, judge
-from .trials import NeedleError, Trial, check_folder, versions, write_whole
+from .trials import NeedleError, Trial
 from .trie import decide_paths
 from ..vision.video import Frames
 

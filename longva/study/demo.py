@@ -30,6 +30,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from ..context.rope import extend_rope
+from ..files import check_folder, versions, write_whole
 from ..mini import folder as weights_folder
 from ..mini import load
 from ..mini.recipe import LONG_CONTEXT, SHORT_CONTEXT
@@ -37,7 +38,7 @@ from ..mini.world import film_frames, needle_objects, random_scenes, scene_words
 from ..needle.haystack import Needle, NeedleError, load_needles
 from ..needle.heatmap import figure4, mean_score, save_figure4, save_html
 from ..needle.statistics import newcombe
-from ..needle.trials import by_frames, check_folder, key, read_trials, versions, wilson, write_whole
+from ..needle.trials import by_frames, key, read_trials, wilson
 from ..needle.vniah import Spot, check_grid, decisions, encode, encode_needles, make_prompt, run
 
 # %% ../../nbs/700_study.demo.ipynb #02ef2811
