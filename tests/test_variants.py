@@ -121,7 +121,7 @@ def test_needles_keep_their_choices(tmp_path):
 
 def test_cache_in_a_file_and_films_in_nothing(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(NeedleError): cached_features(tmp_path / "file", {}, 1, lambda: None)
+    with pytest.raises(FolderError): cached_features(tmp_path / "file", {}, 1, lambda: None)
     (tmp_path / "mine.safetensors").write_text("not of the cache")
     assert clear_features(tmp_path) == 0 and (tmp_path / "mine.safetensors").exists()
     with pytest.raises(NeedleError): films([])
