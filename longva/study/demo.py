@@ -23,9 +23,8 @@ from tqdm.auto import tqdm
 
 from ..context.rope import extend_rope
 from ..files import check_folder, file_hash, versions, write_whole
-from ..mini import TEXT_FRAMES, load
+from ..mini import TEXT_FRAMES, load, world
 from ..mini import folder as weights_folder
-from ..mini.world import film_frames, needle_objects, put_needles, random_scenes, scene_words, write_film, write_needles
 from ..needle.bench import DEPTHS, FRAMES
 from ..needle.haystack import Needle, NeedleError, load_needles
 from ..needle.heatmap import figure4, mean_score, save_figure4, save_html
@@ -103,20 +102,20 @@ def prepare_demo(
     if not file.exists():
         write_whole(file, json.dumps(record, indent=2))
     if not plan.video.exists():
-        write_film(plan.video, record["film"], plan.seed)
-    put_needles(plan.images, plan.needles, plan.seed)
+        world.write_film(plan.video, record["film"], plan.seed)
+    world.put_needles(plan.images, plan.needles, plan.seed)
     return record
 
 # %% ../../nbs/700_study.demo.ipynb #3e679aae
 def _calibration(plan, model, processor, needles=6, depths=(0.0, 0.5, 1.0)):
     """Give what bases are compared on: visual tokens of video and needles, prompts, trials."""
     with tempfile.TemporaryDirectory() as beside:
-        hidden = load_needles(write_needles(beside, needles, CALIBRATION_SEED))
+        hidden = load_needles(world.write_needles(beside, needles, CALIBRATION_SEED))
     spots = []
     for n in plan.frames[-2:]:
         for depth in depths:
             spots += [Spot(j, n, depth) for j in range(needles)]
-    video = encode(model, processor, film_frames(plan.frames[-1], CALIBRATION_SEED))
+    video = encode(model, processor, world.film_frames(plan.frames[-1], CALIBRATION_SEED))
     return video, encode_needles(model, processor, hidden), [make_prompt(processor, n) for n in hidden], spots
 
 def try_bases(
@@ -162,10 +161,10 @@ def control_needles(
 ) -> list:  # of Needle; their images are never shown
     """Ask about the video's missing objects, with answers drawn evenly."""
     blank = Image.new("RGB", (28, 28))
-    scenes = random_scenes(n, np.random.default_rng((seed, 9)), needle_objects(seed))
+    scenes = world.random_scenes(n, np.random.default_rng((seed, 9)), world.needle_objects(seed))
     needles = []
     for i, scene in enumerate(scenes):
-        thing, colour, background = scene_words(scene)
+        thing, colour, background = world.scene_words(scene)
         needles.append(Needle(f"{i:03d}_{thing}", blank, f"find {thing}", f"{colour} {background}"))
     return needles
 
