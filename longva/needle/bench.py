@@ -27,8 +27,8 @@ from ..files import versions
 from ..mini import load
 from ..mini.world import film_frames, write_needles
 from ..model.prefill import prefill
-from .haystack import load_needles
 from .heatmap import border, heat_map, short_number, table
+from .needles import load_needles
 from .trials import NeedleError, Trial, key, read_trials
 from .vniah import Spot, answer_logits, check_grid, decisions, encode, encode_needles, fingerprint, judge, make_prompt, trial_embeddings
 from ..study.demo import DEPTHS, FRAMES
