@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Many processes are started: where this is set, each would compile torch anew, ten seconds long.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env demo test app chat lab export notebooks readme docs clean
+.PHONY: help env demo test app chat lab export notebooks readme map docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -59,6 +59,9 @@ notebooks: $(STAMP)  ## run notebooks again and save their outputs; NB="nbs/a.ip
 
 readme: $(STAMP)  ## nbs/index.ipynb -> README.md
 	$(BIN)/python tools/readme.py
+
+map:  ## the picture of the house, from its imports
+	"$(PYTHON)" tools/house.py
 
 docs: $(STAMP)  ## the notebooks as pages, in _docs
 	$(BIN)/python tools/docs.py

@@ -40,7 +40,7 @@ from .needle.needles import load_needles
 from .needle.sweep import check_grid
 from .vision.image import open_image
 from .vision.unires import fit_frames
-from .vision.video import Frames, read_frames, video_info
+from .vision.video import FrameRequest, Frames, read_frames, video_info
 
 # %% ../nbs/780_lmms.ipynb #53c56362
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -124,11 +124,8 @@ def read_video(
     path = given.get("url") or given.get("path") or given.get("video") or given.get("video_path") if given else visual
     if not isinstance(path, (str, Path)): raise ValueError(f"A video must be a path or frames, not {type(visual).__name__}.")
     start, end = _seconds(given, part)
-    if fps is not None and frames is not None:
-        info = video_info(path)
-        if (min(info.seconds, end or info.seconds) - start) * fps > frames: fps = None
-    if fps is not None: return read_frames(path, fps=fps, start=start, end=end, repeat=True)
-    return read_frames(path, n=frames or 32, start=start, end=end, repeat=True)
+    request = FrameRequest(n=frames or 32, repeat=True) if fps is None else FrameRequest(fps=fps, most=frames, repeat=True)
+    return read_frames(path, **request.kwargs(video_info(path), start, end))
 
 # %% ../nbs/780_lmms.ipynb #adeb71ab
 def generation_settings(

@@ -210,8 +210,8 @@ def vniah_command(
         check_base(rope_base)
         folder, depths = needles or beside(haystack), depths or ("0" if variant in NOTHING else "0,0.5,1")
         where, (lengths, places) = model_folder(model, families=True), check(haystack, folder, frames, depths, fps, repeat)
+        from longva.mini.world import put_needles
         from longva.needle.vniah import run
-        from longva.study.demo import put_needles
         net, processor, adapter = model_to_ask(model, where, rope_base, plain, features)
         hide, seed, own = needles_to_hide(folder, needles is not None, processor, haystack, out)
         test, read = (net, processor, haystack, hide, lengths, places, out), dict(seed=seed, name=name, naive=naive, fps=fps, repeat=repeat, features=features)
