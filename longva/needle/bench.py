@@ -24,7 +24,6 @@ from PIL import Image
 from ..files import versions
 from ..model.prefill import prefill
 from .heatmap import border, heat_map, short_number, table
-from .needles import load_needles
 from .trials import NeedleError, Trial, key, read_trials
 from .vniah import Spot, answer_logits, check_grid, decisions, encode, encode_needles, fingerprint, judge, make_prompt, trial_embeddings
 
