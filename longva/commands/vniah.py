@@ -52,7 +52,7 @@ def needles_beside(
     folder = first.parent / "needles"
     return folder if (folder / "needles.json").is_file() else None
 
-# %% ../../nbs/805_commands.vniah.ipynb #30d5aec3
+# %% ../../nbs/805_commands.vniah.ipynb #132ec1a3
 def check_inputs(
     haystack,  # from `parse_haystack`
     needles,  # a folder, or None
@@ -62,25 +62,25 @@ def check_inputs(
     repeat: bool = False,
 ) -> tuple:  # (frames, depths) as lists
     """Check lists, needles and the length of the haystack, before a model is loaded."""
-    from longva.needle.haystack import load_needles
-    from longva.needle.scenery import enough_frames
+    from longva.needle.haystack import Haystack
+    from longva.needle.needles import load_needles
     lengths = numbers(frames, int, "--frames")
     places = numbers(depths, float, "--depths")
     check_fps(fps)
     if needles is not None:
         load_needles(needles)
-    enough_frames(haystack, max(lengths), fps, repeat)
+    Haystack(haystack, fps, repeat).check(max(lengths))
     return grid(lengths, places, "frames")
 
-# %% ../../nbs/805_commands.vniah.ipynb #4feaaaec
+# %% ../../nbs/805_commands.vniah.ipynb #045f21f9
 def _world_seed(haystack):
     """Give the seed of a video of the miniature's world, None for any other haystack; raise Usage for two seeds."""
     from longva.mini.world import film_seed
-    from longva.needle.haystack import films
+    from longva.needle.haystack import list_videos
     if isinstance(haystack, str):
         return None
     seeds = set()
-    for film in films(haystack):
+    for film in list_videos(haystack):
         seeds.add(film_seed(film) if Path(film).is_file() else None)
     if len(seeds) > 1:
         raise Usage(
@@ -102,7 +102,8 @@ def mini_needles(
 ) -> tuple:  # (list of Needle, seed, where they come from)
     """Draw a miniature's needles: objects that the video doesn't show."""
     from longva.mini.world import write_needles
-    from longva.needle.haystack import NeedleError, load_needles
+    from longva.needle.needles import load_needles
+    from longva.needle.trials import NeedleError
     if not is_miniature(processor.tokenizer):
         raise Usage("Say which pictures to hide with --needles FOLDER: only a miniature has needles of its own.")
     seed = _world_seed(haystack)
@@ -185,7 +186,7 @@ def show_variant_forecast(
     for prefix, forecast in zip(prefixes, forecasts):
         typer.echo(f"{prefix}{forecast}")
 
-# %% ../../nbs/805_commands.vniah.ipynb #b6711343
+# %% ../../nbs/805_commands.vniah.ipynb #04e6ac4c
 def load_reader(
     model: str,  # as on the command line
     where,  # from `model_folder`
@@ -220,7 +221,7 @@ def run_variant_of(
     """Estimate and run a variant; a miniature is asked in its own words."""
     from dataclasses import replace
 
-    from longva.needle.haystack import load_needles
+    from longva.needle.needles import load_needles
     from longva.needle.variants import Wording, plan_variant, run_variant
     from longva.study.variants import MINI_WORDING
     distractors = load_needles(distractors) if distractors else ()
@@ -273,7 +274,7 @@ HalfWidth = Annotated[Optional[float], typer.Option(help=(
 ))]
 Features = path_option("Folder that keeps visual tokens, so that the next run on this video encodes nothing.")
 
-# %% ../../nbs/805_commands.vniah.ipynb #1687a2f6
+# %% ../../nbs/805_commands.vniah.ipynb #330ad0c6
 def results_folder(
     name: str,  # of the model
     haystack_name: str,  # from `parse_haystack`
@@ -328,7 +329,7 @@ def vniah_command(
         lengths, places = check_inputs(haystack, folder, frames, depths, fps, repeat)
         net, processor, adapter = load_reader(model, where, rope_base, plain, features)
         from longva.mini.world import put_needles
-        from longva.needle.haystack import load_needles
+        from longva.needle.needles import load_needles
         from longva.needle.vniah import run
         if folder is None:
             hidden, seed, origin = mini_needles(processor, haystack, out)
