@@ -113,34 +113,31 @@ def break_export(house):
     (house / "nbs" / "12_torn.ipynb").write_text('{"cells": [')
 
 
-def export(house):
-    done = run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house)
-    assert done.returncode == 0, done.stderr
-
-
 def add_module(house, name, *code):
-    """A notebook in the house, exported and on the map."""
+    """A notebook in the house, and on the map."""
     write_notebook(house / "nbs" / f"{name}.ipynb", name, f"#| default_exp {name.split('_')[1]}", *code)
-    export(house)
     run(sys.executable, "tools/house.py", cwd=house)
+
+
+def import_in_a_function(house, code):
+    """Let room.thing import something late."""
+    source = f"#| export\ndef twice(x):\n    {code}\n    return 2 * x"
+    change_cell(house / "nbs" / "210_room.thing.ipynb", cell=2, source=source.splitlines(True))
 
 
 def import_upward(house):
     add_module(house, "310_top.thing", "#| export\ndef three(): return 3", "three()")
-    change_cell(house / "nbs" / "210_room.thing.ipynb", cell=2, source=["#| export\n", "def twice(x):\n", "    from longva.top.thing import three\n", "    return 2 * x"])
-    export(house)
+    import_in_a_function(house, "from longva.top.thing import three")
 
 
 def import_sideways(house):
     add_module(house, "205_beside.thing", "#| export\ndef three(): return 3", "three()")
-    change_cell(house / "nbs" / "210_room.thing.ipynb", cell=2, source=["#| export\n", "from importlib import import_module\n", "def twice(x): return import_module('longva.beside.thing')"])
-    export(house)
+    import_in_a_function(house, "importlib.import_module('longva.beside.thing')")
 
 
 def import_in_a_circle(house):
     add_module(house, "220_room.other", "#| export\nfrom longva.room.thing import twice\ndef four(): return twice(2)", "four()")
-    change_cell(house / "nbs" / "210_room.thing.ipynb", cell=2, source=["#| export\n", "def twice(x):\n", "    import longva.room.other\n", "    return 2 * x"])
-    export(house)
+    import_in_a_function(house, "import longva.room.other")
 
 
 def show_nothing(house):
@@ -150,15 +147,33 @@ def show_nothing(house):
 
 def leave_the_map_stale(house):
     write_notebook(house / "nbs" / "220_room.new.ipynb", "New", "#| default_exp room.new", "#| export\ny = 1")
-    export(house)
 
 
-disorders = [
+order_disorders = [
     (import_upward, "nbs/210_room.thing.ipynb imports longva.top.thing, which is 1 floors up"),
     (import_sideways, "nbs/210_room.thing.ipynb imports longva.beside.thing, another room of its floor"),
     (import_in_a_circle, "in a circle: room.thing, room.other, room.thing."),
     (show_nothing, "nbs/220_room.new.ipynb exports 3 cells in a row up to cell 4"),
     (leave_the_map_stale, "nbs/images/house.svg is not what the imports make of it: run `make map`"),
+]
+
+
+@pytest.mark.parametrize("disorder, sentence", order_disorders, ids=[disorder.__name__ for disorder, _ in order_disorders])
+def test_the_order_is_kept(house, disorder, sentence):
+    assert run(sys.executable, "tools/house.py", "--check", cwd=house).returncode == 0
+    disorder(house)
+    done = run(sys.executable, "tools/house.py", "--check", cwd=house)
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def break_the_order(house):
+    import_upward(house)
+    done = run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house)
+    assert done.returncode == 0, done.stderr
+
+
+disorders = [
+    (break_the_order, "nbs/210_room.thing.ipynb imports longva.top.thing, which is 1 floors up"),
     (edit_module, "longva/room/thing.py is not what nbs/210_room.thing.ipynb exports"),
     (rename_notebook, "longva/room/thing.py is stale, no notebook exports it"),
     (forget_export, "longva/room/new.py is missing, a notebook exports it: run `make export`"),
