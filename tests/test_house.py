@@ -220,7 +220,7 @@ def test_run_notebooks(house):
     assert path.read_bytes() == saved
 
 
-def test_docs(house):
+def test_docs(house, chromium):
     figure = {"data": {"application/vnd.plotly.v1+json": {"data": [{"type": "bar", "y": [3, 1]}], "layout": {}}}, "metadata": {}, "output_type": "display_data"}
     change_cell(house / "nbs" / "index.ipynb", outputs=[figure])
     (house / "nbs" / "paper").mkdir()
@@ -233,14 +233,43 @@ def test_docs(house):
     table = pages["paper/table1.html"]
     assert 'href="../room.thing.html"' in table and "<math" in table and "$HOME" in table and "1/0" not in table
     assert "Plotly.newPlot" in pages["index.html"] and (house / "_docs" / "assets" / "plotly.min.js").stat().st_size > 1e6
+    names = pages["names.html"]
+    assert 'href="room.thing.html#twice"' in names and "longva.room.thing" in names
+    assert found_in_docs(house / "_docs" / "index.html", "twice", chromium) >= 1
     fetched = r'<(?:script|img|iframe|link)\b(?=[^>]*\b(?:rel="(?:stylesheet|preconnect|preload)"|src=))[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"'
     assert not [(name, found[0]) for name, text in pages.items() if (found := re.search(fetched, text))]
+
+
+def found_in_docs(page, word, chromium):
+    """Open a page from disk, search for a word, and count the results; nothing may be asked of another host."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the docs were not opened")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-background-networking"])
+        tab = browser.new_page(viewport={"width": 1280, "height": 800})
+        asked = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(page.as_uri())
+        tab.locator("input.md-search__input").click()
+        tab.keyboard.type(word)
+        tab.locator(".md-search-result__item").first.wait_for()
+        found = tab.locator(".md-search-result__item").count()
+        browser.close()
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in asked), asked
+    return found
 
 
 def test_import_is_light():
     code = "import sys, time; t = time.perf_counter(); import longva; print(time.perf_counter() - t, *{'torch', 'transformers', 'numpy'} & set(sys.modules))"
     seconds, *heavy = run(sys.executable, "-c", code, cwd=root).stdout.split()
     assert float(seconds) < 1 and not heavy
+
+
+def test_import_beside_a_folder_of_the_same_name(tmp_path):
+    """People clone into `longva` and start Python in the folder above; the empty namespace must not win."""
+    (tmp_path / "longva" / "nbs").mkdir(parents=True)
+    code = "import longva; print(longva.__version__)"
+    done = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert done.stdout.strip() == longva.__version__, done.stderr
 
 
 def test_version_and_names():
