@@ -173,7 +173,6 @@ def break_the_order(house):
 
 
 disorders = [
-    (break_the_order, "nbs/210_room.thing.ipynb imports longva.top.thing, which is 1 floors up"),
     (edit_module, "longva/room/thing.py is not what nbs/210_room.thing.ipynb exports"),
     (rename_notebook, "longva/room/thing.py is stale, no notebook exports it"),
     (forget_export, "longva/room/new.py is missing, a notebook exports it: run `make export`"),
