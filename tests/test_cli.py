@@ -16,7 +16,7 @@ import pytest
 
 from longva.mini import folder as mini_folder
 from longva.mini.world import film_seed, needle_objects, scene_words, write_film, write_needles
-from longva.needle.haystack import load_needles
+from longva.needle.needles import load_needles
 from longva.needle.trials import key, read_trials
 from longva.vision.video import write_video
 

@@ -15,7 +15,8 @@ from longva.files import FolderError
 from longva.mini import load
 from longva.mini.world import write_film, write_needles
 from longva.needle.features import cached_features, clear_features
-from longva.needle.haystack import films, load_needles, save_needles
+from longva.needle.haystack import Haystack, list_videos
+from longva.needle.needles import load_needles, save_needles
 from longva.needle.statistics import compare
 from longva.needle.trials import NeedleError, key, read_trials
 from longva.needle.variants import NOTHING, VARIANTS, run_variant
@@ -124,7 +125,7 @@ def test_cache_in_a_file_and_films_in_nothing(tmp_path):
     with pytest.raises(FolderError): cached_features(tmp_path / "file", {}, 1, lambda: None)
     (tmp_path / "mine.safetensors").write_text("not of the cache")
     assert clear_features(tmp_path) == 0 and (tmp_path / "mine.safetensors").exists()
-    with pytest.raises(NeedleError): films([])
+    with pytest.raises(NeedleError): list_videos([])
 
 
 def decided(trials):
@@ -196,14 +197,13 @@ def test_clock_times_are_those_of_the_film(tmp_path):
     "Eight seconds into a film of four frames a second, or of those that fps leaves of it, it is eight seconds."
     import numpy as np
 
-    from longva.needle.scenery import shown_rate
     from longva.needle.variants import Scene, clock
     from longva.vision.video import write_video
     (model, processor), (_, needles, _) = load("mini-longva"), mini_scene(24, 3, 5)
     film = tmp_path / "four.mp4"
     write_video([np.full((32, 32, 3), i, np.uint8) for i in range(80)], film, fps=4)
     for fps, n in ((None, 64), (2.0, 32), (1.0, 16)):
-        one = clock(Scene(processor, needles, MINI_WORDING, fps=shown_rate(film, fps)), 0, n, 0.5)
+        one = clock(Scene(processor, needles, MINI_WORDING, fps=Haystack(film, fps).rate), 0, n, 0.5)
         assert one.seconds == pytest.approx(8) and processor.tokenizer.decode(one.answer) == "0 0 0 8"
     run_variant(model, processor, film, needles[:1], [32], [0.5], tmp_path / "clock", "clock", wording=MINI_WORDING, progress=False)
     told = read_trials(tmp_path / "clock" / "trials.jsonl")[0]

@@ -24,12 +24,12 @@ def check(
     haystack, needles, frames: str, depths: str, fps, repeat: bool = False,
 ) -> tuple: # (frames, depths) as lists
     "Refuse what is wrong with lists, film or needles."
-    from longva.needle.haystack import load_needles
-    from longva.needle.scenery import enough_frames
+    from longva.needle.haystack import Haystack
+    from longva.needle.needles import load_needles
     frames, depths = numbers(frames, int, "--frames"), numbers(depths, float, "--depths")
     if fps is not None and not 0 < fps < math.inf: raise Usage(f"--fps must be a number above 0, and not {fps:g}.")
     if needles is not None: load_needles(needles)
-    enough_frames(haystack, max(frames), fps, repeat)
+    Haystack(haystack, fps, repeat).check(max(frames))
     return grid(frames, depths, "frames")
 
 # %% ../../nbs/805_commands.vniah.ipynb #8a7da7af
@@ -70,10 +70,12 @@ def own_needles(
 ) -> tuple: # (list of Needle, seed, what to say)
     "A miniature's own needles: objects that the film doesn't show."
     from longva.mini.world import film_seed, mini_tokenizer, write_needles
-    from longva.needle.haystack import NeedleError, films, load_needles
+    from longva.needle.haystack import list_videos
+    from longva.needle.needles import load_needles
+    from longva.needle.trials import NeedleError
     if processor.tokenizer.get_vocab() != mini_tokenizer().get_vocab():
         raise Usage("Say which pictures to hide with --needles FOLDER: only a miniature has needles of its own.")
-    seeds = {None} if isinstance(haystack, str) else {film_seed(f) if Path(f).is_file() else None for f in films(haystack)}
+    seeds = {None} if isinstance(haystack, str) else {film_seed(f) if Path(f).is_file() else None for f in list_videos(haystack)}
     if len(seeds) > 1: raise Usage("The films show worlds of several seeds, and a needle of one may be in another: say with --needles FOLDER which pictures to hide.")
     seed, there = seeds.pop(), out / "needles"
     with tempfile.TemporaryDirectory() as drawn: needles = load_needles(write_needles(drawn, 20, seed or 0))
@@ -149,7 +151,7 @@ def model_to_ask(model: str, where, rope_base, plain: bool, features):
 
 def needles_to_hide(folder, named: bool, processor, haystack, out: Path):
     "(list of Needle, seed, whether they are the miniature's own)"
-    from longva.needle.haystack import load_needles
+    from longva.needle.needles import load_needles
     hide, seed, words = own_needles(processor, haystack, out) if folder is None else (load_needles(folder), 0, f"those beside the film, in {folder}")
     if not named: typer.echo(f"Needles: {words}.")
     return hide, seed, folder is None
@@ -159,7 +161,7 @@ def other_variant(net, processor, haystack, needles, lengths, depths, out, varia
     "Say what a variant takes, and run it; a miniature is asked in its own words."
     from dataclasses import replace
 
-    from longva.needle.haystack import load_needles
+    from longva.needle.needles import load_needles
     from longva.needle.variants import Wording, plan_variant, run_variant
     from longva.study.variants import MINI_WORDING
     look_alikes, mini = load_needles(look_alikes) if look_alikes else (), bool(own_words(processor.tokenizer))
@@ -208,8 +210,8 @@ def vniah_command(
         check_base(rope_base)
         folder, depths = needles or beside(haystack), depths or ("0" if variant in NOTHING else "0,0.5,1")
         where, (lengths, places) = model_folder(model, families=True), check(haystack, folder, frames, depths, fps, repeat)
+        from longva.mini.world import put_needles
         from longva.needle.vniah import run
-        from longva.study.demo import put_needles
         net, processor, adapter = model_to_ask(model, where, rope_base, plain, features)
         hide, seed, own = needles_to_hide(folder, needles is not None, processor, haystack, out)
         test, read = (net, processor, haystack, hide, lengths, places, out), dict(seed=seed, name=name, naive=naive, fps=fps, repeat=repeat, features=features)

@@ -17,13 +17,13 @@ import torch
 
 from ..files import check_folder, versions
 from ..model.prefill import CHUNK
-from .haystack import Needle
-from .scenery import enough_frames, shown_rate
+from .haystack import Haystack
+from .needles import Needle, as_needles
 from .statistics import still_wanted
 from .sweep import check_grid, judge, model_name, sweep
 from .trials import NeedleError, Trial, key
 from .trie import Reader, decide_paths
-from .vniah import _encoded, _need, describe, make_prompt
+from .vniah import _encoded, describe, make_prompt
 
 # %% ../../nbs/560_needle.variants.ipynb #22244b68
 @dataclass(frozen=True)
@@ -332,11 +332,11 @@ def plan_variant(
     "All trials of a variant, or what is wrong with them."
     if variant not in VARIANTS: raise NeedleError(f"There is no variant called {variant}: choose one of {', '.join(VARIANTS)}.")
     frames, depths = check_grid(frames, depths)
-    needles = _need(needles)
+    needles = as_needles(needles)
     if variant in NOTHING and len(depths) > 1: raise NeedleError("Without its needle every depth is the same trial: give one depth.")
     if variant == "vniah-d" and len(look_alikes) != len(needles): raise NeedleError(f"vniah-d takes a look-alike for each needle: there are {len(needles)} needles and {len(look_alikes)} look-alikes.")
-    enough_frames(haystack, frames[-1], fps, repeat)
-    scene = Scene(processor, needles, wording, distance, seed, shown_rate(haystack, fps), tolerance)
+    Haystack(haystack, fps, repeat).check(frames[-1])
+    scene = Scene(processor, needles, wording, distance, seed, Haystack(haystack, fps).rate, tolerance)
     asks = {(needles[j].name, n, d): VARIANTS[variant](scene, j, n, d) for n in frames for d in depths for j in range(len(needles))}
     if variant == "vniah-d" and max(len(a.places) for a in asks.values()) < 2: raise NeedleError(f"A look-alike {distance} frames away has room in no trial of this grid: give longer films, or a smaller distance.")
     return scene, asks
