@@ -35,10 +35,10 @@ from ..mini import load
 from ..mini.recipe import LONG_CONTEXT, SHORT_CONTEXT
 from ..mini.world import film_frames, needle_objects, put_needles, random_scenes, scene_words, write_film, write_needles
 from ..needle.bench import DEPTHS, FRAMES
-from ..needle.haystack import Needle, NeedleError, load_needles
 from ..needle.heatmap import figure4, mean_score, save_figure4, save_html
+from ..needle.needles import Needle, load_needles
 from ..needle.statistics import newcombe
-from ..needle.trials import by_frames, key, read_trials, wilson
+from ..needle.trials import NeedleError, by_frames, key, read_trials, wilson
 from ..needle.vniah import Spot, check_grid, decisions, encode, encode_needles, make_prompt, run
 
 # %% ../../nbs/700_study.demo.ipynb #02ef2811
