@@ -50,7 +50,7 @@ def sampling():
 
     from longva.mini import load
     from longva.mini.world import film_frames
-    from longva.needle.haystack import load_needles
+    from longva.needle.needles import load_needles
     from longva.needle.sweep import judge
     from longva.needle.vniah import Spot, encode, encode_needles, make_prompt, trial_embeddings
     seconds, shot, counts, places = 512, 8, (4, 8, 16, 32, 64, 128, 256, 512), 5
@@ -185,7 +185,7 @@ def generated():
 
     from longva.mini import load
     from longva.mini.world import film_frames
-    from longva.needle.haystack import load_needles
+    from longva.needle.needles import load_needles
     from longva.needle.vniah import Spot, decide, encode, encode_needles, make_prompt, trial_embeddings
     model, processor = load("mini-short")
     needles = load_needles(film(512, SEED)[1])

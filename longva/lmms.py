@@ -35,7 +35,8 @@ from .files import check_folder, versions, write_whole
 from .mini import NAMES, folder
 from .model.chat import load
 from .model.prefill import prefill
-from .needle.haystack import count_frames, load_haystack, load_needles
+from .needle.haystack import Haystack
+from .needle.needles import load_needles
 from .needle.sweep import check_grid
 from .vision.image import open_image
 from .vision.unires import fit_frames
@@ -87,7 +88,7 @@ class Splice:
 
 @lru_cache(maxsize=1)  # trials of one length come one after the other
 def _haystack(film, frames, fps, grid, fit):
-    return load_haystack(film, frames, fps, shrink=lambda array: fit_frames(array, grid, fit)).array
+    return Haystack(film, fps, fit=fit).frames(frames, grid).array
 
 def splice_frames(
     splice: Splice,
@@ -484,7 +485,7 @@ def write_vniah(
     frames, depths = check_grid(frames, depths)
     if fit not in ("pad", "crop", "resize"): raise LmmsError(f"A frame can be fitted by pad, crop or resize, not by {fit}.")
     pins, names = load_needles(needles), [entry["image"] for entry in json.loads((Path(needles) / "needles.json").read_text(encoding="utf-8-sig"))]
-    count_frames(film, frames[-1], fps)
+    Haystack(film, fps).check(frames[-1])
     same, out = dict(film=str(Path(film).resolve()), fps=fps, fit=fit), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for n in frames:

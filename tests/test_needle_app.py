@@ -197,7 +197,7 @@ def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):
     from PIL import Image
 
     from longva.mini.world import draw_frame
-    from longva.needle.haystack import Needle
+    from longva.needle.needles import Needle
     from longva.web.visit import add_needle, with_film
     film, count = real_film
     page.locator("#own > button").click()

@@ -106,7 +106,7 @@ def build(gr, first, demo):
     from dataclasses import asdict
 
     from longva.needle.bench import FRAMES, NEEDLES
-    from longva.needle.haystack import Needle
+    from longva.needle.needles import Needle
     from longva.needle.trials import NeedleError
     from longva.web.page import CLICK, DRAG
     from longva.web.visit import Visit, fill_here, read_picture, take_film, take_needle

@@ -13,7 +13,7 @@ from pathlib import Path
 from . import load
 from .world import film_frames, write_needles
 from ..needle.bench import NeedleBench
-from ..needle.haystack import load_needles
+from ..needle.needles import load_needles
 
 # %% ../../nbs/620_mini.bench.ipynb #c4f13bf2
 @lru_cache(maxsize=2)

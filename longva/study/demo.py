@@ -26,10 +26,10 @@ from ..files import check_folder, file_hash, versions, write_whole
 from ..mini import TEXT_FRAMES, load, world
 from ..mini import folder as weights_folder
 from ..needle.bench import DEPTHS, FRAMES
-from ..needle.haystack import Needle, NeedleError, load_needles
 from ..needle.heatmap import figure4, mean_score, save_figure4, save_html
+from ..needle.needles import Needle, load_needles
 from ..needle.statistics import newcombe
-from ..needle.trials import by_frames, key, read_trials, wilson
+from ..needle.trials import NeedleError, by_frames, key, read_trials, wilson
 from ..needle.vniah import Spot, check_grid, decisions, encode, encode_needles, make_prompt, run
 from ..processes import cores, in_processes
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from ..model.chat import ChatError, check_words
 from ..needle.bench import FRAMES, NEEDLES, NeedleBench, fill, one_pass
-from ..needle.haystack import Needle
+from ..needle.needles import Needle
 from ..needle.trials import NeedleError, key
 from ..needle.vniah import encode_needles, make_prompt
 from ..vision.unires import fit_frames
