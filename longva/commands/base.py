@@ -113,7 +113,7 @@ def model_folder(
         raise UnknownModel(f"There is no miniature called {name}: {choose}")
     file = Path(name) / "config.json"
     if not file.is_file(): raise UnknownModel(f"The folder {name} holds no model, for it has no config.json.")
-    from longva.model.checkpoint import is_original
+    from longva.model.original import is_original
     try: original = is_original(raw := dict(json.loads(file.read_text())))
     except (ValueError, TypeError, RecursionError): raise UnknownModel(f"The folder {name} holds no model, for its config.json is not readable.") from None
     if not original and (kind := raw.get("model_type")) != "longva":
