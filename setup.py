@@ -19,7 +19,7 @@ setup(
     author=cfg["author"], author_email=cfg["author_email"],
     license="Apache-2.0", license_files=["LICENSE"], python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]), zip_safe=False,
-    package_data={"longva": ["mini/weights/**"]},
+    package_data={"longva": ["mini/weights/**", "study/*.json"]},
     install_requires=shlex.split(cfg["requirements"]), extras_require=extras,
     entry_points={
         "console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

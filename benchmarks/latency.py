@@ -25,7 +25,7 @@ def percentiles(seconds):
 
 def bench_alone(lengths, depths):
     "{frames: seconds of each move}."
-    from longva.needle.bench import mini_bench
+    from longva.mini.bench import mini_bench
     bench = mini_bench("mini-longva")
     result = {}
     for n in lengths:

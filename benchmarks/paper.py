@@ -25,8 +25,7 @@ DEPTHS, SEED = (0, 0.25, 0.5, 0.75, 1), 20270114
 
 def film(frames, seed):
     """A film and needles of the miniature's world."""
-    from longva.mini.world import write_film
-    from longva.study.demo import put_needles
+    from longva.mini.world import put_needles, write_film
     WORK.mkdir(parents=True, exist_ok=True)
     file = WORK / f"film-{seed}.mp4"
     return file if file.exists() else write_film(file, frames, seed), put_needles(WORK / f"needles-{seed}", 20, seed)
@@ -51,7 +50,7 @@ def sampling():
 
     from longva.mini import load
     from longva.mini.world import film_frames
-    from longva.needle.haystack import load_needles
+    from longva.needle.needles import load_needles
     from longva.needle.sweep import judge
     from longva.needle.vniah import Spot, encode, encode_needles, make_prompt, trial_embeddings
     seconds, shot, counts, places = 512, 8, (4, 8, 16, 32, 64, 128, 256, 512), 5
@@ -169,10 +168,9 @@ def dpo():
 def beyond():
     """mini-longva in films of up to three times its text-training length."""
     from longva.mini import load
-    from longva.mini.world import write_film
+    from longva.mini.world import put_needles, write_film
     from longva.needle.trials import cells
     from longva.needle.vniah import run
-    from longva.study.demo import put_needles
     model, processor = load("mini-longva")
     haystack = WORK / "film-long.mp4"
     WORK.mkdir(parents=True, exist_ok=True)
@@ -187,7 +185,7 @@ def generated():
 
     from longva.mini import load
     from longva.mini.world import film_frames
-    from longva.needle.haystack import load_needles
+    from longva.needle.needles import load_needles
     from longva.needle.vniah import Spot, decide, encode, encode_needles, make_prompt, trial_embeddings
     model, processor = load("mini-short")
     needles = load_needles(film(512, SEED)[1])

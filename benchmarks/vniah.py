@@ -30,9 +30,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from longva.context.plan import per_token
+from longva.mini.bench import mini_bench
 from longva.model.modeling import longva_7b
 from longva.model.prefill import LiveBytes
-from longva.needle.bench import mini_bench
 from longva.needle.forecast import forecast
 from longva.needle.sweep import judge
 from longva.needle.trie import Cost, Reader, decide_paths, trie_cost

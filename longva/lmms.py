@@ -35,11 +35,12 @@ from .files import check_folder, versions, write_whole
 from .mini import NAMES, folder
 from .model.chat import load
 from .model.prefill import prefill
-from .needle.haystack import count_frames, load_haystack, load_needles
+from .needle.haystack import Haystack
+from .needle.needles import load_needles
 from .needle.sweep import check_grid
 from .vision.image import open_image
 from .vision.unires import fit_frames
-from .vision.video import Frames, read_frames, video_info
+from .vision.video import FrameRequest, Frames, read_frames, video_info
 
 # %% ../nbs/780_lmms.ipynb #53c56362
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -87,7 +88,7 @@ class Splice:
 
 @lru_cache(maxsize=1)  # trials of one length come one after the other
 def _haystack(film, frames, fps, grid, fit):
-    return load_haystack(film, frames, fps, shrink=lambda array: fit_frames(array, grid, fit)).array
+    return Haystack(film, fps, fit=fit).frames(frames, grid).array
 
 def splice_frames(
     splice: Splice,
@@ -123,11 +124,8 @@ def read_video(
     path = given.get("url") or given.get("path") or given.get("video") or given.get("video_path") if given else visual
     if not isinstance(path, (str, Path)): raise ValueError(f"A video must be a path or frames, not {type(visual).__name__}.")
     start, end = _seconds(given, part)
-    if fps is not None and frames is not None:
-        info = video_info(path)
-        if (min(info.seconds, end or info.seconds) - start) * fps > frames: fps = None
-    if fps is not None: return read_frames(path, fps=fps, start=start, end=end, repeat=True)
-    return read_frames(path, n=frames or 32, start=start, end=end, repeat=True)
+    request = FrameRequest(n=frames or 32, repeat=True) if fps is None else FrameRequest(fps=fps, most=frames, repeat=True)
+    return read_frames(path, **request.kwargs(video_info(path), start, end))
 
 # %% ../nbs/780_lmms.ipynb #adeb71ab
 def generation_settings(
@@ -487,7 +485,7 @@ def write_vniah(
     frames, depths = check_grid(frames, depths)
     if fit not in ("pad", "crop", "resize"): raise LmmsError(f"A frame can be fitted by pad, crop or resize, not by {fit}.")
     pins, names = load_needles(needles), [entry["image"] for entry in json.loads((Path(needles) / "needles.json").read_text(encoding="utf-8-sig"))]
-    count_frames(film, frames[-1], fps)
+    Haystack(film, fps).check(frames[-1])
     same, out = dict(film=str(Path(film).resolve()), fps=fps, fit=fit), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for n in frames:

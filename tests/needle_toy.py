@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longva.model.modeling import LongVA, mini_config
 from longva.model.processing import LongVAProcessor
-from longva.needle.haystack import Needle
+from longva.needle.needles import Needle
 from longva.vision.video import Frames
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<image>", "<video>"]

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from longva.cli import app
 from longva.needle.adapters import ADAPTERS, reader_for
 from longva.needle.families import FAMILIES, byte_tokenizer, load_family, small
-from longva.needle.haystack import Needle, save_needles
+from longva.needle.needles import Needle, save_needles
 from longva.needle.sweep import judge
 from longva.needle.trials import NeedleError, key, read_trials
 from longva.needle.trie import Cost, atoms, decide_paths, join, measure

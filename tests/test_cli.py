@@ -16,7 +16,7 @@ import pytest
 
 from longva.mini import folder as mini_folder
 from longva.mini.world import film_seed, needle_objects, scene_words, write_film, write_needles
-from longva.needle.haystack import load_needles
+from longva.needle.needles import load_needles
 from longva.needle.trials import key, read_trials
 from longva.vision.video import write_video
 
@@ -160,7 +160,7 @@ def test_killed_then_stopped_then_finished(things, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.count("Stopped") == 1 and "run the same command again to go on." in errors and "Traceback" not in errors, errors
+    assert errors.count("Stopped") == 1 and "run the same command again to resume." in errors and "Traceback" not in errors, errors
     assert 20 <= len(read_trials(log)) < 120
     done = longva(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from longva.model.prefill import LiveBytes
 from longva.needle import trie
 from longva.needle.families import small
 from longva.needle.forecast import forecast
-from longva.needle.haystack import save_needles
+from longva.needle.needles import save_needles
 from longva.needle.trials import read_trials
 from longva.needle.trie import Cost, Reader, decide_paths, shares
 from longva.needle.vniah import Spot, encode, encode_needles, make_prompt, path_of

@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 import longva.lmms
 from longva.lmms import Answerer, LmmsError, begins_with, command, curve, part_of, read_point, read_video, splice_frames, table, user_turn, write_vniah
 from longva.mini.world import draw_frame, write_film, write_needles
-from longva.needle.haystack import load_haystack, load_needles
+from longva.needle.haystack import Haystack
+from longva.needle.needles import load_needles
 from longva.needle.vniah import run
 from longva.vision.unires import fit_frames
 from longva.vision.video import write_video
@@ -272,7 +273,7 @@ def test_the_task_folder(world, tmp_path):
     assert [(r["question"], r["answer"]) for r in rows[:4]] == [(p.question, p.answer) for p in pins]
     for name in ("process_results", "doc_to_visual"): assert callable(getattr(longva.lmms, task[name].rpartition(".")[2]))
     one = longva.lmms.vniah_visual(rows[5])[0]["url"]
-    shown, hay = splice_frames(one, 28), fit_frames(load_haystack(world / "film.mp4", 16).array, 28, "crop")
+    shown, hay = splice_frames(one, 28), Haystack(world / "film.mp4", fit="crop").frames(16, grid=28).array
     assert np.array_equal(np.delete(shown, one.insert, 0), hay) and np.array_equal(shown[one.insert], fit_frames(np.asarray(pins[1].image)[None], 28, "crop")[0])
 
 

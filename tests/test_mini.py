@@ -9,7 +9,7 @@ import pytest
 
 from longva import mini
 from longva.mini import world
-from longva.needle.haystack import load_needles
+from longva.needle.needles import load_needles
 from longva.needle.vniah import run
 from longva.vision.video import Frames
 

@@ -25,7 +25,7 @@ def process(chromium, rooms, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bench(process):  # made while the app starts
-    from longva.needle.bench import mini_bench
+    from longva.mini.bench import mini_bench
     return mini_bench("mini-longva")
 
 
@@ -143,7 +143,8 @@ def test_attention(page, bench):
 
 
 def test_heat_map_cells_log_and_short_twin(page, bench, tmp_path):
-    from longva.needle.bench import fill, mini_bench
+    from longva.mini.bench import mini_bench
+    from longva.needle.bench import fill
     from longva.needle.trials import cells, read_trials
     from longva.web.page import shade
     page.click("#fill")
@@ -196,7 +197,7 @@ def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):
     from PIL import Image
 
     from longva.mini.world import draw_frame
-    from longva.needle.haystack import Needle
+    from longva.needle.needles import Needle
     from longva.web.visit import add_needle, with_film
     film, count = real_film
     page.locator("#own > button").click()

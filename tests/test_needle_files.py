@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from longva.files import FolderError
-from longva.needle.haystack import Needle, NeedleError, count_frames, load_haystack, load_needles, save_needles
+from longva.needle.haystack import Haystack
 from longva.needle.heatmap import figure4, heat_map, save_figure4, save_html, save_png
+from longva.needle.needles import Needle, load_needles, save_needles
 from longva.needle.sweep import check_grid, same_settings, sweep
-from longva.needle.trials import Trial, TrialLog, by_frames, cells, key, parse_trials, read_trials, save_accuracies, wilson
+from longva.needle.trials import NeedleError, Trial, TrialLog, by_frames, cells, key, parse_trials, read_trials, save_accuracies, wilson
 from longva.vision.video import VideoError, write_video
 
 
@@ -180,31 +181,33 @@ def film(tmp_path):
 
 
 def test_haystack_is_a_prefix(film):
-    long, short = load_haystack(film, 12), load_haystack(film, 5)
+    long = Haystack(film).frames(12)
+    short = Haystack(film).frames(5)
     assert len(long.array) == 12 and (long.array[:5] == short.array).all()
-    assert len(load_haystack(film, 6, fps=1).array) == 6
+    assert len(Haystack(film, fps=1).frames(6).array) == 6
 
 
 @pytest.mark.parametrize("n, fps", [(13, None), (7, 1), (500, 1)])
 def test_haystack_too_short(film, n, fps):
     with pytest.raises(NeedleError) as error:
-        load_haystack(film, n, fps=fps)
+        Haystack(film, fps).frames(n)
     assert is_one_sentence(error) and "film.mp4" in str(error.value) and str(n) in str(error.value), str(error.value)
 
 
 @pytest.mark.parametrize("fps, word", [(4, "shows 2 frames per second, and 4 are wanted"), (1e9, "shows 2 frames per second"), (float("inf"), "above 0"), (float("nan"), "above 0"), (0, "above 0")])
 def test_a_rate_that_the_film_does_not_have(film, fps, word):
-    for call in (lambda: count_frames(film, 1, fps), lambda: load_haystack(film, 1, fps=fps)):
-        with pytest.raises(NeedleError, match=word) as error: call()
+    for call in (Haystack(film, fps).check, Haystack(film, fps).frames):
+        with pytest.raises(NeedleError, match=word) as error:
+            call(1)
         assert is_one_sentence(error)
-    assert count_frames(film, 12, 2) == 12
+    assert Haystack(film, 2).length == 12
 
 
 def test_haystack_unreadable(tmp_path):
     (tmp_path / "x.mp4").write_bytes(b"not a film" * 50)
     for name in ("x.mp4", "missing.mp4", "."):
         with pytest.raises((NeedleError, VideoError)) as error:
-            load_haystack(tmp_path / name, 4)
+            Haystack(tmp_path / name).frames(4)
         assert is_one_sentence(error)
 
 

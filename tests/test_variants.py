@@ -10,15 +10,16 @@ import pytest
 from typer.testing import CliRunner
 
 from longva import cli
-from longva.commands import vniah
 from longva.files import FolderError
 from longva.mini import load
 from longva.mini.world import write_film, write_needles
 from longva.needle.features import cached_features, clear_features
-from longva.needle.haystack import films, load_needles, save_needles
+from longva.needle.haystack import Haystack, list_videos
+from longva.needle.names import VARIANT_HELP
+from longva.needle.needles import load_needles, save_needles
 from longva.needle.statistics import compare
 from longva.needle.trials import NeedleError, key, read_trials
-from longva.needle.variants import NOTHING, VARIANTS, run_variant
+from longva.needle.variants import VARIANTS, run_variant
 from longva.needle.vniah import run
 from longva.study.variants import MINI_WORDING, mini_scene
 
@@ -75,14 +76,14 @@ def test_variant_on_the_command_line(tmp_path, inside):
     done = inside(*words, "--variant", "tenth")
     trials = read_trials(tmp_path / "out" / "trials.jsonl")
     assert done.exit_code == 0 and len({key(t) for t in trials}) == 4 and all(t.variant == "tenth" and len(t.choices) == 10 for t in trials), done.stderr
-    for more, word in [(["--variant", "vniah-x"], "--variant is one of"), (["--variant", "vniah-d", "--out", "d"], "look-alike"), (["--variant", "order", "--out", "out"], "(different: variant (tenth, not order)): choose another folder")]:
+    for more, word in [(["--variant", "vniah-x"], "'vniah-x' is not one of"), (["--variant", "vniah-d", "--out", "d"], "look-alike"), (["--variant", "order", "--out", "out"], "(different: variant (tenth, not order)): choose another folder")]:
         done = inside(*words, *more)
         assert done.exit_code in (1, 2) and word in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "d").exists()
 
 
 def test_the_command_knows_all_variants():
-    assert tuple(VARIANTS) == vniah.VARIANTS and NOTHING == vniah.NOTHING
+    assert list(VARIANTS) == list(VARIANT_HELP)
 
 
 def test_adaptive_runs_are_compared(inside, tmp_path):
@@ -124,7 +125,7 @@ def test_cache_in_a_file_and_films_in_nothing(tmp_path):
     with pytest.raises(FolderError): cached_features(tmp_path / "file", {}, 1, lambda: None)
     (tmp_path / "mine.safetensors").write_text("not of the cache")
     assert clear_features(tmp_path) == 0 and (tmp_path / "mine.safetensors").exists()
-    with pytest.raises(NeedleError): films([])
+    with pytest.raises(NeedleError): list_videos([])
 
 
 def decided(trials):
@@ -196,14 +197,13 @@ def test_clock_times_are_those_of_the_film(tmp_path):
     "Eight seconds into a film of four frames a second, or of those that fps leaves of it, it is eight seconds."
     import numpy as np
 
-    from longva.needle.scenery import shown_rate
     from longva.needle.variants import Scene, clock
     from longva.vision.video import write_video
     (model, processor), (_, needles, _) = load("mini-longva"), mini_scene(24, 3, 5)
     film = tmp_path / "four.mp4"
     write_video([np.full((32, 32, 3), i, np.uint8) for i in range(80)], film, fps=4)
     for fps, n in ((None, 64), (2.0, 32), (1.0, 16)):
-        one = clock(Scene(processor, needles, MINI_WORDING, fps=shown_rate(film, fps)), 0, n, 0.5)
+        one = clock(Scene(processor, needles, MINI_WORDING, fps=Haystack(film, fps).rate), 0, n, 0.5)
         assert one.seconds == pytest.approx(8) and processor.tokenizer.decode(one.answer) == "0 0 0 8"
     run_variant(model, processor, film, needles[:1], [32], [0.5], tmp_path / "clock", "clock", wording=MINI_WORDING, progress=False)
     told = read_trials(tmp_path / "clock" / "trials.jsonl")[0]

@@ -1,6 +1,8 @@
 """Videos of many kinds, whole and broken. Every frame carries its number as a bar code, so that a wrong frame shows."""
 import io
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from longva.vision import mp4, video
-from longva.vision.video import VideoError, pick_frames, read_frames, video_info, write_video
+from longva.vision.video import FrameRequest, VideoError, pick_frames, read_frames, video_info, write_video
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 JOBS = SHARED / "data" / "media" / "jobs.mp4"
@@ -230,6 +232,39 @@ def test_count_rule_equals_the_original():
     cases = json.loads(stored.read_text())["uniform_sampling"]
     assert len(cases) >= 5
     for case in cases: assert pick_frames(np.arange(case["total_frames"]) / 25, n=case["n"]).tolist() == case["indices"]
+
+
+@pytest.mark.parametrize("rate", [1.9999, 2, 23.976, 30])
+def test_a_request_counts_what_is_read(tmp_path, rate):
+    "By hand: a rate has a tick at 0 and at each step before the end, less a millisecond; 20 frames at 1.9999 per second last 10.0005 s."
+    path = write_video(bars(20), tmp_path / "a.mp4", fps=rate)
+    info = video_info(path)
+    for fps in (0.3 * info.fps, 0.5 * info.fps, info.fps, 1.0 if rate < 3 else 7.0):
+        ticks = next(n for n in itertools.count(1) if n / fps >= info.seconds - 1e-3)
+        request = FrameRequest(fps=fps)
+        assert request.count(info) == ticks == math.ceil((info.seconds - 1e-3) * fps)
+        got = read_frames(path, **request.kwargs(info))
+        assert len(got) == ticks and got.seconds == pytest.approx(request.times(info), abs=2e-3)
+    assert rate != 1.9999 or FrameRequest(fps=1).count(info) == 10
+
+
+@pytest.mark.parametrize("request_, count", [
+    (FrameRequest(), N), (FrameRequest(n=7), 7), (FrameRequest(n=200, repeat=True), 200), (FrameRequest(most=7), 7), (FrameRequest(most=500), N), (FrameRequest(fps=3), 12),
+    (FrameRequest(fps=3, most=12), 12), (FrameRequest(fps=3, most=11), 11), (FrameRequest(fps=60, most=500), N), (FrameRequest(fps=60, repeat=True), 2 * N),
+    (FrameRequest(fps=60, most=200, repeat=True), 200)])
+def test_requests_with_a_limit(films, request_, count):
+    info = video_info(films / "a.mp4")
+    got = read_frames(films / "a.mp4", **request_.kwargs(info))
+    assert len(got) == request_.count(info) == count and got.seconds == pytest.approx(request_.times(info), abs=1e-3)
+    part = read_frames(films / "a.mp4", **request_.kwargs(info, 1, 3))
+    assert len(part) == request_.count(info, 1, 3) and part.seconds[0] >= 1 - 1e-3 and part.seconds[-1] < 3
+
+
+@pytest.mark.parametrize("request_, word", [
+    (dict(n=0), "n=0"), (dict(n=2, fps=1), "both n and fps"), (dict(n=2, most=1), "both n and most"), (dict(most=0), "most=0"), (dict(most=1.5), "most=1.5"), (dict(fps=0), "fps=0"),
+    (dict(fps="1"), "fps='1'")])
+def test_requests_without_sense(request_, word):
+    with pytest.raises(VideoError, match=word): FrameRequest(**request_)
 
 
 def broken(films, folder):

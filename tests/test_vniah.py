@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from longva.model.modeling import LongVA, LongVAConfig
-from longva.needle.haystack import Needle, NeedleError, save_needles
-from longva.needle.trials import Trial, cells, key, read_trials, save_accuracies
+from longva.needle.needles import Needle, save_needles
+from longva.needle.trials import NeedleError, Trial, cells, key, read_trials, save_accuracies
 from longva.needle.vniah import Prompt, Spot, answer_logits, batches, decide, encode, judge, run
 from longva.vision.video import VideoError, write_video
 

@@ -126,7 +126,7 @@ def click(page, number, x, y, axes=("xaxis", "yaxis")):
 
 @pytest.fixture(scope="module")
 def bench(lab):  # made while JupyterLab starts
-    from longva.needle.bench import mini_bench
+    from longva.mini.bench import mini_bench
     return mini_bench("mini-longva")
 
 

@@ -40,7 +40,7 @@ SAVE = """text => {
 @lru_cache(maxsize=len(mini.NAMES))
 def bench(name):
     "The bench of a miniature, shared by all visitors; its film is encoded the first time only."
-    from longva.needle.bench import mini_bench
+    from longva.mini.bench import mini_bench
     return mini_bench(name)
 
 
@@ -52,8 +52,8 @@ def heads(config):
 
 def heat_map(visit, demo, palette):
     "The map of a demo run with these weights, or of what was decided here."
-    from longva.needle.bench import recorded
-    from longva.study.demo import FRAMES, TRAIN_FRAMES
+    from longva.needle.bench import FRAMES, recorded
+    from longva.study.demo import TRAIN_FRAMES
     from longva.web.page import map_html
     from longva.web.visit import lengths
     here = visit.bench(bench)
@@ -106,7 +106,7 @@ def build(gr, first, demo):
     from dataclasses import asdict
 
     from longva.needle.bench import FRAMES, NEEDLES
-    from longva.needle.haystack import Needle
+    from longva.needle.needles import Needle
     from longva.needle.trials import NeedleError
     from longva.web.page import CLICK, DRAG
     from longva.web.visit import Visit, fill_here, read_picture, take_film, take_needle

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'GROUNDS', 'TEXT_OBJECTS', 'CITIES', 'DIGITS', 'FUNCTION_W
            'VOCABULARY', 'ID', 'DOT', 'FIND', 'WORD_OBJECTS', 'CHAT_TEMPLATE', 'MARK', 'shape_mask', 'ground_texture',
            'draw_frame', 'scene_words', 'FrameBank', 'random_scenes', 'scene_ids', 'repeats_document', 'facts_document',
            'needles_document', 'text_batch', 'mini_tokenizer', 'needle_objects', 'film_scenes', 'film_frames',
-           'write_film', 'film_seed', 'write_needles']
+           'write_film', 'film_seed', 'write_needles', 'put_needles']
 
 # %% ../../nbs/600_mini.world.ipynb #e4f1b136
 import json
@@ -341,4 +341,18 @@ def write_needles(
         Image.fromarray(draw_frame((thing, colour, ground), side, rng)).save(folder / name)
         rows.append({"image": name, "question": f"find {thing}", "answer": f"{colour} {ground}"})
     (folder / "needles.json").write_text(json.dumps(rows, indent=1))
+    return folder
+
+# %% ../../nbs/600_mini.world.ipynb #061f16a0
+def put_needles(
+    folder: str | Path,  # made if it isn't there, left as it is if it is
+    n: int,  # needles
+    seed: int,  # the video's seed
+) -> Path:  # the folder
+    """Write the miniature's needles unless they are there; the folder appears when it is complete."""
+    folder = Path(folder)
+    if (folder / "needles.json").exists(): return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        write_needles(Path(beside) / "needles", n, seed).rename(folder)
     return folder

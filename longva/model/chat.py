@@ -26,7 +26,7 @@ from .prefill import estimate as estimate_of
 from .processing import LongVAImageProcessor, LongVAProcessor, expand_placeholders, frames_text
 from ..vision.image import open_image
 from ..vision.unires import choose_grid
-from ..vision.video import Frames, iter_frames, video_info
+from ..vision.video import FrameRequest, Frames, iter_frames, video_info
 
 # %% ../../nbs/360_model.chat.ipynb #e7b77f84
 def next_token(
@@ -60,18 +60,6 @@ class Film:
     seconds: object = field(repr=False, default=None)
 
 
-def _choose(
-    info,
-    n, fps, most,
-) -> tuple: # (how many frames, arguments of `iter_frames`)
-    "What a request comes to in a film."
-    if fps is None: count = info.frames if n is None else min(n, info.frames)
-    elif most and fps > info.fps: count, fps = min(most, info.frames), None
-    else: count = max(1, math.ceil((info.seconds - 1e-3) * fps)) if fps > 0 else 0
-    if most and fps and count > most: count, fps = most, None
-    return count, dict(n=count) if fps is None else dict(fps=fps)
-
-
 def open_film(
     # a path, `Frames`, or uint8 frames [N,H,W,3]
     video,
@@ -88,11 +76,12 @@ def open_film(
         if array.ndim != 4 or array.shape[-1] != 3 or array.dtype != np.uint8 or not len(array):
             raise ChatError(f"A video must be a file, or uint8 frames of shape [N, H, W, 3], not {array.dtype} {list(array.shape)}.")
         return Film(len(array), lambda: (array[i : i + FRAMES] for i in range(0, len(array), FRAMES)), lambda: seconds)
+    request = FrameRequest(most=n) if fps is None else FrameRequest(fps=fps, most=most)
     info = video_info(video)
-    count, wanted = _choose(info, n, fps, most)
-    read = lambda: iter_frames(video, **wanted, batch=max(1, min(FRAMES, PART // (3 * info.width * info.height))))
+    batch = max(1, min(FRAMES, PART // (3 * info.width * info.height)))
+    read = lambda: iter_frames(video, **request.kwargs(info), batch=batch)
     read()  # what cannot be had is refused now
-    return Film(count, lambda: (part.array for part in read()), lambda: np.concatenate([part.seconds for part in read()]))
+    return Film(request.count(info), lambda: (part.array for part in read()), lambda: np.concatenate([part.seconds for part in read()]))
 
 # %% ../../nbs/360_model.chat.ipynb #4a71912a
 def load(
@@ -434,4 +423,3 @@ def check_room(
     fit = turn.frames - math.ceil((needed - free) / each)
     advice = f"take at most {fit:,} frames" if fit > 0 else "start a new conversation, or give less"
     raise TooLarge(f"This would take {say_bytes(needed)} of memory beside the model, and there is {say_bytes(max(0, free))} for it: {advice}.")
-

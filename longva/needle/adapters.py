@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..context.plan import sizes
 from ..model.prefill import place_of
-from .haystack import Needle
+from .needles import Needle
 from .trials import NeedleError
 from .trie import Reader
 from .vniah import Prompt, make_prompt

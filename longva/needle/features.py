@@ -16,29 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..files import check_folder, write_whole
-from .haystack import films
-from .scenery import draw_scene, scenery_seed
+from .haystack import Haystack
 from ..vision.video import Frames
 
 # %% ../../nbs/545_needle.features.ipynb #f04cd8c0
-def _content(path) -> str:
-    "Hash of a file, or of the pictures in a folder."
-    files, total = sorted(f for f in Path(path).iterdir() if f.is_file()) if Path(path).is_dir() else [Path(path)], sha256()
-    for f in files:
-        with open(f, "rb") as stream:
-            while block := stream.read(1 << 20): total.update(block)
-    return total.hexdigest()
-
-def _film(haystack):
-    "What tells a haystack apart: its content, or the seed and first frame of a drawn one."
-    seed, plain = scenery_seed(haystack), lambda array: sha256(array.tobytes() + repr(array.shape).encode()).hexdigest()
-    if seed is not None: return ["scenery", seed, plain(draw_scene(0, seed))]
-    return plain(haystack.array) if isinstance(haystack, Frames) else [_content(p) for p in films(haystack)]
-
 def feature_key(
     # a LongVA and its processor
     model, processor,
-    # as in `longva.needle.scenery.enough_frames`
+    # as in `longva.needle.haystack.Haystack`
     haystack,
     fps: float = None, fit: str = "pad",
 ) -> dict: # text values
@@ -48,7 +33,7 @@ def feature_key(
         if "vision_tower" in name or "mm_projector" in name: weights.update(name.encode() + p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     config = model.config
     front = [images.grid, list(images.image_mean), list(images.image_std), fit, fps, config.pool_mode, config.pool_stride, config.vision_feature_layer]
-    return dict(film=json.dumps(_film(haystack)), weights=weights.hexdigest(), front=json.dumps(front), dtype=str(model.dtype), device=model.device.type)
+    return dict(film=json.dumps(Haystack(haystack).content()), weights=weights.hexdigest(), front=json.dumps(front), dtype=str(model.dtype), device=model.device.type)
 
 def pictures_key(
     # from `feature_key`, of any haystack

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .haystack import Needle
+from .needles import Needle
 from .trials import NeedleError, wilson
 
 # %% ../../nbs/525_needle.generate.ipynb #0e51a5da

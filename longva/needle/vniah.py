@@ -15,16 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..files import check_folder, digest, versions
+from ..files import check_folder, versions
 from ..model.prefill import CHUNK
 from .features import cached_features, feature_key, pictures_key
-from .haystack import Needle, NeedleError, check_choices, films, load_needles
-from .scenery import draw_scene, enough_frames, open_haystack, scenery_seed
+from .haystack import Haystack
+from .needles import Needle, as_needles
 from .sweep import check_grid, judge, model_name, sweep, together, weights_id
-from .trials import Trial
+from .trials import NeedleError, Trial
 from .trie import Reader, decide_apart
 from ..vision.unires import fit_frames
-from ..vision.video import Frames
 
 # %% ../../nbs/555_needle.vniah.ipynb #425ab304
 @dataclass
@@ -182,16 +181,7 @@ def fingerprint(
     config = model.config
     return weights_id(model, config.pool_mode, config.pool_stride, config.vision_feature_layer)
 
-def _haystack_id(haystack, fps):
-    if isinstance(haystack, Frames): return dict(frames=len(haystack), digest=digest(np.ascontiguousarray(haystack.array).data))
-    seed = scenery_seed(haystack)
-    if seed is not None: return dict(scenery=seed, digest=digest(draw_scene(0, seed).data))
-    parts = films(haystack)
-    if parts != [haystack]: return dict(films=[_haystack_id(p, fps) for p in parts])
-    path = Path(parts[0])
-    if path.is_dir(): return dict(folder=path.name, pictures=digest([(f.name, f.stat().st_size) for f in sorted(path.iterdir())]), fps=fps)
-    with open(path, "rb") as f: head = f.read(1 << 20)
-    return dict(file=path.name, bytes=path.stat().st_size, digest=digest(head), fps=fps)
+
 
 # %% ../../nbs/555_needle.vniah.ipynb #ced46365
 def describe(
@@ -207,9 +197,9 @@ def describe(
 ) -> dict: # goes to settings.json
     "What a sweep is about: everything that its trials have in common."
     fps = more.get("fps")
-    shown = [dict(name=n.name, question=n.question, answer=n.answer, digest=digest(n.image.size, n.image.tobytes(), asdict(p))) for n, p in zip(needles, prompts)]
+    shown = [n.identity(asdict(p)) for n, p in zip(needles, prompts)]
     return dict(model=name, weights=fingerprint(model, adapter), dtype=str(model.dtype).removeprefix("torch."),
-                haystack=_haystack_id(haystack, fps), needles=shown) | {k: v for k, v in more.items() if k != "fps"}
+                haystack=Haystack(haystack, fps).identity(), needles=shown) | {k: v for k, v in more.items() if k != "fps"}
 
 # %% ../../nbs/555_needle.vniah.ipynb #5c792adb
 def decisions(
@@ -230,20 +220,10 @@ def decisions(
         yield [(s, v, seconds) for s, v in zip(batch, verdicts)]
 
 # %% ../../nbs/555_needle.vniah.ipynb #5c792as0
-def _need(needles):
-    "Needles from a folder or a list, with names that tell them apart."
-    needles = list(needles) if isinstance(needles, (list, tuple)) else load_needles(needles)
-    names = [n.name for n in needles]
-    if not names: raise NeedleError("There is no needle to hide: give at least one.")
-    for n in needles: check_choices(n, f"Needle {n.name}")
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice: raise NeedleError(f"Two needles are called {twice[0]}: give each its own name.")
-    return needles
-
 def _encoded(model, processor, haystack, needles, n, fps, fit, repeat=False, features=None, adapter=None):
     "Visual tokens of the first n frames, and of the needles; from the cache, if there is one."
     grid, see = (adapter.side, adapter.encode) if adapter else (processor.image_processor.grid, partial(encode, model, processor))
-    frames = lambda: see(open_haystack(haystack, n, fps, repeat, lambda frames: fit_frames(frames, grid, fit)).array, fit)
+    frames = lambda: see(Haystack(haystack, fps, repeat, fit).frames(n, grid).array, fit)
     pictures = lambda: torch.cat([see(np.asarray(n.image.convert("RGB"))[None], fit) for n in needles])
     if features is None: return frames(), pictures() if needles else None
     key = feature_key(model, processor, haystack, fps, fit)
@@ -256,10 +236,9 @@ def _work(reader, prompts, todo, with_needle, **how):
     for k, logits, seconds in decide_apart(reader, paths, answers, **how): yield todo[k], judge(logits, answers[k]), seconds
 
 # %% ../../nbs/555_needle.vniah.ipynb #a3d9check
-def _check_settings(depths, with_needle, fit, kv, features, adapter):
+def _check_settings(depths, with_needle, kv, features, adapter):
     "Refuse what can't be meant."
     if not with_needle and len(depths) > 1: raise NeedleError("Without the needle frame every depth is the same trial: give one depth.")
-    if fit not in ("pad", "crop", "resize"): raise NeedleError(f"A frame can be fitted by pad, crop or resize, not by {fit}.")
     if kv not in ("device", "host"): raise NeedleError(f"Keys and values can lie on the device or on the host, not on {kv}.")
     if features is not None and adapter: raise NeedleError("The cache of features keeps what a LongVA sees: leave it out with other models.")
     if features is not None: check_folder(features)
@@ -314,10 +293,10 @@ def run(
 ) -> list: # of Trial: those of this grid, by length, depth and needle
     "Run V-NIAH, or go on with it."
     frames, depths = check_grid(frames, depths)
-    _check_settings(depths, with_needle, fit, kv, features, adapter)
-    needles = _need(needles)
+    _check_settings(depths, with_needle, kv, features, adapter)
+    needles = as_needles(needles)
     prompts = [adapter.prompt(n) if adapter else make_prompt(processor, n) for n in needles]
-    enough_frames(haystack, frames[-1], fps, repeat)
+    Haystack(haystack, fps, repeat, fit).check(frames[-1])
     name, by = name or model_name(model), versions()
     about = describe(model, name, haystack, needles, prompts, adapter, seed=seed, fps=fps, fit=fit, with_needle=with_needle, **{k: True for k, on in dict(generate=generate, repeat=repeat).items() if on})
     spots = {(needles[j].name, n, d): Spot(j, n, d) for n in frames for d in depths for j in range(len(needles))}

@@ -28,10 +28,10 @@ from ..context.rope import extend_rope
 from ..files import check_folder, versions, write_whole
 from ..mini import load
 from ..model.modeling import LongVAConfig
-from ..needle.haystack import NeedleError, load_needles
 from ..needle.heatmap import mean_score
+from ..needle.needles import load_needles
 from ..needle.sweep import check_grid
-from ..needle.trials import by_frames, read_trials, wilson
+from ..needle.trials import NeedleError, by_frames, read_trials, wilson
 from ..needle.vniah import run
 from .demo import difference, in_processes
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'PLACE', 'SQUARE', 'DataError', 'BadRow', 'Row', 'read_file', 'take', 'open_data', 'Conversation', 'names_in',
            'place_pictures', 'check_places', 'parse_row', 'pieces_of', 'learnt_tokens', 'token_ids', 'squares',
-           'front_end', 'Reading', 'frames_of', 'image_layout', 'Eye', 'count_tokens', 'lay_out', 'read_row',
-           'row_length']
+           'front_end', 'Reading', 'image_layout', 'Eye', 'count_tokens', 'lay_out', 'read_row', 'row_length']
 
 # %% ../../nbs/455_train.conversations.ipynb #deaff1e8
 import hashlib
@@ -27,7 +26,7 @@ from ..model.processing import LongVAProcessor, expand_placeholders, frames_text
 from .data import words_hash
 from .recipe import TrainError
 from ..vision.unires import choose_grid
-from ..vision.video import read_frames, video_info
+from ..vision.video import FrameRequest, VideoInfo, read_frames, video_info
 
 # %% ../../nbs/455_train.conversations.ipynb #6e5d09be
 class DataError(TrainError):
@@ -267,13 +266,11 @@ class Reading:
         if not path.exists(): raise BadRow(f"there is no file {name}")
         return path
 
-# %% ../../nbs/455_train.conversations.ipynb #11cfee2e
-def frames_of(path, fps: float, most: int | None) -> tuple: # (how many, arguments of read_frames, seconds from first to last)
-    "How many frames of a video are taken."
-    info = video_info(path)
-    count, how = (info.frames, {}) if info.fps <= fps else (max(1, math.ceil(info.seconds * fps - 1e-6)), dict(fps=fps))
-    return (most, dict(n=most), info.seconds) if most and count > most else (count, how, info.seconds)
+    def request(self, info: VideoInfo) -> FrameRequest:
+        """Which frames of a video are taken: `fps` per second, or every one of a slower video; at most `most_frames`."""
+        return FrameRequest(fps=self.fps, most=self.most_frames or info.frames)
 
+# %% ../../nbs/455_train.conversations.ipynb #11cfee2e
 def image_layout(path, p) -> tuple: # (columns, rows)
     "How an image will be cut, from its header; `p` is a LongVAImageProcessor."
     if p.image_fit != "grids": return 1, 1
@@ -293,7 +290,11 @@ class Eye:
         "A piece with those of the pictures whose turn it is."
         r, p = self.reading, self.reading.processor
         images = [self.images.pop(0) for _ in range(text.count(p.image_token))]
-        films = [read_frames(path, **frames_of(path, r.fps, r.most_frames)[1]) for path in [self.videos.pop(0) for _ in range(text.count(p.video_token))]]
+        films = []
+        for _ in range(text.count(p.video_token)):
+            path = self.videos.pop(0)
+            info = video_info(path)
+            films.append(read_frames(path, **r.request(info).kwargs(info)))
         made = p(text=text, images=images, videos=films, **more)
         for name in ("pixel_values", "image_layouts", "pixel_values_videos", "video_frames"):
             if name in made: self.pixels.setdefault(name, []).append(made[name])
@@ -304,14 +305,15 @@ def count_tokens(row: Row, talk: Conversation, reading: Reading) -> int:
     "Tokens of a row, visual ones counted, from the headers of its files."
     p, q = reading.processor, reading.processor.image_processor
     images = [q.tokens_of(*image_layout(reading.find(row, name), q)) for name in talk.images]
-    films = [frames_of(reading.find(row, name), reading.fps, reading.most_frames) for name in talk.videos]
-    short = [frames_text(p.video_token, 1, n, np.linspace(0, seconds, n, endpoint=False) if p.time_stamps else None, p.frame_delimiters) for n, _, seconds in films]
+    infos = [video_info(reading.find(row, name)) for name in talk.videos]
+    films = [reading.request(info).times(info) for info in infos]
+    short = [frames_text(p.video_token, 1, len(times), times if p.time_stamps else None, p.frame_delimiters) for times in films]
     def make(text, **how):
         nonlocal short
         mine, short = short[: text.count(p.video_token)], short[text.count(p.video_token) :]
         return torch.tensor(p.tokenizer(expand_placeholders([text], p.video_token, mine), **how)["input_ids"][0], dtype=torch.int64)
     ids, _ = token_ids(talk.messages, p, reading.layout, make=make)
-    return len(ids) + sum(images) - len(images) + sum(n for n, *_ in films) * (q.tokens_per_grid - 1)
+    return len(ids) + sum(images) - len(images) + sum(map(len, films)) * (q.tokens_per_grid - 1)
 
 # %% ../../nbs/455_train.conversations.ipynb #339f0631
 def lay_out(

@@ -16,11 +16,10 @@ import torch
 from PIL import Image, ImageOps
 
 from ..model.chat import ChatError, check_words
-from ..needle.bench import NEEDLES, NeedleBench, fill, one_pass
-from ..needle.haystack import Needle
+from ..needle.bench import FRAMES, NEEDLES, NeedleBench, fill, one_pass
+from ..needle.needles import Needle
 from ..needle.trials import NeedleError, key
 from ..needle.vniah import encode_needles, make_prompt
-from ..study.demo import FRAMES
 from ..vision.unires import fit_frames
 from ..vision.video import VideoError, iter_frames, video_info
 

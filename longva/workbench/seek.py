@@ -16,9 +16,10 @@ from fastcore.basics import patch
 
 from ..context.rope import extend_rope
 from ..mini import NAMES
-from ..needle.bench import NeedleBench, fill, growing_map, mini_bench, strip
+from ..mini.bench import mini_bench
+from ..needle.bench import DEPTHS, FRAMES, NeedleBench, fill, growing_map, strip
 from ..needle.heatmap import colours, hover_text
-from ..study.demo import DEPTHS, FRAMES, TRAIN_FRAMES
+from ..study.demo import TRAIN_FRAMES
 from .explorer import Explorer, slider
 from .plots import film_figure
 
