@@ -8,12 +8,10 @@ __all__ = ['SQUARE', 'ORIENTATION', 'ON_ITS_SIDE', 'MISREAD', 'square_images', '
 
 # %% ../../nbs/457_train.samples.ipynb #23bc6e8d
 import hashlib
-import math
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -24,7 +22,7 @@ from .data import words_hash
 from .recipe import TrainError
 from .rows import BadRow, Row
 from ..vision.unires import choose_grid
-from ..vision.video import read_frames, video_info
+from ..vision.video import FrameRequest, Frames, VideoInfo, read_frames, video_info
 
 # %% ../../nbs/457_train.samples.ipynb #55cd199f
 SQUARE = dict(image_fit="crop", image_pool_stride=1)
@@ -100,17 +98,9 @@ class Reading:
             raise BadRow(f"there is no file {name}")
         return path
 
-    def frames(self, path: Path) -> tuple:  # (how many, arguments of read_frames, seconds of the video)
-        """Choose the frames of a video from its header."""
-        info = video_info(path)
-        count = info.frames
-        how = {}
-        if self.fps < info.fps:
-            count = max(1, math.ceil(info.seconds * self.fps - 1e-6))
-            how = dict(fps=self.fps)
-        if self.most_frames and count > self.most_frames:
-            return self.most_frames, dict(n=self.most_frames), info.seconds
-        return count, how, info.seconds
+    def request(self, info: VideoInfo) -> FrameRequest:
+        """Choose the frames of a video; a rate above the video's takes every frame."""
+        return FrameRequest(fps=self.fps, most=self.most_frames or info.frames)
 
 # %% ../../nbs/457_train.samples.ipynb #3c1e75d8
 ORIENTATION = 0x0112  # the EXIF tag
@@ -147,13 +137,17 @@ class PieceReader:
     ) -> torch.Tensor:  # ids [L], with a placeholder for each visual token
         processor = self.reading.processor
         images = [self.images.pop(0) for _ in range(text.count(processor.image_token))]
-        paths = [self.videos.pop(0) for _ in range(text.count(processor.video_token))]
-        videos = [read_frames(path, **self.reading.frames(path)[1]) for path in paths]
+        videos = [self.read_video(self.videos.pop(0)) for _ in range(text.count(processor.video_token))]
         made = processor(text=text, images=images, videos=videos, **options)
         for name in ("pixel_values", "image_layouts", "pixel_values_videos", "video_frames"):
             if name in made:
                 self.pixels.setdefault(name, []).append(made[name])
         return made["input_ids"][0].long()
+
+    def read_video(self, path: Path) -> Frames:
+        """Read the frames that are asked for."""
+        info = video_info(path)
+        return read_frames(path, **self.reading.request(info).kwargs(info))
 
 # %% ../../nbs/457_train.samples.ipynb #0148ddb8
 def label_tokens(
@@ -205,14 +199,15 @@ class PieceCounter:
         for name in conversation.images:
             self.more += images.tokens_of(*image_layout(reading.find(row, name), images)) - 1
         for name in conversation.videos:
-            frames, _, seconds = reading.frames(reading.find(row, name))
-            self.videos.append(self._text(frames, seconds))
-            self.more += frames * (images.tokens_per_grid - 1)
+            info = video_info(reading.find(row, name))
+            times = reading.request(info).times(info)
+            self.videos.append(self._text(times))
+            self.more += len(times) * (images.tokens_per_grid - 1)
 
-    def _text(self, frames, seconds):
+    def _text(self, times):
         processor = self.processor
-        stamps = np.linspace(0, seconds, frames, endpoint=False) if processor.time_stamps else None
-        return frames_text(processor.video_token, 1, frames, stamps, processor.frame_delimiters)
+        stamps = times if processor.time_stamps else None
+        return frames_text(processor.video_token, 1, len(times), stamps, processor.frame_delimiters)
 
     def __call__(self, text: str, **options) -> torch.Tensor:  # ids [L]
         token = self.processor.video_token
