@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from longva.model.modeling import LongVA, mini_config
 from longva.model.processing import LongVAProcessor
-from longva.train.align import Rows, align
+from longva.train.align import align
+from longva.train.order import Samples
 from longva.vision.video import write_video
 
 colours = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "grey": (128, 128, 128)}
@@ -65,9 +66,9 @@ def make_world(folder):
 
 def one_rank(out, settings):
     "One rank of `align`; `slow` seconds a row."
-    slow, read = settings.pop("slow", 0), Rows.__call__
+    slow, read = settings.pop("slow", 0), Samples.__call__
     if slow:
-        Rows.__call__ = lambda *at: (time.sleep(slow), read(*at))[1]
+        Samples.__call__ = lambda *at: (time.sleep(slow), read(*at))[1]
     world = Path(settings.pop("folder"))
     align(settings.pop("stage", "mini-2"), world / settings.pop("data", "talk.jsonl"), Path(out), world / "model", **{"bad_share": 0.1, "workers": 1, **settings})
 

@@ -15,8 +15,14 @@ from transformers import CLIPVisionModel, Qwen2ForCausalLM
 
 from longva.model.modeling import LongVA
 from longva.model.processing import LongVAProcessor
-from longva.train.align import PRESETS, AlignLoss, Rows, align, open_model, recipe_for, see_and_embed, settle, weight_groups
-from longva.train.conversations import BadRow, DataError, Reading, Row, open_data, parse_row, read_row, row_length, take, token_ids
+from longva.train.align import PRESETS, align, choose_preset, open_start
+from longva.train.align_loss import AlignLoss
+from longva.train.conversations import parse_row, token_ids
+from longva.train.order import BadRows, Samples
+from longva.train.parts import part_groups
+from longva.train.presets import recipe_for
+from longva.train.rows import BadRow, DataError, Row, open_data, sample_rows
+from longva.train.samples import Reading, read_row, row_length
 from longva.train.engines import Plain
 from longva.train.ranks import Ranks
 from longva.train.recipe import Recipe, TrainError, learning_rate
@@ -183,7 +189,7 @@ def test_what_is_fed_is_what_the_processor_makes(world, front):
         assert equal({k: v for k, v in sample.items() if k in made and k not in ("input_ids", "video_frames")}, pixels)
         loss, whole = AlignLoss(model), {k: v for k, v in sample.items() if k.startswith(("pixel", "image_"))}
         with torch.no_grad():
-            assert torch.allclose(see_and_embed(loss, loss.collate([sample])), model.embed(sample["input_ids"][None], **whole), atol=1e-6)
+            assert torch.allclose(loss.embed(loss.collate([sample])), model.embed(sample["input_ids"][None], **whole), atol=1e-6)
         assert [loss.length(sample), loss.visual] == [[len(sample["input_ids"])], float(sum((sample["input_ids"] == t).sum() for t in (processor.image_token_id, processor.video_token_id)))]
 
 
@@ -218,7 +224,7 @@ def test_another_start_is_refused(world, tmp_path):
     shutil.rmtree(out / "step-000002"); shutil.rmtree(made)
     for _ in ("half", "whole"):
         for wrong, said in ((dict(model=other), "starting weights"), (dict(model=stamped), "time_stamps False .now True"), (dict(data="talk.jsonl", bad_share=0.5), "data_rows 24 .now 41"),
-                            (dict(steps=3), "steps 2 .now 3"), (dict(reading=dict(fps=2.0)), "fps 1.0 .now 2.0"), (dict(seed=1), "seed 0 .now 1"), (dict(reading=dict(pictures="square")), "pictures model .now square")):
+                            (dict(steps=3), "steps 2 .now 3"), (dict(fps=2.0), "fps 1.0 .now 2.0"), (dict(seed=1), "seed 0 .now 1"), (dict(pictures="square"), "pictures model .now square")):
             with pytest.raises(TrainError, match=f"was begun with {said}"):
                 go(**wrong)
         assert go() == made
@@ -236,7 +242,7 @@ def test_seed_decides_a_fresh_projector(world, tmp_path):
     small.tokenizer().save_pretrained(tmp_path / "words")
     CLIPVisionModel(text.vision_config).save_pretrained(tmp_path / "tower")
     parts = dict(language_model=str(tmp_path / "words"), vision_tower=str(tmp_path / "tower"))
-    a, b, c = (open_model(PRESETS["mini-1"], None, None, *parts.values(), torch.float32, seed)[0] for seed in (0, 0, 1))
+    a, b, c = (open_start(choose_preset("mini-1", dict(parts, seed=seed)))[0] for seed in (0, 0, 1))
     assert weights_hash(a) == weights_hash(b) != weights_hash(c)
     made = align("mini-1", world / "captions.json", tmp_path / "run", **parts, steps=2)
     assert align("mini-1", world / "captions.json", tmp_path / "run", **parts, steps=2) == made
@@ -249,19 +255,20 @@ def test_seed_decides_a_fresh_projector(world, tmp_path):
 
 def test_settings_that_would_be_ignored(world, tmp_path):
     go = lambda preset="mini-2", **more: align(preset, world / "captions.json", tmp_path / "run", world / "model", **more)
-    for wrong, said in ((dict(steps=0), "steps is 0"), (dict(reading=dict(pictures="unires")), "pictures 'unires'"), (dict(reading=dict(fps=0)), "fps 0"),
-                        (dict(preset=replace(PRESETS["mini-2"], rates={"vision": 1e-3})), "parts to train are vision"), (dict(stepz=3), "no such setting")):
+    for wrong, said in ((dict(steps=0), "steps is 0"), (dict(pictures="unires"), "pictures 'unires'"), (dict(fps=0), "fps 0"),
+                        (dict(rates={"vision": 1e-3}), "parts to train are vision"), (dict(stepz=3), "no setting stepz")):
         with pytest.raises(TrainError, match=said):
             go(**wrong)
     assert not (tmp_path / "run").exists()
-    assert recipe_for(PRESETS["mini-2"], 100, warmup=0).warmup == 0 and recipe_for(PRESETS["mini-2"], 100, warmup=5).warmup == 5 and recipe_for(PRESETS["mini-2"], 100).warmup == 3
-    assert recipe_for(replace(PRESETS["mini-2"], rates={"tower": 1e-6, "language": 1e-4}), 100).lr == 1e-4  # what the log shows is a rate that something has
+    warmup = [recipe_for(choose_preset("mini-2", given), 100).warmup for given in ({"warmup": 0}, {"warmup": 5}, {})]
+    assert warmup == [0, 5, 3]
+    assert choose_preset("mini-2", {"rates": {"tower": 1e-6, "language": 1e-4}}).recipe.lr == 1e-4  # what the log shows is a rate that something has
 
 
 def test_each_part_follows_the_schedule_at_its_own_rate(world):
     loss = AlignLoss(LongVA.from_pretrained(world / "model"))
-    recipe, rates = recipe_for(PRESETS["paper-2"], 3200, steps=100), PRESETS["paper-2"].rates
-    groups = [dict(g, top=g["lr"]) for g in weight_groups(loss, rates)]
+    recipe, rates = recipe_for(choose_preset("paper-2", {"steps": 100}), 3200), PRESETS["paper-2"].rates
+    groups = [dict(g, top=g["lr"]) for g in part_groups(loss, rates)]
     engine = Plain(loss, groups, replace(recipe, precision="fp32"), Ranks())
     for step, share in ((0, 1 / 3), (2, 1.0), (3, 1.0), (51, 0.5 * (1 + math.cos(math.pi * 48 / 97))), (99, 0.5 * (1 + math.cos(math.pi * 96 / 97)))):
         engine.clip_and_step(learning_rate(recipe, step) / recipe.lr)
@@ -281,10 +288,11 @@ def test_full_disk_when_the_model_is_saved(world, tmp_path):
 
 
 def test_full_disk_for_the_list_of_bad_rows(world, tmp_path):
-    rows = Rows(open_data(world / "talk.jsonl"), Reading(LongVAProcessor.from_pretrained(world / "model")), Recipe(steps=1, rows=1), tmp_path, workers=0)
-    rows.found, rows.file = [dict(step=1, place=0, file="a.json", row=1, why="no file", instead="")], tmp_path / "not/here/bad_rows.jsonl"
-    with pytest.raises(TrainError, match="bad_rows.jsonl cannot be written .No such file"):
-        settle(rows)
+    (tmp_path / "file").touch()
+    bad = BadRows(tmp_path / "file/run", rows=41)
+    bad.found = [dict(step=1, place=0, file="a.json", row=1, why="no file", instead="")]
+    with pytest.raises(TrainError, match="bad_rows.jsonl cannot be written .(Not a directory|File exists)"):
+        bad.report(seen=1)
 
 
 def test_processor_of_another_model_is_refused(world):
@@ -310,7 +318,7 @@ def test_files_and_mixtures(tmp_path):
                                        [("a.json", "first:3"), ("b.jsonl", "end:21%"), (str(tmp_path / "a.json"), "random:5"), ("'{a.json,b.jsonl}'", "all")]))
     ids = [r.data["id"] for r in open_data(tmp_path / "mix.yaml")]
     assert ids[:6] == [0, 1, 2, 7, 8, 9] and len(set(ids[6:11])) == 5 and ids[11:] == [*range(10)] * 2
-    assert ids == [r.data["id"] for r in open_data(tmp_path / "mix.yaml")] and [r.number for r in take(open_data(tmp_path / "b.jsonl"), "end:2")] == [9, 10]
+    assert ids == [r.data["id"] for r in open_data(tmp_path / "mix.yaml")] and [r.number for r in sample_rows(open_data(tmp_path / "b.jsonl"), "end:2")] == [9, 10]
     for name, content, why in [("c.json", "[1,", "broken JSON"), ("c.json", "{}", "list of rows"), ("c.json", "[]", "no rows"), ("c.yaml", "- a", "`datasets`"),
                                ("c.yaml", "datasets: [{a: 1}]", "json_path"), ("c.yaml", f"datasets: [{{json_path: {tmp_path}/a.json, sampling_strategy: 'last:3'}}]", "sampling strategy"), ("c.yaml", "datasets: 3", "list `datasets`"),
                                ("c.yaml", f"datasets: [{{json_path: {tmp_path}/a.json, sampling_strategie: 'first:2'}}]", "known are json_path"), ("c.csv", "", "must be")]:
@@ -342,13 +350,13 @@ def test_which_tokens_are_learnt(world):
 def test_every_row_once_an_epoch_and_like_lengths_together(world, tmp_path):
     data, reading = open_data(world / "talk.jsonl"), Reading(LongVAProcessor.from_pretrained(world / "model"))
     recipe = Recipe(steps=41, rows=8)
-    rows = Rows(data, reading, recipe, tmp_path, together=41, workers=0)
+    rows = Samples(data, reading, recipe, BadRows(tmp_path, 41), block_steps=41, workers=0)
     taken = [[rows.index(s, r) for r in range(8)] for s in range(41)]
     assert sorted(sum(taken, [])) == sorted([*range(41)] * 8)  # eight epochs
     lengths = [[row_length(data[i], reading) for i in step] for step in taken]
     short = sum(max(s) * 8 - sum(s) for s in lengths) / sum(max(s) * 8 for s in lengths)
     assert short < 0.05 and max(map(max, lengths)) > 2 * min(map(min, lengths[:-1]))
-    other = Rows(data, reading, replace(recipe, seed=1), tmp_path, together=41, workers=0)
+    other = Samples(data, reading, replace(recipe, seed=1), BadRows(tmp_path, 41), block_steps=41, workers=0)
     assert [[other.index(s, r) for r in range(8)] for s in range(41)] != taken
 
 

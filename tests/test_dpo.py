@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ import train_toy as toy
 from PIL import Image
 
 from longva.mini import folder, load
-from longva.train.conversations import BadRow, DataError, Row
-from longva.train.dpo import DPOLoss, answer_log_probs, dpo, dpo_loss, kept_reference
-from longva.train.pairs import Clips, collate_pairs, encode_pair, read_pair, read_pairs
+from longva.train.clips import Clips
+from longva.train.dpo import dpo
+from longva.train.dpo_loss import DPOLoss, answer_log_probs, dpo_loss
+from longva.train.pair_batch import collate_pairs, encode_pair
+from longva.train.pairs import read_pair, read_pairs
+from longva.train.reference import read_reference
+from longva.train.rows import BadRow, DataError, Row
 from longva.train.recipe import TrainError
 from longva.train.run import checkpoints
 from longva.vision.video import write_video
@@ -133,7 +138,7 @@ def command(out, settings):
     "One rank of `longva dpo`."
     from longva.cli import app
     from longva.train import dpo as module
-    PRESETS, replace = module.PRESETS, module.replace
+    PRESETS = module.PRESETS
     PRESETS["mini"] = replace(PRESETS["mini"], recipe=replace(PRESETS["mini"].recipe, save_every=2))
     first = DPOLoss.forward
     def slowly(self, batch, normalizer): time.sleep(settings["slow"]); return first(self, batch, normalizer)
@@ -178,7 +183,7 @@ def test_command_names_bad_rows_and_margins_grow(unbroken, data):
     assert any("mm_projector" in n for n in moved) and any("layers.0" in n for n in moved) and not any("vision_tower" in n for n in moved)
     pairs, _ = read_pairs(data)
     clips = Clips(model, processor, frames=4)
-    kept, sure = kept_reference(out / "reference"), []
+    kept, sure = read_reference(out / "reference"), []
     for i, pair in enumerate(pairs):
         if "bad" in kept[i]: continue
         with torch.no_grad(): sums, _ = DPOLoss(model).log_probs(collate_pairs([encode_pair(pair, clips)]))
@@ -210,7 +215,7 @@ def test_two_ranks_equal_one(unbroken, data, tmp_path):
         assert a["step"] == 1 or a["reward_accuracy"] == b["reward_accuracy"]  # at the start all margins are rounding
     lines = [f.read_text().splitlines() for f in sorted((tmp_path / "two/reference").glob("rank-*.jsonl"))]
     assert [len(x) for x in lines] == [3, 3]  # six pairs, shared out
-    assert kept_reference(tmp_path / "two/reference") == kept_reference(unbroken[0] / "reference")
+    assert read_reference(tmp_path / "two/reference") == read_reference(unbroken[0] / "reference")
 
 
 def test_two_ranks_share_a_sequence(unbroken, data, tmp_path):
@@ -336,7 +341,7 @@ def test_full_disk_is_one_sentence_and_no_bad_row(data, tmp_path, largest, said)
     "What cannot be written is not a row that cannot be read."
     (code, error), *_ = toy.wait(start(tmp_path / "run", data, largest=largest))
     assert code == 1 and re.search(said, error) and "Traceback" not in error, error[-2000:]
-    bad = [row for row in kept_reference(tmp_path / "run/reference").values() if "bad" in row]
+    bad = [row for row in read_reference(tmp_path / "run/reference").values() if "bad" in row]
     assert all("broken.mp4" in row["bad"] for row in bad) and not list((tmp_path / "run").glob("step-*"))
 
 

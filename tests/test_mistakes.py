@@ -14,7 +14,8 @@ from longva.cli import app
 from longva.mini import folder
 from longva.model.checkpoint import CheckpointError
 from longva.model.processing import LongVAProcessor
-from longva.train.conversations import open_data, parse_row
+from longva.train.conversations import parse_row
+from longva.train.rows import open_data
 from longva.vision.video import write_video
 
 PAIR = dict(prompt="find owl", chosen="red", rejected="blue")
@@ -83,7 +84,7 @@ def test_dpo_says_once_what_is_bad(say, world):
     assert say(*DPO, "--data", "lost.jsonl") == (1, ["lost.jsonl holds no pair: lost.jsonl, line 1: there is no video gone.mp4."], [])
     (world / "empty.jsonl").write_text(json.dumps(PAIR | dict(video="empty.mp4")) + "\n")
     code, lines, files = say(*DPO, "--data", "empty.jsonl")
-    assert code == 1 and lines == ["1 of 1 rows are bad, more than the share of 0.25 that is borne: empty.jsonl, line 1: empty.mp4 is empty (0 bytes): copy or download it again."]
+    assert code == 1 and lines == ["1 of 1 rows are bad, more than the share of 0.25 that is allowed: empty.jsonl, line 1: empty.mp4 is empty (0 bytes): copy or download it again."]
     assert files == ["bad_rows.jsonl", "reference"]
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from .recipe import Ranks, Recipe, together
+from .ranks import Ranks
+from .recipe import Recipe
 from .rows import BadRow, DataError, bad_row, bad_row_text, write_bad_rows
 from .run import checkpoints
 from .samples import Reading, read_row, row_length
@@ -88,7 +89,7 @@ class BadRows:
         self.found = []
         self.lines += self._gather(found)
         if self.written != len(self.lines):
-            together(self.ranks, self.write if self.ranks.rank == 0 else None)
+            self.ranks.first(self.write)
             self.written = len(self.lines)
         self.check(seen)
         return len(found) / self.ranks.cp  # ranks that share a sequence have met the same rows

@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 
 from ..files import whole_folder
-from .loop import trained_weights
-from .recipe import Ranks, TrainError, together
-from .run import RECORD, checkpoints, trained
+from .engines import decay_groups, trained
+from .ranks import Ranks
+from .recipe import TrainError
+from .run import RECORD, checkpoints, trained_weights
 
 # %% ../../nbs/447_train.parts.ipynb #d361ff19
 PARTS = {"tower": "model.vision_tower.", "projector": "model.mm_projector.", "language": ""}  # how their weights' names start
@@ -64,11 +65,8 @@ def part_groups(
     groups = []
     for part, rate in rates.items():
         weights = [weight for name, weight in trained(loss) if part_of(name) == part]
-        matrices = [weight for weight in weights if weight.ndim >= 2]
-        others = [weight for weight in weights if weight.ndim < 2]
-        groups.append(dict(params=matrices, lr=rate))
-        groups.append(dict(params=others, lr=rate, weight_decay=0.0))
-    return [group for group in groups if group["params"]]
+        groups += decay_groups(weights, rate)
+    return groups
 
 # %% ../../nbs/447_train.parts.ipynb #32c0bc53
 def frozen_weights(
@@ -123,8 +121,5 @@ def save_trained(
     ranks: Ranks,
 ) -> Path:  # the model's folder
     """Save the model of a run's last checkpoint as `out`/model; the first rank writes."""
-    first = ranks.rank == 0
-    frozen = frozen_weights(model, first)
-    save = lambda: save_model(model, companion, checkpoints(out)[-1], out / "model", frozen)
-    together(ranks, save if first else None)
-    return out / "model"
+    frozen = frozen_weights(model, keep=ranks.rank == 0)
+    return ranks.first(lambda: save_model(model, companion, checkpoints(out)[-1], out / "model", frozen))
