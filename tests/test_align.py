@@ -18,15 +18,15 @@ from longva.model.processing import LongVAProcessor
 from longva.train.align import PRESETS, align, choose_preset, open_start
 from longva.train.align_loss import AlignLoss
 from longva.train.conversations import parse_row, token_ids
+from longva.train.engines import Plain
 from longva.train.order import BadRows, Samples
 from longva.train.parts import part_groups
 from longva.train.presets import recipe_for
-from longva.train.rows import BadRow, DataError, Row, open_data, sample_rows
-from longva.train.samples import Reading, read_row, row_length
-from longva.train.engines import Plain
 from longva.train.ranks import Ranks
 from longva.train.recipe import Recipe, TrainError, learning_rate
+from longva.train.rows import BadRow, DataError, Row, open_data, sample_rows
 from longva.train.run import weights_hash
+from longva.train.samples import Reading, read_row, row_length
 
 root = Path(__file__).resolve().parents[1]
 SHORT = dict(steps=4, rows=4, micro=2, save_every=2, keep=9, seed=4)  # the bad row comes in the second step, a text beside a picture in the third

@@ -20,9 +20,9 @@ from longva.train.dpo import dpo
 from longva.train.dpo_loss import DPOLoss, answer_log_probs, dpo_loss
 from longva.train.pair_batch import collate_pairs, encode_pair
 from longva.train.pairs import read_pair, read_pairs
+from longva.train.recipe import TrainError
 from longva.train.reference import read_reference
 from longva.train.rows import BadRow, DataError, Row
-from longva.train.recipe import TrainError
 from longva.train.run import checkpoints
 from longva.vision.video import write_video
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'FACTS', 'RECORD', 'LOST', 'checkpoints', 'save_checkpoint', 'read_state', 'load_checkpoint',
-           'trained_weights', 'model_facts', 'weights_hash', 'Identity', 'check_identity', 'check_resume',
-           'saving_model', 'finished', 'Stop', 'wrong_loss', 'check_trackers', 'Log', 'Run']
+           'trained_weights', 'model_facts', 'weights_hash', 'Identity', 'check_identity', 'check_resume', 'finished',
+           'Stop', 'wrong_loss', 'check_trackers', 'Log', 'Run']
 
 # %% ../../nbs/435_train.run.ipynb #c711d8f9
 import errno
@@ -19,7 +19,7 @@ import shutil
 import signal
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..files import versions, whole_folder, write_whole
+from ..files import versions, write_whole
 from .engines import shape_of, trained
 from .ranks import Ranks
 from .recipe import Recipe, TrainError, deciding
@@ -311,21 +311,6 @@ def check_resume(
 # %% ../../nbs/435_train.run.ipynb #e886f94f
 RECORD = "training.json"  # beside a trained model: the state.json of its last checkpoint
 
-@contextmanager
-def saving_model(
-    out: Path,  # folder of a run that is done
-):
-    """Give a folder to save a model in; it becomes `out/model` when it is whole, with the record of its training."""
-    final = out / "model"
-    try:
-        with whole_folder(final) as folder:
-            yield folder
-            shutil.copy(checkpoints(out)[-1] / "state.json", folder / RECORD)
-    except (OSError, SafetensorError) as e:
-        reason = getattr(e, "strerror", None) or e
-        message = f"The model cannot be saved in {final} ({reason}). Make room, and the same call saves it."
-        raise TrainError(message) from None
-
 def finished(
     out,  # folder of a run
     recipe: Recipe,
@@ -443,7 +428,8 @@ class Log:
             with open(self.path, "a") as file:
                 print(json.dumps(figures), file=file)
         except OSError as e:
-            return f"{self.path} cannot be written ({e.strerror}): make room, and the same call resumes from the last checkpoint."
+            advice = "make room, and the same call resumes from the last checkpoint"
+            return f"{self.path} cannot be written ({e.strerror}): {advice}."
         for tracker in self.trackers:
             tracker.log({name: value for name, value in figures.items() if name != "step"}, step=figures["step"])
         return None
