@@ -13,7 +13,7 @@ from ..context.parallel import current_context, shard, shard_batch
 from ..model.config import LongVAConfig
 from .batch import TokenLoss, collate
 from .order import Samples
-from .visual import embed_patches, placeholders, stack_pixels
+from .visual import embed_patches, stack_pixels
 
 # %% ../../nbs/459_train.align_loss.ipynb #5486ab70
 PIXELS = ("pixel_values", "pixel_values_videos")
@@ -51,7 +51,7 @@ class AlignLoss(TokenLoss):
         pixels = stack_pixels(batch, PIXELS, self.config)
         patches = self.model.model.patch_features(pixels, self.config.vision_feature_layer)
         layouts = batch["image_layouts"].tolist() if "image_layouts" in batch else []
-        visual = sum(int(places.sum()) for places in placeholders(ids, self.config))
+        visual = sum(int(places.sum()) for places in self.model.places_of(ids))
         self.visual += visual / current_context().ranks  # ranks that share a sequence count it together
         return embed_patches(self.model, ids, patches, layouts, self.config)
 

@@ -100,7 +100,7 @@ def tower_features(
     chunk: int = 64,  # frames at a time
 ) -> torch.Tensor:  # [n,P*P,E]
     """Compute the tower's features as the projector takes them, without gradients."""
-    tower = model.model.vision_tower["vision_tower"]["vision_model"]
+    tower = model.tower
     half = precision == "bf16"
     with torch.no_grad(), autocast(tower.device, half):
         layer = model.config.vision_feature_layer

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..model.checkpoint import CheckpointError
 from ..model.modeling import LongVA
+from ..model.original import CheckpointError
 from ..model.processing import LongVAProcessor
 from .clips import Clips
 from .dpo_loss import DPOLoss, check_loss

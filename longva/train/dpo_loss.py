@@ -85,7 +85,7 @@ def batch_features(
     kept = [batch[name] for name in ("image_features", "video_features") if name in batch]
     if kept:
         return torch.cat(kept)
-    tower = model.model.vision_tower["vision_tower"]["vision_model"]
+    tower = model.tower
     vision = model.config.vision_config
     trained = torch.is_grad_enabled() and next(tower.parameters()).requires_grad
     if not trained and not batch.keys() & {"image_pixels", "video_pixels"}:

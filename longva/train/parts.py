@@ -45,7 +45,7 @@ def unused_tower_weights(
     model,  # a LongVA
 ) -> list:  # of parameters
     """List the tower's weights behind the layer whose features are used."""
-    tower = model.model.vision_tower["vision_tower"]["vision_model"]
+    tower = model.tower
     layer = model.config.vision_feature_layer
     if layer < 0:
         layer += len(tower.encoder.layers) + 1  # -1 is the output of the last layer, as in Hugging Face's hidden_states
