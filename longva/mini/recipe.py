@@ -6,8 +6,8 @@
 __all__ = ['SHORT_BASE', 'LONG_BASE', 'SHORT_CONTEXT', 'LONG_CONTEXT', 'MEAN', 'STD', 'REPEATS_FIRST', 'NEEDLES_FIRST',
            'NEEDLES_ONLY', 'LAYOUTS', 'TOKENS', 'QUESTIONS', 'REPLAY', 'ANSWER_WEIGHTS', 'MODELS', 'blank',
            'processor_of', 'look_back', 'Phase', 'ChainRecipe', 'DrawnLoss', 'train_stage', 'text_loss', 'draw_text',
-           'TextLoss', 'learn_text', 'tower_of', 'features', 'captions', 'draw_frames', 'CaptionLoss', 'learn_to_see',
-           'FramePool', 'draw_images', 'ImageLoss', 'load_text', 'align_miniature', 'train_chain']
+           'TextLoss', 'learn_text', 'features', 'captions', 'draw_frames', 'CaptionLoss', 'learn_to_see', 'FramePool',
+           'draw_images', 'ImageLoss', 'load_text', 'align_miniature', 'train_chain']
 
 # %% ../../nbs/605_mini.recipe.ipynb #9b950dca
 import json
@@ -27,7 +27,7 @@ import longva.mini.world as W
 from ..context.rope import extend_rope
 from ..files import whole_folder, write_whole
 from ..model.config import mini_config
-from ..model.modeling import LongVA, arrange, pool_patches, put_tokens
+from ..model.modeling import LongVA, pool_patches
 from ..model.processing import LongVAProcessor
 from ..train.batch import TokenLoss
 from ..train.loop import train
@@ -50,9 +50,10 @@ def blank(
 ) -> LongVA:
     """Make a miniature before training, with the short RoPE base."""
     torch.manual_seed(seed)
-    special = dict(eos_token_id=W.DOT, pad_token_id=W.ID["<pad>"])
-    sizes = dict(layers=2, ffn=256, tower_heads=6, rope_theta=SHORT_BASE, encoding=encoding)
-    return LongVA(mini_config(len(W.VOCABULARY), W.ID["<image>"], W.ID["<video>"], **special, **sizes))
+    return LongVA(mini_config(
+        len(W.VOCABULARY), W.ID["<image>"], W.ID["<video>"], eos_token_id=W.DOT, pad_token_id=W.ID["<pad>"],
+        text={"num_hidden_layers": 2, "intermediate_size": 256}, tower={"num_attention_heads": 6},
+        rope_theta=SHORT_BASE, encoding=encoding))
 
 def processor_of(model: LongVA) -> LongVAProcessor:
     """Make a miniature's processor, with the world's tokenizer and chat template."""
@@ -212,16 +213,12 @@ def learn_text(
     stage("long-text", 1.5e-3, recipe.long_text, NEEDLES_ONLY)
 
 # %% ../../nbs/605_mini.recipe.ipynb #a483c850
-def tower_of(model: LongVA):
-    """Give the vision tower."""
-    return model.model.vision_tower["vision_tower"]["vision_model"]
-
 def features(
     model: LongVA,
     frames: torch.Tensor,  # [N,28,28,3] uint8
 ) -> torch.Tensor:  # [N,16,E], E the tower's hidden size
     """Compute what the tower gives to the projector."""
-    return tower_of(model).features(normalize(frames, MEAN, STD), model.config.vision_feature_layer)
+    return model.tower.features(normalize(frames, MEAN, STD), model.config.vision_feature_layer)
 
 def captions(
     scenes: torch.Tensor,  # [N,3]: object, colour, background
@@ -255,7 +252,7 @@ def learn_to_see(
     model = blank(seed)
     loss = CaptionLoss(model)
     unused = {id(weight) for weight in unused_tower_weights(model)}
-    _train_only(model, [weight for weight in tower_of(model).parameters() if id(weight) not in unused])
+    _train_only(model, [weight for weight in model.tower.parameters() if id(weight) not in unused])
     bank = W.FrameBank(1000 + seed, recipe.variants)
     train_stage(folder / "tower", loss, 8e-3, recipe.tower, lambda size, rng: draw_frames(size, bank, rng), seed)
 
@@ -375,17 +372,16 @@ class ImageLoss(DrawnLoss):
         """Put the visual tokens of the images in place of their placeholders."""
         model = self.model
         layouts = batch["layouts"].tolist()
-        grids = pool_patches(model.model.mm_projector(self.pool.features[batch["frames"]]))
-        images = grids.split([columns * rows for columns, rows in layouts])
-        if "thumbnails" in batch:
+        grids = self.pool.features[batch["frames"]]
+        if "thumbnails" in batch:  # each goes before the grids of its image
             with torch.no_grad():
                 small = features(model, batch["thumbnails"])
-            small = pool_patches(model.model.mm_projector(small))
-            images = [torch.cat([first[None], rest]) for first, rest in zip(small, images)]
-        visual = [arrange(image, *layout, model.config.encoding) for image, layout in zip(images, layouts)]
-        ids = batch["input_ids"]
-        words = model.get_input_embeddings()(ids)
-        return put_tokens(words, ids == model.config.image_token_id, torch.cat(visual), "image")
+            parts = []
+            for first, rest in zip(small, grids.split([columns * rows for columns, rows in layouts])):
+                parts += [first[None], rest]
+            grids = torch.cat(parts)
+        patches = model.model.mm_projector(grids)
+        return model.embed(batch["input_ids"], visual=model.visual_tokens(patches, layouts))
 
     def answers(self, batch) -> torch.Tensor:  # []
         """Compute the weighted loss of the answers' words."""
