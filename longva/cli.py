@@ -29,8 +29,8 @@ def demo_command(
         from longva.study.demo import SEED, demo, report
         report(demo(out, workers, SEED if seed is None else seed), out)
 
-# %% ../nbs/900_cli.ipynb #ca1f128d
-from .commands import vniah, compare, niah, train, chat  # noqa: F401, I001
+# %% ../nbs/900_cli.ipynb #5183f78a
+from .commands import vniah, compare, niah, train, chat, lmms  # noqa: F401, I001
 
 # %% ../nbs/900_cli.ipynb #17340621
 @mini_app.command("list")
