@@ -13,7 +13,7 @@ import typer
 
 from longva.cli import app as cli_app
 from longva.commands.base import grid, numbers
-from longva.lmms import app as lmms_app
+from longva.commands.lmms import lmms_app
 from longva.needle.trials import wilson
 from longva.study.paper import ROWS, as_dict, curves, maps, reading, recorded
 
