@@ -51,8 +51,9 @@ def sampling():
     from longva.mini import load
     from longva.mini.world import film_frames
     from longva.needle.needles import load_needles
+    from longva.needle.reader import make_prompt
     from longva.needle.sweep import judge
-    from longva.needle.vniah import Spot, encode, encode_needles, make_prompt, trial_embeddings
+    from longva.needle.vniah import Spot, encode, encode_needles, trial_embeddings
     seconds, shot, counts, places = 512, 8, (4, 8, 16, 32, 64, 128, 256, 512), 5
     _, folder = film(512, SEED + 1)
     needles = load_needles(folder)
@@ -186,7 +187,8 @@ def generated():
     from longva.mini import load
     from longva.mini.world import film_frames
     from longva.needle.needles import load_needles
-    from longva.needle.vniah import Spot, decide, encode, encode_needles, make_prompt, trial_embeddings
+    from longva.needle.reader import make_prompt
+    from longva.needle.vniah import Spot, decide, encode, encode_needles, trial_embeddings
     model, processor = load("mini-short")
     needles = load_needles(film(512, SEED)[1])
     plain, hidden, prompts = encode(model, processor, film_frames(64, SEED)), encode_needles(model, processor, needles), [make_prompt(processor, n) for n in needles]

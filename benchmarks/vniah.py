@@ -34,9 +34,10 @@ from longva.mini.bench import mini_bench
 from longva.model.modeling import longva_7b
 from longva.model.prefill import LiveBytes
 from longva.needle.forecast import forecast
+from longva.needle.reader import Prompt, Reader
 from longva.needle.sweep import judge
-from longva.needle.trie import Cost, Reader, decide_paths, trie_cost
-from longva.needle.vniah import Prompt, Spot, decisions, path_of
+from longva.needle.trie import Cost, decide_paths, trie_cost
+from longva.needle.vniah import Spot, decisions, path_of
 
 DEPTHS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 
@@ -73,7 +74,7 @@ def papers_grid():
 
 def measure(step, needles):
     bench = mini_bench("mini-longva", 15 * step)
-    reader = Reader(bench.model, bench.haystack, bench.hidden)
+    reader = Reader(bench.model).seeing(bench.haystack, bench.hidden)
     spots = [Spot(j, n, d) for n in range(step, 15 * step + 1, step) for d in DEPTHS for j in range(needles)]
     paths, answers = [path_of(bench.prompts[s.needle], s) for s in spots], [bench.prompts[s.needle].answer for s in spots]
     few = [i for i, s in enumerate(spots) if s.frames in (step, 15 * step)]

@@ -14,13 +14,13 @@ from longva.context.plan import per_token
 from longva.mini import load
 from longva.mini.world import write_film
 from longva.model.prefill import LiveBytes
-from longva.needle import trie
 from longva.needle.families import small
 from longva.needle.forecast import forecast
 from longva.needle.needles import save_needles
+from longva.needle.reader import Reader, make_prompt
 from longva.needle.trials import read_trials
-from longva.needle.trie import Cost, Reader, decide_paths, shares
-from longva.needle.vniah import Spot, encode, encode_needles, make_prompt, path_of
+from longva.needle.trie import Cost, decide_paths, shares
+from longva.needle.vniah import Spot, encode, encode_needles, path_of
 from longva.study.variants import mini_scene
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -52,7 +52,7 @@ def read(monkeypatch):
         given = embed(self, pieces, state)
         count.append(given["inputs_embeds"].shape[1])
         return given
-    monkeypatch.setattr(trie.Reader, "embed", counted)
+    monkeypatch.setattr(Reader, "embed", counted)
     return count
 
 
@@ -95,7 +95,7 @@ def test_memory_on_device_and_host():
     paths, answers = [path_of(prompts[s.needle], s) for s in spots], [prompts[s.needle].answer for s in spots]
     for kv in ("device", "host"):
         told = forecast(model, prompts, spots, speed=1e9, kv=kv, link=1e9)
-        with LiveBytes([*model.parameters(), *model.buffers(), hay, hidden]) as live: held = max(live.now for _ in decide_paths(Reader(model, hay, hidden), paths, answers, host=kv == "host"))
+        with LiveBytes([*model.parameters(), *model.buffers(), hay, hidden]) as live: held = max(live.now for _ in decide_paths(Reader(model).seeing(hay, hidden), paths, answers, host=kv == "host"))
         assert held == pytest.approx(told.parts["KV cache"] + told.host, rel=0.03)
         assert told.host == (per_token(model.config, 4)["kv"] * told.cost.longest if kv == "host" else 0)
     assert told.steps["copies"] > 0 and forecast(model, prompts, spots, speed=1e9, naive=True, kv="host").steps["copies"] == 0
@@ -104,7 +104,7 @@ def test_memory_on_device_and_host():
 def test_workers_read_their_beginnings_each_for_itself():
     model, processor = toy()
     prompts, hay, hidden = [make_prompt(processor, n) for n in needles()], encode(model, processor, film(8).array), encode_needles(model, processor, needles())
-    told, spent, reader = forecast(model, prompts, GRID, speed=1e9, workers=2), Cost(), Reader(model, hay, hidden)
+    told, spent, reader = forecast(model, prompts, GRID, speed=1e9, workers=2), Cost(), Reader(model).seeing(hay, hidden)
     paths, answers = [path_of(prompts[s.needle], s) for s in GRID], [prompts[s.needle].answer for s in GRID]
     for part in shares(reader, paths, answers, 2): assert list(decide_paths(reader, [paths[i] for i in part], [answers[i] for i in part], spent=spent))
     assert told.cost.tokens == spent.tokens and told.cost.flops == pytest.approx(spent.flops) and "in each of 2 processes" in str(told)
@@ -159,6 +159,6 @@ def test_generated_needles_without_their_frames():
     drawn = [replace(n, image=Image.new("RGB", (8, 8))) for n in generate(576, seed=3, side=8)]
     scene, asks = plan_variant(processor, film(4), drawn, [4], [0], "blind")
     hay = encode(model, processor, film(4).array)
-    said = [correct for _, (_, correct, _), _ in decide_asks(Reader(model, hay, None), list(asks.values()), scene)]
+    said = [correct for _, (_, correct, _), _ in decide_asks(Reader(model).seeing(hay, None), list(asks.values()), scene)]
     low, high = wilson(sum(said), len(said))
     assert len(said) == 576 and low < 0.25 < high, (sum(said), low, high)

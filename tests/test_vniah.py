@@ -16,8 +16,9 @@ from PIL import Image
 
 from longva.model.modeling import LongVA, LongVAConfig
 from longva.needle.needles import Needle, save_needles
+from longva.needle.reader import Prompt
 from longva.needle.trials import NeedleError, Trial, cells, key, read_trials, save_accuracies
-from longva.needle.vniah import Prompt, Spot, answer_logits, batches, decide, encode, judge, run
+from longva.needle.vniah import Spot, answer_logits, batches, decide, encode, judge, run
 from longva.vision.video import VideoError, write_video
 
 sys.path.insert(0, str(Path(__file__).parent))

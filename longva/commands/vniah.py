@@ -97,8 +97,9 @@ def say_forecast(
 ):
     "What the sweep will take, or the rest of it."
     from longva.needle.forecast import forecast
+    from longva.needle.reader import make_prompt
     from longva.needle.trials import key, read_trials
-    from longva.needle.vniah import Spot, make_prompt
+    from longva.needle.vniah import Spot
     done, ask = {key(t) for t in read_trials(out / "trials.jsonl")}, how["adapter"].prompt if how.get("adapter") else lambda n: make_prompt(processor, n)
     spots = [Spot(j, n, d) for n in lengths for d in depths for j, needle in enumerate(needles) if (needle.name, n, d) not in done]
     if spots: typer.echo(forecast(model, [ask(n) for n in needles], spots, **how))

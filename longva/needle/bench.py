@@ -24,8 +24,9 @@ from PIL import Image
 from ..files import versions
 from ..model.prefill import prefill
 from .heatmap import border, heat_map, short_number, table
+from .reader import make_prompt
 from .trials import NeedleError, Trial, key, read_trials
-from .vniah import Spot, answer_logits, check_grid, decisions, encode, encode_needles, fingerprint, judge, make_prompt, trial_embeddings
+from .vniah import Spot, answer_logits, check_grid, decisions, encode, encode_needles, fingerprint, judge, trial_embeddings
 
 # %% ../../nbs/590_needle.bench.ipynb #990970e3
 @dataclass

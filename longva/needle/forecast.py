@@ -107,7 +107,7 @@ def tried_eyes(
     begin = time.perf_counter()
     adapter.encode(black.repeat(4, 0)).cpu()
     seconds = (time.perf_counter() - begin) / 4
-    return Eyes(adapter.reader(one, one), model.num_parameters() * model.dtype.itemsize, one.nbytes, frames * live.peak, seconds)
+    return Eyes(adapter.seeing(one, one), model.num_parameters() * model.dtype.itemsize, one.nbytes, frames * live.peak, seconds)
 
 # %% ../../nbs/585_needle.forecast.ipynb #43c00044
 def brought(

@@ -43,7 +43,8 @@ from longva.needle.book import (
     text_files,
     trial_draw,
 )
-from .sweep import check_grid, judge, model_name, sweep, together, weights_id
+from .reader import model_name, weights_id
+from .sweep import check_grid, judge, sweep, together
 from .trials import NeedleError, Trial
 
 # %% ../../nbs/570_needle.niah.ipynb #77b33e4f

@@ -19,11 +19,12 @@ from ..files import check_folder, versions
 from ..model.prefill import CHUNK
 from .haystack import Haystack
 from .needles import Needle, as_needles
+from .reader import Reader, make_prompt, model_name
 from .statistics import still_wanted
-from .sweep import check_grid, judge, model_name, sweep
+from .sweep import check_grid, judge, sweep
 from .trials import NeedleError, Trial, key
-from .trie import Reader, decide_paths
-from .vniah import _encoded, describe, make_prompt
+from .trie import decide_paths
+from .vniah import _encoded, describe
 
 # %% ../../nbs/560_needle.variants.ipynb #22244b68
 @dataclass(frozen=True)
@@ -375,7 +376,7 @@ def run_variant(
     about = _about(model, scene, haystack, look_alikes, name, variant, goal, fps=fps, fit=fit, repeat=repeat)
     seen = {}  # an adaptive run comes back for more, to films that are no longer than the first time
     def decide_open(todo):
-        if not seen: seen["reader"] = Reader(model, *_encoded(model, processor, haystack, hidden, max(a.frames for a in todo), fps, fit, repeat, features))
+        if not seen: seen["reader"] = Reader(model).seeing(*_encoded(model, processor, haystack, hidden, max(a.frames for a in todo), fps, fit, repeat, features))
         for a, said, seconds in decide_asks(seen["reader"], todo, scene, naive):
             yield [Trial(name, a.needle, a.frames, a.depth, int(a.depth * a.frames) if a.places else -1, a.answer, *said, seconds, seed, by, variant, a.choices, a.places)]
     lengths, depths = (sorted({k[i] for k in asks}) for i in (1, 2))

@@ -37,9 +37,10 @@ from ..mini.world import film_frames, needle_objects, put_needles, random_scenes
 from ..needle.bench import DEPTHS, FRAMES
 from ..needle.heatmap import figure4, mean_score, save_figure4, save_html
 from ..needle.needles import Needle, load_needles
+from ..needle.reader import make_prompt
 from ..needle.statistics import newcombe
 from ..needle.trials import NeedleError, by_frames, key, read_trials, wilson
-from ..needle.vniah import Spot, check_grid, decisions, encode, encode_needles, make_prompt, run
+from ..needle.vniah import Spot, check_grid, decisions, encode, encode_needles, run
 
 # %% ../../nbs/700_study.demo.ipynb #02ef2811
 BEST = "mini-short, best base"

@@ -18,8 +18,9 @@ from PIL import Image, ImageOps
 from ..model.chat import ChatError, check_words
 from ..needle.bench import FRAMES, NEEDLES, NeedleBench, fill, one_pass
 from ..needle.needles import Needle
+from ..needle.reader import make_prompt
 from ..needle.trials import NeedleError, key
-from ..needle.vniah import encode_needles, make_prompt
+from ..needle.vniah import encode_needles
 from ..vision.unires import fit_frames
 from ..vision.video import VideoError, iter_frames, video_info
 
