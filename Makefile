@@ -4,7 +4,11 @@ JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.longva
 NEED := longva needs Python 3.11 or newer
+TAIL := tail -n 15 .venv/install.log; echo "pip could not set up .venv: the reason is above, all of it is in .venv/install.log."; exit 1
 HOW := install one, or name one: make PYTHON=/path/to/python3.12 $(or $(MAKECMDGOALS),env)
+
+# In containers people are root, and JupyterLab wants to be told that this is meant.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 export GRADIO_ANALYTICS_ENABLED := False
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -28,27 +32,29 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(NEED), and $(PYTHON) is older: $(HOW)"; exit 1; }
 	@[ ! -f $@ ] || [ "$$(cat $@)" = "$(CURDIR)" ] || rm -rf .venv
 	@$(BIN)/python -c 'import pip' 2>/dev/null || "$(PYTHON)" -m venv --clear .venv || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt-get install python3-venv)."; exit 1; }
-	@echo "Setting up .venv: a minute or more, the first time only."
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools
-	$(BIN)/python -m pip install --no-compile -c constraints.txt --no-build-isolation -e ".[dev,lab,apps,train,docs]"
+	@echo "Setting up .venv, the first time only; pip's own words are in .venv/install.log."
+	@echo "1 of 2: build tools"
+	@$(BIN)/python -m pip install -c constraints.txt setuptools > .venv/install.log 2>&1 || { $(TAIL); }
+	@echo "2 of 2: PyTorch, transformers, JupyterLab, Gradio and the rest (2 GB; a minute or more)"
+	@$(BIN)/python -m pip install --no-compile -c constraints.txt --no-build-isolation --config-settings editable_mode=compat -e ".[dev,lab,apps,train,docs]" >> .venv/install.log 2>&1 || { $(TAIL); }
 	@printf '%s' "$(CURDIR)" > $@
 
 demo: $(STAMP)  ## the paper's Figure 4 in miniature, on two CPU cores
-	$(BIN)/longva demo
+	$(BIN)/longva demo $(ARGS)
 
 test: $(STAMP)  ## tree, notebooks, tests, lint: what CI runs
 	$(BIN)/python tools/check_tree.py
 	$(BIN)/ruff check
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-app: $(STAMP)  ## the needle app on 127.0.0.1
-	$(BIN)/python apps/needle/app.py
+app: $(STAMP)  ## the needle app on 127.0.0.1; ARGS="--port 7870" and the like, here and for the others
+	$(BIN)/python apps/needle/app.py $(ARGS)
 
 chat: $(STAMP)  ## the chat app on 127.0.0.1
-	$(BIN)/python apps/chat/app.py
+	$(BIN)/python apps/chat/app.py $(ARGS)
 
 lab: $(STAMP)  ## JupyterLab on the notebooks; what it saves is clean
-	$(BIN)/jupyter lab --config=tools/jupyter_config.py nbs
+	$(BIN)/jupyter lab --config=tools/jupyter_config.py $(AS_ROOT) $(ARGS) nbs
 
 export: $(STAMP)  ## notebooks -> modules, and clean the notebooks
 	$(BIN)/nbdev_export
@@ -63,8 +69,8 @@ readme: $(STAMP)  ## nbs/index.ipynb -> README.md
 map:  ## the picture of the house, from its imports
 	"$(PYTHON)" tools/house.py
 
-docs: $(STAMP)  ## the notebooks as pages, in _docs
-	$(BIN)/python tools/docs.py
+docs: $(STAMP)  ## the notebooks as pages, in _docs; ARGS=--serve shows them on 127.0.0.1:8000
+	$(BIN)/python tools/docs.py $(ARGS)
 
 clean:  ## caches and build leftovers; .venv and runs/ stay
 	rm -rf build dist _proc _docs _site_src *.egg-info .pytest_cache .ruff_cache .gradio

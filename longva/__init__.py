@@ -19,7 +19,7 @@ _homes = {
     "CheckpointError": "longva.model.checkpoint",
     "extend_rope": "longva.context.rope",
     "exact_rope": "longva.context.rope",
-    "rope_report": "longva.context.rope",
+    "rope_report": "longva.context.rope_report",
     "choose_grid": "longva.vision.unires",
     "iter_frames": "longva.vision.video",
     "read_frames": "longva.vision.video",

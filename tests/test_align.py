@@ -17,8 +17,9 @@ from longva.model.modeling import LongVA
 from longva.model.processing import LongVAProcessor
 from longva.train.align import PRESETS, AlignLoss, Rows, align, open_model, recipe_for, see_and_embed, settle, weight_groups
 from longva.train.conversations import BadRow, DataError, Reading, Row, open_data, parse_row, read_row, row_length, take, token_ids
-from longva.train.loop import Plain
-from longva.train.recipe import Ranks, Recipe, TrainError, learning_rate
+from longva.train.engines import Plain
+from longva.train.ranks import Ranks
+from longva.train.recipe import Recipe, TrainError, learning_rate
 from longva.train.run import weights_hash
 
 root = Path(__file__).resolve().parents[1]
@@ -263,7 +264,7 @@ def test_each_part_follows_the_schedule_at_its_own_rate(world):
     groups = [dict(g, top=g["lr"]) for g in weight_groups(loss, rates)]
     engine = Plain(loss, groups, replace(recipe, precision="fp32"), Ranks())
     for step, share in ((0, 1 / 3), (2, 1.0), (3, 1.0), (51, 0.5 * (1 + math.cos(math.pi * 48 / 97))), (99, 0.5 * (1 + math.cos(math.pi * 96 / 97)))):
-        engine.update(learning_rate(recipe, step) / recipe.lr)
+        engine.clip_and_step(learning_rate(recipe, step) / recipe.lr)
         assert {round(g["lr"] / g["top"], 9) for g in engine.optimizer.param_groups} == {round(share, 9)}
     assert sorted({g["top"] for g in engine.optimizer.param_groups}) == [2e-6, 1e-5]
 

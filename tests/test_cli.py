@@ -160,7 +160,7 @@ def test_killed_then_stopped_then_finished(things, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.count("Stopped") == 1 and "run the same command again to go on." in errors and "Traceback" not in errors, errors
+    assert errors.count("Stopped") == 1 and "run the same command again to resume." in errors and "Traceback" not in errors, errors
     assert 20 <= len(read_trials(log)) < 120
     done = longva(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

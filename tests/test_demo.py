@@ -61,7 +61,7 @@ def test_stopped_killed_and_finished(tmp_path):
         assert gone(started)
         if blow == signal.SIGINT:
             assert process.returncode == 130 and "Traceback" not in errors, errors
-            assert errors.splitlines()[-1] == f"Stopped. What is done is kept in {folder}: run the same command again to go on."
+            assert errors.splitlines()[-1] == f"Stopped. What is done is kept in {folder}: run the same command again to resume."
             assert not [p for p in folder.rglob(".*")] and "seconds" in json.loads((folder / "demo.json").read_text())
     for trials in logs(folder).values():
         assert set(Counter(map(key, trials)).values()) <= {1}

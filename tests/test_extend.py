@@ -58,8 +58,7 @@ def waiting(out, settings):
 
     import torch.distributed as dist
 
-    from longva.train.extend import first_rank_does
-    from longva.train.loop import Ranks
+    from longva.train.ranks import Ranks
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=4))
 
@@ -68,7 +67,7 @@ def waiting(out, settings):
         if settings["error"]:
             raise OSError("no space left")
     try:
-        first_rank_does(slow, Ranks(rank, 2), seconds=1)
+        Ranks(rank, 2).first(slow, heartbeat=1)
         said = "done"
     except Exception as e:
         said = f"{type(e).__name__}: {e}"
@@ -127,7 +126,9 @@ def test_context_that_does_not_fit_is_the_planners_sentence(tmp_path):
     from transformers import Qwen2Config
 
     from longva.context.plan import PlanError
-    from longva.train.loop import Ranks, Recipe, check_memory
+    from longva.train.ranks import Ranks
+    from longva.train.recipe import Recipe
+    from longva.train.throughput import check_memory
     seven = type("M", (), {"config": Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)})
     with pytest.raises(PlanError):
         check_memory(seven, 4_000_000, Recipe(steps=1), Ranks())

@@ -20,7 +20,7 @@ settings.read(root / "settings.ini", encoding="utf-8")
 
 
 def run(*args, cwd, **env):
-    return subprocess.run(list(map(str, args)), cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(list(map(str, args)), cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=240)
 
 
 def write_notebook(path, title, *code):
@@ -35,10 +35,10 @@ def write_json(path, notebook):
     path.write_text(json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def change_cell(path, **fields):
-    "Change the first code cell of a notebook, as an editor would."
+def change_cell(path, cell=1, **fields):
+    """Change a cell of a notebook (1: the first code cell), as an editor would."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    notebook["cells"][1].update(fields)
+    notebook["cells"][cell].update(fields)
     write_json(path, notebook)
 
 
@@ -58,8 +58,11 @@ def pristine(tmp_path_factory):
     (house / "longva").mkdir()
     shutil.copy(root / "longva" / "__init__.py", house / "longva" / "__init__.py")
     write_notebook(house / "nbs" / "index.ipynb", "House", "import longva\nlongva.__version__")
-    write_notebook(house / "nbs" / "10_room.thing.ipynb", "Thing", "#| default_exp room.thing", "#| export\ndef twice(x): return 2*x", "assert twice(2) == 4")
+    write_notebook(house / "nbs" / "210_room.thing.ipynb", "Thing", "#| default_exp room.thing", "#| export\ndef twice(x): return 2*x", "assert twice(2) == 4")
     done = run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house)
+    assert done.returncode == 0, done.stderr
+    (house / "nbs" / "images").mkdir()
+    done = run(sys.executable, "tools/house.py", cwd=house)
     assert done.returncode == 0, done.stderr
     done = run(sys.executable, "tools/readme.py", cwd=house)
     assert done.returncode == 0, done.stderr
@@ -79,26 +82,26 @@ def edit_module(house):
 
 
 def rename_notebook(house):
-    old = house / "nbs" / "10_room.thing.ipynb"
+    old = house / "nbs" / "210_room.thing.ipynb"
     old.write_text(old.read_text().replace("room.thing", "room.other"))
-    old.rename(house / "nbs" / "10_room.other.ipynb")
+    old.rename(house / "nbs" / "210_room.other.ipynb")
     run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house)
 
 
 def forget_export(house):
-    write_notebook(house / "nbs" / "11_room.new.ipynb", "New", "#| default_exp room.new", "#| export\ny = 1")
+    write_notebook(house / "nbs" / "220_room.new.ipynb", "New", "#| default_exp room.new", "#| export\ny = 1")
 
 
 def soil_notebook(house):
-    change_cell(house / "nbs" / "10_room.thing.ipynb", execution_count=7)
+    change_cell(house / "nbs" / "210_room.thing.ipynb", execution_count=7)
 
 
 def swell_notebook(house):
-    change_cell(house / "nbs" / "10_room.thing.ipynb", outputs=printed("x" * 310 * 1024))
+    change_cell(house / "nbs" / "210_room.thing.ipynb", outputs=printed("x" * 310 * 1024))
 
 
 def show_path(house):
-    change_cell(house / "nbs" / "10_room.thing.ipynb", outputs=printed("saved in /home/me/longva/runs/x.html\n"))
+    change_cell(house / "nbs" / "210_room.thing.ipynb", outputs=printed("saved in /home/me/longva/runs/x.html\n"))
 
 
 def edit_readme(house):
@@ -106,17 +109,76 @@ def edit_readme(house):
 
 
 def break_export(house):
-    change_cell(house / "nbs" / "10_room.thing.ipynb", source=["#| default_exp room.thing\n", "#| export nowhere at all"])
+    change_cell(house / "nbs" / "210_room.thing.ipynb", source=["#| default_exp room.thing\n", "#| export nowhere at all"])
     (house / "nbs" / "12_torn.ipynb").write_text('{"cells": [')
 
 
+def add_module(house, name, *code):
+    """A notebook in the house, and on the map."""
+    write_notebook(house / "nbs" / f"{name}.ipynb", name, f"#| default_exp {name.split('_')[1]}", *code)
+    run(sys.executable, "tools/house.py", cwd=house)
+
+
+def import_in_a_function(house, code):
+    """Let room.thing import something late."""
+    source = f"#| export\ndef twice(x):\n    {code}\n    return 2 * x"
+    change_cell(house / "nbs" / "210_room.thing.ipynb", cell=2, source=source.splitlines(True))
+
+
+def import_upward(house):
+    add_module(house, "310_top.thing", "#| export\ndef three(): return 3", "three()")
+    import_in_a_function(house, "from longva.top.thing import three")
+
+
+def import_sideways(house):
+    add_module(house, "205_beside.thing", "#| export\ndef three(): return 3", "three()")
+    import_in_a_function(house, "importlib.import_module('longva.beside.thing')")
+
+
+def import_in_a_circle(house):
+    add_module(house, "220_room.other", "#| export\nfrom longva.room.thing import twice\ndef four(): return twice(2)", "four()")
+    import_in_a_function(house, "import longva.room.other")
+
+
+def show_nothing(house):
+    cells = [f"#| export\ndef f{i}(): return {i}" for i in range(3)]
+    add_module(house, "220_room.new", *cells, "f0() + f1() + f2()")
+
+
+def leave_the_map_stale(house):
+    write_notebook(house / "nbs" / "220_room.new.ipynb", "New", "#| default_exp room.new", "#| export\ny = 1")
+
+
+order_disorders = [
+    (import_upward, "nbs/210_room.thing.ipynb imports longva.top.thing, which is 1 floors up"),
+    (import_sideways, "nbs/210_room.thing.ipynb imports longva.beside.thing, another room of its floor"),
+    (import_in_a_circle, "in a circle: room.thing, room.other, room.thing."),
+    (show_nothing, "nbs/220_room.new.ipynb exports 3 cells in a row up to cell 4"),
+    (leave_the_map_stale, "nbs/images/house.svg is not what the imports make of it: run `make map`"),
+]
+
+
+@pytest.mark.parametrize("disorder, sentence", order_disorders, ids=[disorder.__name__ for disorder, _ in order_disorders])
+def test_the_order_is_kept(house, disorder, sentence):
+    assert run(sys.executable, "tools/house.py", "--check", cwd=house).returncode == 0
+    disorder(house)
+    done = run(sys.executable, "tools/house.py", "--check", cwd=house)
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def break_the_order(house):
+    import_upward(house)
+    done = run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house)
+    assert done.returncode == 0, done.stderr
+
+
 disorders = [
-    (edit_module, "longva/room/thing.py is not what nbs/10_room.thing.ipynb exports"),
+    (edit_module, "longva/room/thing.py is not what nbs/210_room.thing.ipynb exports"),
     (rename_notebook, "longva/room/thing.py is stale, no notebook exports it"),
     (forget_export, "longva/room/new.py is missing, a notebook exports it: run `make export`"),
-    (soil_notebook, "nbs/10_room.thing.ipynb is not clean: run `make export`"),
-    (swell_notebook, "nbs/10_room.thing.ipynb has 31"),
-    (show_path, "nbs/10_room.thing.ipynb shows a path of this machine in the output of cell 1 (/home/me/longva"),
+    (soil_notebook, "nbs/210_room.thing.ipynb is not clean: run `make export`"),
+    (swell_notebook, "nbs/210_room.thing.ipynb has 31"),
+    (show_path, "nbs/210_room.thing.ipynb shows a path of this machine in the output of cell 1 (/home/me/longva"),
     (edit_readme, "README.md is out of step with nbs/index.ipynb: run `make readme`"),
     (break_export, "nbdev_export fails"),
 ]
@@ -157,11 +219,11 @@ def test_run_notebooks(house):
     assert path.read_bytes() == saved
 
 
-def test_docs(house):
+def test_docs(house, chromium):
     figure = {"data": {"application/vnd.plotly.v1+json": {"data": [{"type": "bar", "y": [3, 1]}], "layout": {}}}, "metadata": {}, "output_type": "display_data"}
     change_cell(house / "nbs" / "index.ipynb", outputs=[figure])
     (house / "nbs" / "paper").mkdir()
-    write_notebook(house / "nbs" / "paper" / "table1.ipynb", "Table 1\n\nSee [thing](../10_room.thing.ipynb) and `twice`, $x^2$ and `$HOME`.\n", "#| hide\n1/0", "2 + 2")
+    write_notebook(house / "nbs" / "paper" / "table1.ipynb", "Table 1\n\nSee [thing](../210_room.thing.ipynb) and `twice`, $x^2$ and `$HOME`.\n", "#| hide\n1/0", "2 + 2")
     assert run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house).returncode == 0
     done = run(sys.executable, "tools/docs.py", cwd=house)
     assert done.returncode == 0 and "3 notebooks are pages now: open _docs/index.html" in done.stdout, done.stderr
@@ -170,14 +232,43 @@ def test_docs(house):
     table = pages["paper/table1.html"]
     assert 'href="../room.thing.html"' in table and "<math" in table and "$HOME" in table and "1/0" not in table
     assert "Plotly.newPlot" in pages["index.html"] and (house / "_docs" / "assets" / "plotly.min.js").stat().st_size > 1e6
+    names = pages["names.html"]
+    assert 'href="room.thing.html#twice"' in names and "longva.room.thing" in names
+    assert found_in_docs(house / "_docs" / "index.html", "twice", chromium) >= 1
     fetched = r'<(?:script|img|iframe|link)\b(?=[^>]*\b(?:rel="(?:stylesheet|preconnect|preload)"|src=))[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"'
     assert not [(name, found[0]) for name, text in pages.items() if (found := re.search(fetched, text))]
+
+
+def found_in_docs(page, word, chromium):
+    """Open a page from disk, search for a word, and count the results; nothing may be asked of another host."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the docs were not opened")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-background-networking"])
+        tab = browser.new_page(viewport={"width": 1280, "height": 800})
+        asked = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(page.as_uri())
+        tab.locator("input.md-search__input").click()
+        tab.keyboard.type(word)
+        tab.locator(".md-search-result__item").first.wait_for()
+        found = tab.locator(".md-search-result__item").count()
+        browser.close()
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in asked), asked
+    return found
 
 
 def test_import_is_light():
     code = "import sys, time; t = time.perf_counter(); import longva; print(time.perf_counter() - t, *{'torch', 'transformers', 'numpy'} & set(sys.modules))"
     seconds, *heavy = run(sys.executable, "-c", code, cwd=root).stdout.split()
     assert float(seconds) < 1 and not heavy
+
+
+def test_import_beside_a_folder_of_the_same_name(tmp_path):
+    """People clone into `longva` and start Python in the folder above; the empty namespace must not win."""
+    (tmp_path / "longva" / "nbs").mkdir(parents=True)
+    code = "import longva; print(longva.__version__)"
+    done = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert done.stdout.strip() == longva.__version__, done.stderr
 
 
 def test_version_and_names():

@@ -15,7 +15,11 @@ import train_toy as toy
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from longva.train.batch import TokenLoss, collate
-from longva.train.loop import Plain, Ranks, Recipe, TrainError, checkpoints, load_checkpoint, same_run, train
+from longva.train.engines import Plain
+from longva.train.loop import train
+from longva.train.ranks import Ranks
+from longva.train.recipe import Recipe, TrainError
+from longva.train.run import Identity, check_resume, checkpoints, load_checkpoint
 
 
 def equal(a, b):
@@ -154,7 +158,7 @@ def here(out, model=None, batches=None, **settings):
 def done(tmp_path_factory):
     "A run of one rank to its end, with what its caller says of it."
     out = tmp_path_factory.mktemp("runs") / "done"
-    return out, here(out, about=dict(corpus="3fa1", theta=1e4, length=32))
+    return out, here(out, identity=dict(corpus="3fa1", theta=1e4, length=32))
 
 
 def copied(done, folder, first=2):
@@ -169,23 +173,23 @@ def test_a_run_goes_on_with_the_same_model_and_data(done, tmp_path):
     out = copied(done, tmp_path / "run")
     for other, said in [(dict(about | dict(theta=1e9)), "begun with theta 10000.0 (now 1000000000.0)"), (dict(theta=1e4, length=32), "begun with corpus 3fa1 (now none)"), (None, "begun with corpus 3fa1")]:
         with pytest.raises(TrainError, match=re.escape(said)):
-            here(out, about=other)
+            here(out, identity=other)
     config = {n: v for n, v in toy.tiny().config.to_dict().items() if n != "layer_types"}
     for changes, said in [(dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)), "rope_theta 10000.0 (now 1000000.0)"), (dict(num_hidden_layers=1), "num_hidden_layers 2 (now 1)"),
                           (dict(num_attention_heads=8, head_dim=4, num_key_value_heads=4), "num_attention_heads 4 (now 8)"), (dict(intermediate_size=48), "intermediate_size 64 (now 48)")]:
         with pytest.raises(TrainError, match=re.escape(said)):
-            here(out, Qwen2ForCausalLM(Qwen2Config(**{**config, **changes})), about=about)
+            here(out, Qwen2ForCausalLM(Qwen2Config(**{**config, **changes})), identity=about)
     with pytest.raises(TrainError, match=r"begun with lr 0.01 \(now 0.1\)"):
-        here(out, about=about, lr=0.1)
-    assert here(out, about=about) == done[1]
-    same_run(done[0], about=dict(corpus="3fa1", theta=1e4, length=32))  # what a caller asks when there is nothing left to train
+        here(out, identity=about, lr=0.1)
+    assert here(out, identity=about) == done[1]
+    check_resume(done[0], Identity(about=dict(corpus="3fa1", theta=1e4, length=32)))  # what a caller asks when there is nothing left to train
     with pytest.raises(TrainError, match="begun with length 32"):
-        same_run(done[0], about=dict(corpus="3fa1", theta=1e4, length=64))
+        check_resume(done[0], Identity(about=dict(corpus="3fa1", theta=1e4, length=64)))
 
 
-def test_about_is_plain_facts(tmp_path):
-    with pytest.raises(TrainError, match="about"):
-        here(tmp_path / "run", about=dict(corpus=Path("x")))
+def test_identity_is_plain_values(tmp_path):
+    with pytest.raises(TrainError, match="identity of a run must be plain values"):
+        here(tmp_path / "run", identity=dict(corpus=Path("x")))
     assert not (tmp_path / "run").exists()
 
 
@@ -264,14 +268,14 @@ def test_torn_lines_of_metrics_are_left_out(done, tmp_path, tail):
     out = copied(done, tmp_path / "run")
     with open(out / "metrics.jsonl", "a") as file:
         file.write(tail)
-    assert here(out, about=dict(corpus="3fa1", theta=1e4, length=32)) == done[1]
+    assert here(out, identity=dict(corpus="3fa1", theta=1e4, length=32)) == done[1]
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_lost_metrics_are_nan_and_told(done, tmp_path, caplog):
     out = copied(done, tmp_path / "run")
     (out / "metrics.jsonl").unlink()
-    losses = here(out, about=dict(corpus="3fa1", theta=1e4, length=32))
+    losses = here(out, identity=dict(corpus="3fa1", theta=1e4, length=32))
     assert len(losses) == 4 and all(math.isnan(x) for x in losses[:2]) and losses[2:] == done[1][2:]
     assert "2 of 2 steps" in caplog.text
 
@@ -283,11 +287,11 @@ def test_damaged_checkpoints_are_named(done, tmp_path):
         out = copied(done, tmp_path / str(number))
         harm(out / "step-000002")
         with pytest.raises(TrainError, match="step-000002 is damaged .*: remove it"):
-            here(out, about=about)
+            here(out, identity=about)
     out = copied(done, tmp_path / "foreign")
     (out / "step-final").mkdir()
     (out / "step-final/state.json").write_text("{}")
-    assert here(out, about=about) == done[1]
+    assert here(out, identity=about) == done[1]
 
 
 def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
@@ -326,12 +330,12 @@ def test_sigterm_has_its_sentence(tmp_path, caplog):
 
     with pytest.raises(SystemExit) as said:
         here(tmp_path / "run", batches=Stopping())
-    assert said.value.code == 143 and "Stopped after step 2 of 4" in caplog.text and "goes on from there" in caplog.text
+    assert said.value.code == 143 and "Stopped after step 2 of 4" in caplog.text and "resumes from there" in caplog.text
 
 
 def test_stale_compiler_lock(tmp_path, monkeypatch, caplog):
     "torch waits for this file forever, whoever left it. In our own folder nobody else compiles."
-    from longva.train.loop import one_compiler
+    from longva.train.engines import one_compiler
 
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

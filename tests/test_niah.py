@@ -516,7 +516,7 @@ def test_killed_then_stopped_then_finished(saved, book, tmp_path):
         _, errors = process.communicate(timeout=100)
         counts.append(log.read_bytes().count(b"\n"))
         assert process.returncode == (130 if sent == signal.SIGINT else -9), errors
-    assert errors.count("Stopped") == 1 and "run the same command again to go on." in errors and "Traceback" not in errors
+    assert errors.count("Stopped") == 1 and "run the same command again to resume." in errors and "Traceback" not in errors
     assert counts[-2] < counts[-1] < 500
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, (done.output, done.exception)

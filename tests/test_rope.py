@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers as tf
 
-from longva.context.rope import DETAILS, base_search, exact_rope, extend_rope, inverse_frequencies, logits_moved, rope_report, unseen_pairs
+from longva.context.rope import DETAILS, base_search, exact_rope, extend_rope, inverse_frequencies, unseen_pairs
+from longva.context.rope_report import logits_moved, rope_report
 
 tf.utils.logging.set_verbosity_error()
 tf.utils.logging.disable_progress_bar()

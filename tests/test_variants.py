@@ -10,16 +10,16 @@ import pytest
 from typer.testing import CliRunner
 
 from longva import cli
-from longva.commands import vniah
 from longva.files import FolderError
 from longva.mini import load
 from longva.mini.world import write_film, write_needles
 from longva.needle.features import cached_features, clear_features
 from longva.needle.haystack import Haystack, list_videos
+from longva.needle.names import VARIANT_HELP
 from longva.needle.needles import load_needles, save_needles
 from longva.needle.statistics import compare
 from longva.needle.trials import NeedleError, key, read_trials
-from longva.needle.variants import NOTHING, VARIANTS, run_variant
+from longva.needle.variants import VARIANTS, run_variant
 from longva.needle.vniah import run
 from longva.study.variants import MINI_WORDING, mini_scene
 
@@ -76,14 +76,14 @@ def test_variant_on_the_command_line(tmp_path, inside):
     done = inside(*words, "--variant", "tenth")
     trials = read_trials(tmp_path / "out" / "trials.jsonl")
     assert done.exit_code == 0 and len({key(t) for t in trials}) == 4 and all(t.variant == "tenth" and len(t.choices) == 10 for t in trials), done.stderr
-    for more, word in [(["--variant", "vniah-x"], "--variant is one of"), (["--variant", "vniah-d", "--out", "d"], "look-alike"), (["--variant", "order", "--out", "out"], "(different: variant (tenth, not order)): choose another folder")]:
+    for more, word in [(["--variant", "vniah-x"], "'vniah-x' is not one of"), (["--variant", "vniah-d", "--out", "d"], "look-alike"), (["--variant", "order", "--out", "out"], "(different: variant (tenth, not order)): choose another folder")]:
         done = inside(*words, *more)
         assert done.exit_code in (1, 2) and word in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "d").exists()
 
 
 def test_the_command_knows_all_variants():
-    assert tuple(VARIANTS) == vniah.VARIANTS and NOTHING == vniah.NOTHING
+    assert list(VARIANTS) == list(VARIANT_HELP)
 
 
 def test_adaptive_runs_are_compared(inside, tmp_path):

@@ -3,8 +3,8 @@
     python tools/check_tree.py
 
 Finds modules edited by hand, modules that no notebook exports any more, exports that were forgotten, notebooks that are
-unclean, too big or show a path of somebody's machine, and a README out of step. It works on a copy in a temporary
-folder and never writes into the tree.
+unclean, too big or show a path of a machine, and a README out of step. It works on a copy in a temporary folder and never writes into
+the tree.
 """
 import json
 import os
@@ -17,19 +17,30 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 max_kb = 300
-rebuild = "from nbdev.doclinks import nbdev_export; nbdev_export(); from nbdev.clean import nbdev_clean; nbdev_clean()"
+rebuild = "; ".join([
+    "from nbdev.doclinks import nbdev_export",
+    "nbdev_export()",
+    "from nbdev.clean import nbdev_clean",
+    "nbdev_clean()",
+])
 not_source = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "weights", ".last_checked")
-machine_path = re.compile(r"(?:(?<![\w:/.~-])/(?:home|Users|root|tmp|work|workspace|mnt|srv|var/folders)/|[A-Z]:\\+Users\\+|site-packages/)[^\s\"'<>]+")
+machine_path = re.compile(
+    r"(?:(?<![\w:/.~-])/(?:home|Users|root|tmp|work|workspace|mnt|srv|var/folders)/|[A-Z]:\\+Users\\+|site-packages/)"
+    r"[^\s\"'<>]+"
+)
 
 
 def sources(folder):
-    "Modules and notebooks below `folder`: relative path -> bytes."
-    files = [*folder.glob("longva/**/*.py"), *folder.glob("nbs/**/*.ipynb")]
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files if ".ipynb_checkpoints" not in file.parts}
+    """Modules and notebooks below `folder`: relative path -> bytes."""
+    found = {}
+    for file in (*folder.glob("longva/**/*.py"), *folder.glob("nbs/**/*.ipynb")):
+        if ".ipynb_checkpoints" not in file.parts:
+            found[file.relative_to(folder).as_posix()] = file.read_bytes()
+    return found
 
 
 def rebuilt(folder):
-    "What `sources` should be: everything exported anew from the notebooks alone, and the notebooks cleaned."
+    """What `sources` should be: everything exported anew from the notebooks alone, and the notebooks cleaned."""
     for name in ("longva", "nbs"):
         shutil.copytree(root / name, folder / name, ignore=not_source)
     for name in ("settings.ini", "pyproject.toml"):
@@ -46,7 +57,7 @@ def rebuilt(folder):
 
 
 def differences():
-    "Sentences about files that are not what the notebooks make of them."
+    """Sentences about files that are not what the notebooks make of them."""
     with tempfile.TemporaryDirectory() as folder:
         have, want = sources(root), rebuilt(Path(folder).resolve())
     for name in sorted(have.keys() | want.keys()):
@@ -60,13 +71,14 @@ def differences():
         elif name.endswith(".ipynb"):
             yield f"{name} is not clean: run `make export`."
         elif notebook:
-            yield f"{name} is not what {notebook[1].decode()} exports: edit the notebook, not the module, and run `make export`."
+            yield (f"{name} is not what {notebook[1].decode()} exports: "
+                   "edit the notebook, not the module, and run `make export`.")
         else:
             yield f"{name} is out of step with settings.ini or the notebooks: run `make export`."
 
 
 def notebook_faults():
-    "Sentences about notebooks that are too big or show paths of the machine they ran on."
+    """Sentences about notebooks that are too big or show paths of the machine they ran on."""
     for file in sorted((root / "nbs").glob("**/*.ipynb")):
         name, kb = file.relative_to(root).as_posix(), file.stat().st_size / 1024
         if ".ipynb_checkpoints" in file.parts:
@@ -76,11 +88,12 @@ def notebook_faults():
         for number, cell in enumerate(json.loads(file.read_text(encoding="utf-8"))["cells"]):
             text = shown_text(cell.get("outputs", []))
             if found := machine_path.search(text) or re.search(re.escape(str(root)) + r"/\S+", text):
-                yield f"{name} shows a path of this machine in the output of cell {number} ({found[0][:60]}): print only the name and run `make notebooks NB={name}`."
+                yield (f"{name} shows a path of this machine in the output of cell {number} ({found[0][:60]}): "
+                       f"print only the name and run `make notebooks NB={name}`.")
 
 
 def shown_text(value):
-    "All strings inside a saved output, joined; pictures in base64 are left out."
+    """All strings inside a saved output, joined; pictures in base64 are left out."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):

@@ -11,132 +11,162 @@ from typing import Annotated, Optional
 
 import typer
 
-from .base import Usage, app, named_model, one_sentence, path, say
+from .base import Usage, app, check_exists, echo_error, given, one_sentence, path
+from .models import resolve_name
+from .options import BAD_SHARE, ContextParallel, DataSeed, EngineName, Fps, Length, Media, MicroBatch, Rows, Steps, path_option
 
 # %% ../../nbs/815_commands.train.ipynb #75bbcb19
 @app.command("plan")
 def plan_command(
     model: Annotated[str, typer.Option(help="qwen2-7b, qwen2-0.5b, llama3-8b, or a folder with config.json.")],
     length: Annotated[int, typer.Option(help="Tokens of the sequence.")],
-    gpus: Annotated[int, typer.Option(help="How many, all nodes together.")] = 1,
-    gpu_gib: Annotated[float, typer.Option(help="Memory of one GPU.")] = 80,
-    host_gib: Annotated[float, typer.Option(help="Memory of the host, all nodes together.")] = 0,
+    gpus: Annotated[int, typer.Option(help="GPUs, all nodes together.")] = 1,
+    gpu_gib: Annotated[float, typer.Option(help="Memory of one GPU, in GiB.")] = 80,
+    host_gib: Annotated[float, typer.Option(help="Memory of the hosts, all nodes together, in GiB.")] = 0,
     context: Annotated[Optional[int], typer.Option(help="GPUs that share one sequence; by default all.")] = None,
-    checkpoints: Annotated[str, typer.Option(help="none, gpu, host, recurrent or recurrent-host.")] = "gpu",
-    offload: Annotated[str, typer.Option(help="What goes to the host: none, optimizer or all.")] = "none",
-    tiled_mlp: Annotated[bool, typer.Option(help="The MLP in tiles over tokens.")] = False,
-    head_groups: Annotated[bool, typer.Option(help="Attention in groups of heads.")] = False,
-    save_attention: Annotated[bool, typer.Option(help="Keep attention's output rather than recompute it.")] = False,
-    optimizer_bytes: Annotated[float, typer.Option(help="Of one parameter: 12 for float32, 6 for bfloat16.")] = 12,
-    kind: Annotated[str, typer.Option(help="all_gather or ring.")] = "all_gather",
+    checkpoints: Annotated[str, typer.Option(
+        help="Activation checkpoints: none, gpu, host, recurrent or recurrent-host.")] = "gpu",
+    offload: Annotated[str, typer.Option(help="What is kept on the host: none, optimizer or all.")] = "none",
+    tiled_mlp: Annotated[bool, typer.Option(help="Compute the MLP in tiles over tokens.")] = False,
+    head_groups: Annotated[bool, typer.Option(help="Compute attention in groups of heads.")] = False,
+    save_attention: Annotated[bool, typer.Option(help="Keep attention's output instead of recomputing it.")] = False,
+    optimizer_bytes: Annotated[float, typer.Option(
+        help="Optimizer state per parameter: 12 bytes for float32, 6 for bfloat16.")] = 12,
+    kind: Annotated[str, typer.Option(help="Context parallel: all_gather or ring.")] = "all_gather",
     tflops: Annotated[float, typer.Option(help="Peak of one GPU: 989 for H100 and H200, 312 for A100.")] = 989,
-    efficiency: Annotated[float, typer.Option(help="Share of the peak that is reached.")] = 0.4,
+    efficiency: Annotated[float, typer.Option(help="Share of the peak that is reached (MFU).")] = 0.4,
 ):
-    "Bytes, operations, seconds of a training step at a length; what limits, and which switch helps next."
+    """Estimate memory, operations and seconds of a training step; say what limits and which switch helps next."""
     settings = dict(locals())
     with one_sentence("."):
         from longva.context.plan import PlanError, plan
-        try: made = plan(settings.pop("model"), **settings)
-        except PlanError as e: raise Usage(str(e)) from None
+        try:
+            made = plan(settings.pop("model"), **settings)
+        except PlanError as error:
+            raise Usage(str(error)) from None
         typer.echo(f"{made.table}\n")
-        if made.fits: return typer.echo(made.limit)
-        say(made.limit)
+        if made.fits:
+            typer.echo(made.limit)
+            return
+        echo_error(made.limit)
         raise typer.Exit(1)
 
 # %% ../../nbs/815_commands.train.ipynb #156ee2e2
 @app.command("extend")
 def extend_command(
     preset: Annotated[str, typer.Option(help="paper or mini.")],
-    text: Annotated[Optional[str], typer.Option(help="Folder of .txt and .jsonl files, name of a dataset at the Hugging Face hub, or a prepared corpus.")] = None,
-    out: Annotated[Optional[Path], typer.Option(parser=path, help="Folder of the run; by default runs/extend/PRESET.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="Folder or hub name of the model to start from, if not the preset's.")] = None,
+    text: Annotated[Optional[str], typer.Option(
+        help="Folder of .txt and .jsonl files, name of a data set on the Hugging Face hub, or a prepared corpus.")] = None,
+    out: path_option("Folder of the run; by default runs/extend/PRESET.") = None,
+    model: Annotated[Optional[str], typer.Option(
+        help="Folder or hub name of the model to start from, if not the preset's.")] = None,
     theta: Annotated[Optional[float], typer.Option(help="The new RoPE base.")] = None,
-    length: Annotated[Optional[int], typer.Option(min=2, help="Tokens of a sequence.")] = None,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Optimizer steps.")] = None,
-    rows: Annotated[Optional[int], typer.Option(min=1, help="Sequences of a step.")] = None,
-    cp: Annotated[Optional[int], typer.Option(min=1, help="Ranks that share a sequence.")] = None,
-    engine: Annotated[Optional[str], typer.Option(help="plain or deepspeed.")] = None,
-    seed: Annotated[Optional[int], typer.Option(min=0, help="Decides the order of the text.")] = None,
+    length: Length = None,
+    steps: Steps = None,
+    rows: Rows = None,
+    cp: ContextParallel = None,
+    engine: EngineName = None,
+    seed: DataSeed = None,
 ):
-    "Raise the RoPE base and train on long text (the paper's first step), or go on with it."
+    """Raise the RoPE base and train on long text (the paper's first step), or resume it."""
     out = out or Path("runs") / "extend" / preset
-    changes = {k: v for k, v in dict(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed).items() if v is not None}
+    changes = given(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
     with one_sentence(out):
-        if engine not in (None, "plain", "deepspeed"): raise Usage(f"--engine is plain or deepspeed, and not {engine!r}.")
         from longva.train.extend import extend, named_preset
         named_preset(preset)
         if preset == "mini" and text is None and model is None:
             from longva.mini.reader import extend_reader
             made = extend_reader(out, theta=theta, length=length, **changes)[1]
-        elif not (text or "").strip(): raise Usage("Say with --text on which text to train.")
-        else: made = extend(preset, text, out, model=model, theta=theta, length=length, **changes)
+        elif (text or "").strip():
+            made = extend(preset, text, out, model=model, theta=theta, length=length, **changes)
+        else:
+            raise Usage("Say with --text on which text to train.")
     typer.echo(f"Done. The extended model is in {made}.")
 
 # %% ../../nbs/815_commands.train.ipynb #ce521e14
 @app.command("align")
 def align_command(
-    preset: Annotated[str, typer.Option(help="paper-1 or paper-2: the paper's stages; mini-1 or mini-2: the same for a laptop.")],
-    data: Annotated[str, typer.Option(help="LLaVA's rows: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
-    media: Annotated[Optional[Path], typer.Option(parser=path, help="Folder of the pictures and videos; by default that of the data file.")] = None,
-    out: Annotated[Optional[Path], typer.Option(parser=path, help="Folder of the run; by default runs/align/PRESET.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="The LongVA to start from: a miniature, a folder or a hub name.")] = None,
-    language_model: Annotated[Optional[str], typer.Option(help="Without --model: the language model,")] = None,
-    vision_tower: Annotated[Optional[str], typer.Option(help="and the vision tower, if not the preset's.")] = None,
-    answers_only: Annotated[bool, typer.Option("--answers-only", help="Learn answers alone, without the markers of turns.")] = False,
-    fps: Annotated[float, typer.Option(min=0.001, help="Frames to take of a second of video.")] = 1.0,
-    most_frames: Annotated[Optional[int], typer.Option(min=1, help="Frames to take of a video at most.")] = None,
-    length: Annotated[Optional[int], typer.Option(min=2, help="Most tokens of a row.")] = None,
-    bad_share: Annotated[float, typer.Option(min=0, max=1, help="Share of bad rows that is borne.")] = 0.01,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Optimizer steps; by default the preset's epochs.")] = None,
-    rows: Annotated[Optional[int], typer.Option(min=1, help="Rows of a step.")] = None,
-    micro: Annotated[Optional[int], typer.Option(min=1, help="Rows that a rank takes at a time.")] = None,
-    cp: Annotated[Optional[int], typer.Option(min=1, help="Ranks that share a sequence.")] = None,
-    engine: Annotated[Optional[str], typer.Option(help="plain or deepspeed.")] = None,
-    seed: Annotated[Optional[int], typer.Option(min=0, help="Decides the order of the rows.")] = None,
+    preset: Annotated[str, typer.Option(
+        help="paper-1 or paper-2: the paper's stages; mini-1 or mini-2: the same for a laptop.")],
+    data: Annotated[str, typer.Option(
+        help="LLaVA's rows: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
+    media: Media = None,
+    out: path_option("Folder of the run; by default runs/align/PRESET.") = None,
+    model: Annotated[Optional[str], typer.Option(
+        help="The LongVA to start from: a miniature, a folder or a hub name.")] = None,
+    language_model: Annotated[Optional[str], typer.Option(
+        help="Language model to start from, without --model; by default the preset's.")] = None,
+    vision_tower: Annotated[Optional[str], typer.Option(
+        help="Vision tower to start from, without --model; by default the preset's.")] = None,
+    answers_only: Annotated[bool, typer.Option(
+        "--answers-only", help="Train on the answers alone, without the markers of turns.")] = False,
+    fps: Annotated[float, typer.Option(min=0.001, help="Frames to take per second of video.")] = 1.0,
+    most_frames: Annotated[Optional[int], typer.Option(min=1, help="Most frames to take of a video.")] = None,
+    length: Length = None,
+    bad_share: Annotated[float, BAD_SHARE] = 0.01,
+    steps: Steps = None,
+    rows: Rows = None,
+    micro: MicroBatch = None,
+    cp: ContextParallel = None,
+    engine: EngineName = None,
+    seed: DataSeed = None,
 ):
-    "Teach a language model to see (one stage of the paper's second step), or go on with it."
+    """Teach a language model to see (one stage of the paper's second step), or resume it."""
     out = out or Path("runs") / "align" / preset
-    changes = {k: v for k, v in dict(steps=steps, rows=rows, micro=micro, cp=cp, engine=engine, seed=seed).items() if v is not None}
-    reading = {k: v for k, v in dict(length=length, answers_only=answers_only, fps=fps, most_frames=most_frames).items() if v is not None}
+    start = dict(language_model=language_model, vision_tower=vision_tower, media=media, bad_share=bad_share)
+    reading = given(length=length, answers_only=answers_only, fps=fps, most_frames=most_frames)
+    changes = given(steps=steps, rows=rows, micro=micro, cp=cp, engine=engine, seed=seed)
     with one_sentence(out):
-        if engine not in (None, "plain", "deepspeed"): raise Usage(f"--engine is plain or deepspeed, and not {engine!r}.")
+        if "{" not in data:
+            check_exists("--data", data)
         from longva.train.align import align
-        made = align(preset, data, out, model=named_model(model), language_model=language_model, vision_tower=vision_tower, media=media, bad_share=bad_share, reading=reading, **changes)
+        made = align(preset, data, out, model=resolve_name(model), reading=reading, **start, **changes)
     typer.echo(f"Done. The aligned model is in {made}.")
 
 # %% ../../nbs/815_commands.train.ipynb #173bd87b
 @app.command("dpo")
 def dpo_command(
     preset: Annotated[str, typer.Option(help="paper or mini.")],
-    data: Annotated[Path, typer.Option(parser=path, help="Preference pairs, .jsonl, .json or .yaml: prompt, chosen, rejected, and image(s) or video(s).")],
-    media: Annotated[Optional[Path], typer.Option(parser=path, help="Folder that the names of images and videos start from; by default that of the data.")] = None,
-    out: Annotated[Optional[Path], typer.Option(parser=path, help="Folder of the run; by default runs/dpo/PRESET.")] = None,
-    reference: Annotated[Optional[Path], typer.Option(parser=path, help="Folder for what the starting model says, to be shared by runs; by default in the run's.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="Folder or hub name of the model to start from, if not the preset's; mini starts from mini-longva.")] = None,
+    data: Annotated[Path, typer.Option(
+        parser=path,
+        help="Preference pairs, .jsonl, .json or .yaml: prompt, chosen, rejected, and image(s) or video(s).")],
+    media: Media = None,
+    out: path_option("Folder of the run; by default runs/dpo/PRESET.") = None,
+    reference: path_option(
+        "Folder for the reference model's log-probabilities, which several runs can share; by default in --out.") = None,
+    model: Annotated[Optional[str], typer.Option(
+        help="Folder or hub name of the model to start from, if not the preset's; mini starts from mini-longva.")] = None,
     loss: Annotated[Optional[str], typer.Option(help="sigmoid, hinge or ipo.")] = None,
-    beta: Annotated[Optional[float], typer.Option(help="How dear it is to leave the starting model.")] = None,
-    label_smoothing: Annotated[Optional[float], typer.Option(help="Share of pairs that may be labelled the wrong way round.")] = None,
+    beta: Annotated[Optional[float], typer.Option(help="KL penalty (beta).")] = None,
+    label_smoothing: Annotated[Optional[float], typer.Option(
+        help="Share of pairs whose label may be wrong.")] = None,
     sft: Annotated[Optional[float], typer.Option(help="Weight of the chosen answers' cross entropy.")] = None,
     parts: Annotated[Optional[str], typer.Option(help="What is trained, of tower,projector,language.")] = None,
-    frames: Annotated[Optional[int], typer.Option(min=1, help="Frames of a video.")] = None,
-    fps: Annotated[Optional[float], typer.Option(help="Frames per second of a video, instead of a number of frames.")] = None,
+    frames: Annotated[Optional[int], typer.Option(min=1, help="Frames to take per video, equally spaced.")] = None,
+    fps: Fps = None,
     lr: Annotated[Optional[float], typer.Option(help="Learning rate.")] = None,
-    epochs: Annotated[Optional[float], typer.Option(help="Times that each pair is seen.")] = None,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Optimizer steps, instead of epochs.")] = None,
-    rows: Annotated[Optional[int], typer.Option(min=1, help="Pairs of a step.")] = None,
-    bad_share: Annotated[Optional[float], typer.Option(min=0, max=1, help="Share of bad rows that is borne.")] = None,
-    cp: Annotated[Optional[int], typer.Option(min=1, help="Ranks that share a sequence.")] = None,
-    engine: Annotated[Optional[str], typer.Option(help="plain or deepspeed.")] = None,
-    seed: Annotated[Optional[int], typer.Option(min=0, help="Decides the order of the pairs.")] = None,
+    epochs: Annotated[Optional[float], typer.Option(help="Number of epochs.")] = None,
+    steps: Steps = None,
+    rows: Rows = None,
+    bad_share: Annotated[Optional[float], BAD_SHARE] = None,
+    cp: ContextParallel = None,
+    engine: EngineName = None,
+    seed: DataSeed = None,
 ):
-    "Train on pairs of answers, of which one is better (DPO), or go on with it."
-    out, given = out or Path("runs") / "dpo" / preset, dict(locals())
-    changes = {k: v for k, v in given.items() if v is not None and k not in ("preset", "data", "media", "out", "reference")}
+    """Train on preference pairs (DPO), or resume it."""
+    out = out or Path("runs") / "dpo" / preset
+    recipe = given(lr=lr, epochs=epochs, steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
+    objective = given(loss=loss, beta=beta, label_smoothing=label_smoothing, sft=sft)
+    reading = given(frames=frames, fps=fps, bad_share=bad_share)
+    changes = recipe | objective | reading
     with one_sentence(out):
-        if engine not in (None, "plain", "deepspeed"): raise Usage(f"--engine is plain or deepspeed, and not {engine!r}.")
-        if preset == "mini": changes.setdefault("model", "mini-longva")
-        if "model" in changes: changes["model"] = named_model(changes["model"])
+        check_exists("--data", data)
+        if model is None and preset == "mini":
+            model = "mini-longva"
+        if model is not None:
+            changes["model"] = resolve_name(model)
+        if parts:
+            changes["parts"] = tuple(parts.split(","))
         from longva.train.dpo import dpo
-        if parts: changes["parts"] = tuple(parts.split(","))
         made = dpo(preset, data, out, media, reference, **changes)
     typer.echo(f"Done. The trained model is in {made}.")

@@ -21,7 +21,7 @@ from . import load
 from . import world as W
 from .recipe import SHORT_BASE, SHORT_CONTEXT
 from ..train.extend import PRESETS, Preset, extend
-from ..train.loop import find_ranks
+from ..train.ranks import find_ranks
 
 # %% ../../nbs/615_mini.reader.ipynb #54872b41
 WORDING = dict(prefix=".", needle=" {city} {number} . ", question=". find {city}", city="lima", others=("paris", "tokyo", "london", "berlin", "oslo"), between=" ")

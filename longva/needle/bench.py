@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..files import versions
 from ..model.prefill import prefill
-from .heatmap import border, heat_map, short_number, table
+from .heatmap import heat_map
 from .reader import make_prompt
 from .trials import NeedleError, Trial, key, read_trials
 from .vniah import Spot, answer_logits, check_grid, decisions, encode, encode_needles, fingerprint, judge, trial_embeddings
@@ -277,29 +277,7 @@ def growing_map(
     spot: tuple = None,
 ) -> go.Figure:
     "A heat map with room for the cells that are still to come."
-    figure, (have_n, have_d, scores) = heat_map(trials, title), table(trials)
-    frames, depths = sorted({*frames, *have_n}), sorted({*depths, *have_d})
-    values, text = ([[empty for _ in frames] for _ in depths] for empty in (None, "not run yet"))
-    for row, depth in enumerate(have_d):
-        for column, n in enumerate(have_n):
-            at = depths.index(depth), frames.index(n)
-            values[at[0]][at[1]], text[at[0]][at[1]] = scores[row][column], figure.data[0].text[row][column]
-    figure.data[0].update(z=values, text=text, x=list(range(len(frames))), y=list(range(len(depths))))
-    figure.update_xaxes(tickvals=list(range(len(frames))), ticktext=[short_number(n) for n in frames], range=[-0.5, len(frames) - 0.5])
-    figure.update_yaxes(tickvals=list(range(len(depths))), ticktext=[f"{d * 100:.3g}" for d in depths], range=[len(depths) - 0.5, -0.5], autorange=False)
-    if not trials: figure.layout.annotations[0].text = f"{title}<br><sup>nothing filled yet</sup>"
-    line = border(frames, train_frames)
-    if line is not None: figure.add_vline(x=line, line=dict(color="black", dash="dot", width=2))
-    if spot: _ring(figure, frames, depths, *spot)
-    return figure
-
-def _ring(figure, frames, depths, n, depth):
-    "Mark a place of the map; between two columns it stands between them."
-    x = float(np.interp(math.log(n), np.log(frames), range(len(frames))))
-    y = float(np.interp(depth, depths, range(len(depths))))
-    for width, colour in ((7, "white"), (3, "black")):
-        marker = dict(symbol="circle-open", size=20, line=dict(width=width, color=colour), color=colour)
-        figure.add_scatter(x=[x], y=[y], mode="markers", marker=marker, hoverinfo="skip", showlegend=False)
+    return heat_map(trials, title, train_frames, grid=(frames, depths), spot=spot)
 
 # %% ../../nbs/590_needle.bench.ipynb #ad1a2161
 def recorded(

@@ -18,7 +18,7 @@ from ..files import digest, file_hash
 from .scenery import draw_scene, scenery
 from .trials import NeedleError
 from ..vision.unires import fit_frames
-from ..vision.video import Frames, read_frames, video_info
+from ..vision.video import FrameRequest, Frames, read_frames, video_info
 
 # %% ../../nbs/520_needle.haystack.ipynb #8513ecdd
 VIDEO_ENDINGS = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv"}
@@ -50,7 +50,7 @@ def _count(path, fps):
             f"ask for at most {info.fps:.4g}, because above it frames would come twice."
         )
     rate = info.fps if fps is None else fps
-    return math.ceil((info.seconds - 1e-3) * rate), rate  # the same slack as in reading by rate
+    return FrameRequest(fps=rate).count(info), rate
 
 def _read(path, n, rate, shrink):
     """Read the first n frames of one video, part by part: arrays [m,H,W,3]."""

@@ -15,8 +15,9 @@ from PIL import Image
 
 from ..mini import load
 from ..mini.world import COLOURS, GROUNDS, draw_frame, film_frames, needle_objects, scene_words, shape_mask, write_needles
+from ..needle.names import NOTHING
 from ..needle.needles import load_needles
-from ..needle.variants import NOTHING, Wording, joint, run_variant
+from ..needle.variants import Wording, joint, run_variant
 from ..vision.video import Frames
 
 # %% ../../nbs/710_study.variants.ipynb #4fc36e6e

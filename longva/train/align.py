@@ -32,10 +32,12 @@ from ..model.modeling import LongVA, LongVAConfig, arrange, pool_patches, put_to
 from ..model.processing import LongVAProcessor
 from .batch import TokenLoss, collate
 from .conversations import BadRow, DataError, Reading, Row, front_end, open_data, read_row, row_length, squares
+from .engines import trained
 from .extend import open_tokenizer
-from .loop import train, trained_weights
-from .recipe import Ranks, Recipe, TrainError, agree, find_ranks, together
-from .run import RECORD, checkpoints, finished, trained, weights_hash
+from .loop import train
+from .ranks import Ranks, find_ranks
+from .recipe import Recipe, TrainError
+from .run import RECORD, checkpoints, finished, trained_weights, weights_hash
 
 # %% ../../nbs/460_train.align.ipynb #53a348d8
 def deal_rows(
@@ -113,7 +115,7 @@ def settle(
     if ranks.world > 1: dist.all_gather_object(everyone, found)
     new = sorted({(f["step"], f["place"], f["file"], f["row"]): f for part in everyone for f in part}.items())  # ranks that share a sequence met the same
     rows.kept += [f for _, f in new]
-    if rows.written != len(rows.kept): together(ranks, (lambda: write_bad(rows)) if ranks.rank == 0 else None)
+    if rows.written != len(rows.kept): ranks.first(lambda: write_bad(rows))
     rows.written = len(rows.kept)
     distinct = {(f["file"], f["row"]) for f in rows.kept}
     seen = min(len(rows.data), max(1000, rows.step * rows.recipe.rows))
@@ -347,10 +349,10 @@ def align(
     "One stage of alignment, or go on with it."
     preset, out, rows = named_preset(preset) if isinstance(preset, str) else preset, Path(out), []
     ranks = find_ranks(recipe_for(preset, 1, **changes))
-    together(ranks, lambda: rows.extend(open_data(data, changes.get("seed", preset.recipe.seed))))
+    ranks.run(lambda: rows.extend(open_data(data, changes.get("seed", preset.recipe.seed))))
     recipe, read, opened = recipe_for(preset, len(rows), **changes), how_read(preset, **(reading or {})), []
     half = recipe.engine == "deepspeed" and recipe.precision == "bf16"
-    together(ranks, lambda: opened.extend(open_model(preset, model, processor, language_model, vision_tower, torch.bfloat16 if half else torch.float32, recipe.seed)))
+    ranks.run(lambda: opened.extend(open_model(preset, model, processor, language_model, vision_tower, torch.bfloat16 if half else torch.float32, recipe.seed)))
     about = dict(read, rates=preset.rates, data_rows=len(rows), data=fingerprint(rows)) | begins_with(*opened, ranks)
     if recipe.schedule == "constant": about["steps"] = recipe.steps  # they decide the order of the last rows
     if not finished(out, recipe, about): _stage(*opened, rows, out, recipe, ranks, read, about, (media, bad_share, workers))
@@ -359,7 +361,7 @@ def align(
 # %% ../../nbs/460_train.align.ipynb #8cfe8eae
 def begins_with(model, processor, ranks: Ranks) -> dict:
     "What a run starts from: its weights, and the front end."
-    return {"starting weights": agree(weights_hash(model) if ranks.rank == 0 else None, ranks)} | front_end(model.config, processor)
+    return {"starting weights": ranks.first(lambda: weights_hash(model))} | front_end(model.config, processor)
 
 def _stage(model, processor, rows, out, recipe, ranks, read, about, how):
     "Train and save."
@@ -368,6 +370,6 @@ def _stage(model, processor, rows, out, recipe, ranks, read, about, how):
     reading = Reading(squares(processor) if square else processor, media=media, **read)
     with closing(Rows(rows, reading, recipe, out, bad_share, workers=workers)) as samples:
         loss = AlignLoss(model, samples, squares(model.config) if square else None)
-        train(model, samples, out, recipe, loss=loss, groups=weight_groups(loss, about["rates"]), about=about)
+        train(model, samples, out, recipe, loss=loss, groups=weight_groups(loss, about["rates"]), identity=about)
     weights = whole_weights(model, ranks.rank == 0)
-    together(ranks, (lambda: save_model(model, processor, checkpoints(out)[-1], out / "model", weights)) if ranks.rank == 0 else None)
+    ranks.first(lambda: save_model(model, processor, checkpoints(out)[-1], out / "model", weights))

@@ -35,7 +35,8 @@ from .batch import TokenLoss
 from .conversations import BadRow, Row
 from .loop import train
 from .pairs import Clips, bad_row, collate_pairs, content_key, encode_pair, half, read_pairs, refuse_bad, render
-from .recipe import Ranks, Recipe, TrainError, agree, find_ranks, together
+from .ranks import Ranks, find_ranks
+from .recipe import Recipe, TrainError
 from .run import checkpoints, finished, weights_hash
 
 # %% ../../nbs/470_train.dpo.ipynb #fedc4591
@@ -206,7 +207,7 @@ def ask_reference(
     bf16: bool = False, # products in bfloat16
 ) -> dict: # pair's number -> dict(pair, chosen, rejected, tokens), or dict(pair, bad)
     "Log-probabilities of all answers under the model as it is: those on disk, and the rest computed and put there."
-    together(ranks, (lambda: same_reference(folder, now)) if ranks.rank == 0 else None)
+    ranks.first(lambda: same_reference(folder, now))
     known = kept_reference(folder)
     todo, bad = [i for i in range(n) if i not in known], sum("bad" in row for row in known.values())
     if ranks.world > 1: dist.barrier()  # everyone has read before anyone writes
@@ -217,7 +218,7 @@ def ask_reference(
             for i in tqdm(todo[ranks.rank :: ranks.world], desc="reference", disable=ranks.rank > 0, delay=2):
                 write(row := _ask(loss, sample, i, ranks)); bad += "bad" in row
                 if bad > most_bad: return
-    together(ranks, ask)
+    ranks.run(ask)
     return kept_reference(folder)
 
 # %% ../../nbs/470_train.dpo.ipynb #1d62aa1b
@@ -352,16 +353,16 @@ def dpo(
     recipe, folder = preset.recipe, Path(reference or out / "reference")
     if preset.model is None: raise TrainError("This preset starts from a model of your own: say which.")
     ranks, read, opened, now = find_ranks(recipe), [], [], []
-    together(ranks, lambda: read.extend(read_pairs(data, media, recipe.seed)))
+    ranks.run(lambda: read.extend(read_pairs(data, media, recipe.seed)))
     (pairs, bad), n = read, sum(map(len, read))
     refuse_bad(bad, n, preset.bad_share)
-    together(ranks, lambda: opened.extend(open_longva(preset)))
+    ranks.run(lambda: opened.extend(open_longva(preset)))
     loss, clips = see_through(*opened, preset, folder)
-    together(ranks, (lambda: now.append(about(pairs, clips, preset.length))) if ranks.rank == 0 else None)
-    now, sample = agree(now and now[0], ranks), lambda i: encode_pair(pairs[i], clips, preset.length)
+    ranks.first(lambda: now.append(about(pairs, clips, preset.length)))
+    now, sample = ranks.agree(now and now[0]), lambda i: encode_pair(pairs[i], clips, preset.length)
     known = ask_reference(loss, sample, len(pairs), folder, now, ranks, preset.bad_share * n - len(bad), clips.precision == "bf16")
     bad = bad + [bad_row(pairs[i].row, line["bad"]) for i, line in sorted(known.items()) if "bad" in line]
-    together(ranks, (lambda: tell_bad(bad, n, out, preset.bad_share)) if ranks.rank == 0 else None)
+    ranks.first(lambda: tell_bad(bad, n, out, preset.bad_share))
     refuse_bad(bad, n, preset.bad_share)
     return _train(loss, clips, Preferences(sample, known, recipe.rows, recipe.seed), out, preset, now, ranks)
 
@@ -375,10 +376,9 @@ def _train(loss, clips, samples, out, preset, now, ranks) -> Path:
     if finished(out, recipe, begun): return out / "model"
     groups = weight_groups(loss, {part: recipe.lr for part in preset.parts})
     if recipe.engine == "deepspeed": loss.to("cpu"); clips.asleep = True  # the model is about to be scattered
-    train(loss.model, samples, out, recipe, loss=loss, groups=groups, about=begun)
+    train(loss.model, samples, out, recipe, loss=loss, groups=groups, identity=begun)
     weights = whole_weights(loss.model, ranks.rank == 0)
-    if ranks.device.type == "cpu": os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed where it is installed, and it would say what it found
-    together(ranks, (lambda: save_model(loss.model, clips.processor, checkpoints(out)[-1], out / "model", weights)) if ranks.rank == 0 else None)
+    ranks.first(lambda: save_model(loss.model, clips.processor, checkpoints(out)[-1], out / "model", weights))
     return out / "model"
 
 # %% ../../nbs/470_train.dpo.ipynb #265f533a

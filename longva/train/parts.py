@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 
 from ..files import whole_folder
-from .loop import trained_weights
-from .recipe import Ranks, TrainError, together
-from .run import RECORD, checkpoints, trained
+from .engines import trained
+from .ranks import Ranks
+from .recipe import TrainError
+from .run import RECORD, checkpoints, trained_weights
 
 # %% ../../nbs/447_train.parts.ipynb #d361ff19
 PARTS = {"tower": "model.vision_tower.", "projector": "model.mm_projector.", "language": ""}  # how their weights' names start
@@ -123,8 +124,5 @@ def save_trained(
     ranks: Ranks,
 ) -> Path:  # the model's folder
     """Save the model of a run's last checkpoint as `out`/model; the first rank writes."""
-    first = ranks.rank == 0
-    frozen = frozen_weights(model, first)
-    save = lambda: save_model(model, companion, checkpoints(out)[-1], out / "model", frozen)
-    together(ranks, save if first else None)
-    return out / "model"
+    frozen = frozen_weights(model, keep=ranks.rank == 0)
+    return ranks.first(lambda: save_model(model, companion, checkpoints(out)[-1], out / "model", frozen))
