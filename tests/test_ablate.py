@@ -17,7 +17,7 @@ from longva.mini import load
 from longva.mini.world import write_film, write_needles
 from longva.needle.trials import NeedleError, Trial, key, read_trials
 from longva.needle.vniah import run
-from longva.study.ablate import Run, ablate, compare, named, product
+from longva.study.ablate import AblationRun, ablate, compare, named, product
 from longva.study.demo import newcombe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,8 +124,8 @@ def test_names_are_folders():
 
 def test_compare_counts_pairs():
     trial = lambda j, n, right: Trial("m", str(j), n, 0.5, 0, [1], [int(right)], right, 0.0, 0.0)
-    a = Run("a", {}, [trial(j, n, j < 6) for n in (8, 16) for j in range(10)], 20)
-    b = Run("b", {}, [trial(j, n, j < 4 or j == 9) for n in (8, 16) for j in range(10)], 20)
+    a = AblationRun("a", {}, [trial(j, n, j < 6) for n in (8, 16) for j in range(10)], 20)
+    b = AblationRun("b", {}, [trial(j, n, j < 4 or j == 9) for n in (8, 16) for j in range(10)], 20)
     gap = compare(a, b)
     assert (gap["difference"], *gap["interval"]) == newcombe(8, 4, 2, 6) and (gap["by_frames"][8]["difference"], *gap["by_frames"][8]["interval"]) == newcombe(4, 2, 1, 3)
     assert gap["of"] == "a minus b" and gap["trials"] == 20 and torch.isclose(torch.tensor(gap["difference"]), torch.tensor(0.1))

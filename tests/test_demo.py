@@ -66,7 +66,7 @@ def test_stopped_killed_and_finished(tmp_path):
     for trials in logs(folder).values():
         assert set(Counter(map(key, trials)).values()) <= {1}
     about = json.loads((folder / "demo.json").read_text())
-    with pytest.raises(NeedleError, match="other seed: choose another folder"): demo(folder, seed=5, progress=False)
+    with pytest.raises(NeedleError, match="another seed: choose another folder"): demo(folder, seed=5, progress=False)
     assert json.loads((folder / "demo.json").read_text()) == about
 
 
