@@ -45,6 +45,10 @@ class Adapter(Reader):
         """List what decides, beside the weights, what the model sees."""
         return type(self).__name__, self.side, self.seconds
 
+    def tower_weights(self):
+        """Raise NeedleError: no cache keeps what other families see."""
+        raise NeedleError("The cache of features keeps what a LongVA sees: leave it out with other models.")
+
     def split(self, processor, content) -> tuple:  # (ids before the frames, ids after them)
         """Tokenize the whole chat, and cut it at the video's placeholder."""
         tokenizer = processor.tokenizer

@@ -146,6 +146,12 @@ def facts(self: Reader) -> tuple:
     return config.pool_mode, config.pool_stride, config.vision_feature_layer
 
 @patch
+def tower_weights(self: Reader) -> list:  # of (name, parameter)
+    """List the weights that turn frames into visual tokens; raise NeedleError for a model without a feature cache."""
+    parts = ("vision_tower", "mm_projector")
+    return [(name, p) for name, p in self.model.named_parameters() if any(part in name for part in parts)]
+
+@patch
 def prompt(self: Reader, needle: Needle) -> Prompt:
     """Tokenize the conversation of one needle."""
     return make_prompt(self.processor, needle, self.split)
