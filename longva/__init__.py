@@ -9,14 +9,13 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _homes = {
-    # the last of the model's modules: with any of its names, all Auto classes know LongVA
-    "LongVA": "longva.model.checkpoint",
-    "LongVAConfig": "longva.model.checkpoint",
-    "LongVAImageProcessor": "longva.model.checkpoint",
-    "LongVAProcessor": "longva.model.checkpoint",
+    "LongVA": "longva.model",
+    "LongVAConfig": "longva.model",
+    "LongVAImageProcessor": "longva.model",
+    "LongVAProcessor": "longva.model",
     "load_original": "longva.model.checkpoint",
     "save_original": "longva.model.checkpoint",
-    "CheckpointError": "longva.model.checkpoint",
+    "CheckpointError": "longva.model.original",
     "extend_rope": "longva.context.rope",
     "exact_rope": "longva.context.rope",
     "rope_report": "longva.context.rope_report",

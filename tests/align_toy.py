@@ -38,7 +38,7 @@ def tokenizer():
 
 
 def make_model(folder):
-    config = mini_config(len(words), words.index("<image>"), words.index("<video>"), hidden_size=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64, tower_hidden=32, tower_heads=2, tower_ffn=64)
+    config = mini_config(len(words), words.index("<image>"), words.index("<video>"), text={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64}, tower={"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64})
     config.text_config.initializer_range = 0.1
     torch.manual_seed(0)
     LongVA(config).save_pretrained(folder)

@@ -22,7 +22,7 @@ def toy(seed=0):
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<|im_end|>", extra_special_tokens=SPECIAL)
     torch.manual_seed(seed)
-    config = mini_config(len(WORDS), image_token_id=WORDS.index("<image>"), video_token_id=WORDS.index("<video>"), layers=2)
+    config = mini_config(len(WORDS), image_token_id=WORDS.index("<image>"), video_token_id=WORDS.index("<video>"), text={"num_hidden_layers": 2})
     model = LongVA(config).eval()
     with torch.no_grad():  # larger weights, so that what it says depends on what it sees
         for p in model.model.layers.parameters(): p.mul_(8 if p.ndim == 2 else 1)

@@ -48,7 +48,7 @@ def answers(seed=3, frames=48):
 
 def small(layers=3, **more):
     torch.manual_seed(0)
-    return LongVA(mini_config(64, 3, 4, eos_token_id=5, layers=layers, **more)).eval()
+    return LongVA(mini_config(64, 3, 4, eos_token_id=5, text={"num_hidden_layers": layers}, **more)).eval()
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64, 1000])
@@ -119,7 +119,7 @@ def test_the_cache_takes_what_it_needs():
 def deep(frames):
     "A Chat with a wide cache and little else, and a film of noise."
     torch.manual_seed(0)
-    config = mini_config(158, 3, 4, eos_token_id=5, layers=4, heads=8, kv_heads=8, head_dim=32, hidden_size=64, ffn=64, tower_layers=1)
+    config = mini_config(158, 3, 4, eos_token_id=5, text={"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "hidden_size": 64, "intermediate_size": 64}, tower={"num_hidden_layers": 1})
     video = np.broadcast_to(np.random.default_rng(0).integers(0, 256, (1, 28, 28, 3), dtype=np.uint8), (frames, 28, 28, 3))
     return Chat(LongVA(config), mini.load("mini-longva")[1], chunk=128), video
 

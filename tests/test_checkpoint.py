@@ -38,7 +38,7 @@ from longva import CheckpointError, LongVA, LongVAConfig, LongVAProcessor, load_
 from longva.context.parallel import context_parallel, current_context, shard_batch, unshard
 from longva.mini import folder as mini_folder
 from longva.mini import load as load_mini
-from longva.model.checkpoint import weight_files
+from longva.model.weights import weight_files
 
 D, KV, FFN, V, C, S, P = 64, 32, 96, 160, 32, 28, 7
 TOWER = dict(hidden_size=C, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=S, patch_size=P, projection_dim=C)
@@ -151,7 +151,7 @@ def test_every_tensor_and_no_network(original, no_network):
 
 
 def test_a_known_clip_needs_nothing_at_all(tmp_path, no_network):
-    from longva.model.checkpoint import translate_config
+    from longva.model.original import translate_config
 
     raw = RAW | dict(mm_vision_tower="openai/clip-vit-large-patch14-336", image_grid_pinpoints=[[336, 672], [672, 336]])
     vision = LongVAConfig(**translate_config(raw)).vision_config
@@ -266,13 +266,13 @@ def test_qwen2s_own_tokenizer_from_its_slow_files(tmp_path):
 
 
 def test_a_hub_id_is_fetched_as_a_folder(original, monkeypatch):
-    from longva.model import checkpoint
+    from longva.model import weights
 
     asked = []
     def snapshot(name, allow_patterns, **options):
         asked.append((name, allow_patterns[-1], options))
         return str(original)
-    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot)
+    monkeypatch.setattr(weights, "snapshot_download", snapshot)
     for call in (LongVA.from_pretrained, load_original):
         assert same(dict(call("lmms-lab/LongVA-7B", revision="main", token="t").state_dict()), tensors())
     assert asked == [("lmms-lab/LongVA-7B", "*.safetensors", dict(revision="main", token="t"))] * 2

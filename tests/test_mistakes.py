@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from longva.cli import app
 from longva.mini import folder
-from longva.model.checkpoint import CheckpointError
+from longva.model.original import CheckpointError
 from longva.model.processing import LongVAProcessor
 from longva.train.conversations import open_data, parse_row
 from longva.vision.video import write_video

@@ -26,9 +26,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from longva.context.parallel import zigzag_order  # noqa: E402
-from longva.model.checkpoint import save_original, weight_files  # noqa: E402
+from longva.model.checkpoint import save_original  # noqa: E402
 from longva.model.modeling import LongVA  # noqa: E402
 from longva.model.processing import LongVAProcessor  # noqa: E402
+from longva.model.weights import weight_files
 
 VISUAL, LOGITS, PIXELS = 5e-5, 1e-4, 1e-5
 IMAGE_CASES = json.loads((PARITY / "cases.json").read_text())["cases"]

@@ -64,7 +64,7 @@ def model_folder(
     if not Path(name).is_dir():
         return _hub_name(name, choose)
     config = _read_config(name)
-    from longva.model.checkpoint import is_original  # loads torch
+    from longva.model.original import is_original  # loads torch
     if is_original(config):
         return Path(name)
     if config.get("model_type") != "longva":

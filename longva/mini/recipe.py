@@ -44,7 +44,8 @@ def blank(
     torch.manual_seed(seed)
     return LongVA(mini_config(
         len(W.VOCABULARY), W.ID["<image>"], W.ID["<video>"], eos_token_id=W.DOT, pad_token_id=W.ID["<pad>"],
-        layers=2, ffn=256, tower_heads=6, rope_theta=SHORT_BASE, encoding=encoding))
+        text={"num_hidden_layers": 2, "intermediate_size": 256}, tower={"num_attention_heads": 6},
+        rope_theta=SHORT_BASE, encoding=encoding))
 
 def processor_of(model: LongVA) -> LongVAProcessor: # with the world's tokenizer and chat template
     "The processor that belongs to a miniature."

@@ -19,8 +19,8 @@ from fastcore.basics import patch
 from torch.nn.functional import softmax
 
 from ..context.plan import per_token
-from .checkpoint import CheckpointError
 from .modeling import LongVA, LongVAConfig, longva_7b
+from .original import CheckpointError
 from .prefill import CHUNK, ChatError, Estimate, cut_to, kv_cache, place_of, prefill, reserve, say_bytes, walk
 from .prefill import estimate as estimate_of
 from .processing import LongVAImageProcessor, LongVAProcessor, expand_placeholders, frames_text

@@ -13,148 +13,183 @@ from dataclasses import dataclass
 from .trials import NeedleError, cells, key, wilson
 
 # %% ../../nbs/505_needle.statistics.ipynb #e4d51df0
-def newcombe(
-    # right in both, only in the first, only in the second, in neither
-    both: int, first: int, second: int, neither: int,
-) -> tuple: # (difference, low, high)
-    "The difference of two paired shares with Newcombe's 95% interval."
-    n = both + first + second + neither
-    if n == 0: return math.nan, -1.0, 1.0
-    p, q = (both + first) / n, (both + second) / n
-    (p_low, p_high), (q_low, q_high) = wilson(both + first, n), wilson(both + second, n)
+def _correlation(both, first, second, neither):
+    """Compute phi with Newcombe's correction."""
     product = (both + first) * (second + neither) * (both + second) * (first + neither)
+    if not product:
+        return 0.0
     cross = both * neither - first * second
-    phi = (max(cross - n / 2, 0) if cross > 0 else cross) / math.sqrt(product) if product else 0.0
-    span = lambda a, b: math.sqrt(a * a - 2 * phi * a * b + b * b)
-    return p - q, p - q - span(p - p_low, q_high - q), p - q + span(p_high - p, q - q_low)
+    if cross > 0:
+        cross = max(cross - (both + first + second + neither) / 2, 0)
+    return cross / math.sqrt(product)
+
+def newcombe(
+    both: int,  # right in both
+    first: int,  # only in the first
+    second: int,  # only in the second
+    neither: int,
+) -> tuple:  # (difference, low, high)
+    """Compute the difference of two paired accuracies with Newcombe's 95% interval."""
+    n = both + first + second + neither
+    if n == 0:
+        return math.nan, -1.0, 1.0
+    p = (both + first) / n
+    q = (both + second) / n
+    p_low, p_high = wilson(both + first, n)
+    q_low, q_high = wilson(both + second, n)
+    phi = _correlation(both, first, second, neither)
+
+    def distance(a, b):
+        return math.sqrt(a * a - 2 * phi * a * b + b * b)
+
+    return p - q, p - q - distance(p - p_low, q_high - q), p - q + distance(p_high - p, q - q_low)
 
 # %% ../../nbs/505_needle.statistics.ipynb #1c82ca62
 def mcnemar(
-    # right only in the first, only in the second
-    first: int, second: int,
-) -> float: # p, two-sided, exact
-    "The chance that a fair coin splits the disagreements at least so unevenly."
+    first: int,  # right only in the first
+    second: int,  # right only in the second
+) -> float:  # p, two-sided, exact
+    """Compute the chance that a fair coin splits the disagreements at least so unevenly."""
     n = first + second
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(first, second) + 1)) / 2**n)
 
 # %% ../../nbs/505_needle.statistics.ipynb #weigh002
 def weighed(
-    # (weight, value, low, high) of independent estimates; a weight may be negative
-    parts: list,
-) -> tuple: # (value, low, high)
-    "A weighted sum of estimates, with its interval from theirs."
-    value, down, up = 0.0, 0.0, 0.0
-    for w, v, low, high in parts:
-        value += w * v
-        below, above = (w * (v - low), w * (high - v))[:: 1 if w > 0 else -1]
-        down, up = down + below**2, up + above**2
+    parts: list,  # (weight, value, low, high) of independent estimates; a weight may be negative
+) -> tuple:  # (value, low, high)
+    """Add estimates, weighted, and compute the interval of the sum from theirs."""
+    value = down = up = 0.0
+    for weight, v, low, high in parts:
+        value += weight * v
+        below = weight * (v - low)
+        above = weight * (high - v)
+        if weight < 0:
+            below, above = above, below
+        down += below**2
+        up += above**2
     return value, value - math.sqrt(down), value + math.sqrt(up)
 
 def mean_of_cells(
-    # of Trial
-    trials: list,
-) -> tuple: # (share, low, high)
-    "The share of right answers in which each cell weighs the same, with its 95% interval."
+    trials: list,  # of Trial
+) -> tuple:  # (accuracy, low, high)
+    """Compute the accuracy in which each cell weighs the same, with its 95% interval."""
     counts = list(cells(trials).values())
-    if not counts: return math.nan, 0.0, 1.0
-    if len({n for _, n in counts}) == 1: counts = [(sum(k for k, _ in counts), sum(n for _, n in counts))]
+    if not counts:
+        return math.nan, 0.0, 1.0
+    if len({n for _, n in counts}) == 1:
+        counts = [(sum(k for k, _ in counts), sum(n for _, n in counts))]
     return weighed([(1 / len(counts), k / n, *wilson(k, n)) for k, n in counts])
 
 # %% ../../nbs/505_needle.statistics.ipynb #220c4ef3
 @dataclass(frozen=True)
 class Gap:
-    "How two runs differ on the same trials."
-    # the length, or None for all together
-    frames: object
-    # trials that both were asked
-    pairs: int
-    # shares of right answers
-    a: float
-    b: float
-    # right in one run only
-    only_a: int
-    only_b: int
-    # a - b, and Newcombe's paired 95% interval of it
-    difference: float
-    low: float
+    """The difference of two runs on the same trials."""
+    frames: object  # the length, or None for all together
+    pairs: int  # trials that both were asked
+    a: float  # accuracy of the first run
+    b: float  # accuracy of the second run
+    only_a: int  # right only in the first
+    only_b: int  # right only in the second
+    difference: float  # a - b
+    low: float  # of Newcombe's paired 95% interval of the difference
     high: float
-    # McNemar's exact test
-    p: float
+    p: float  # McNemar's exact test
 
 def _table(pairs):
-    "Of pairs (a right, b right): right in both, only in a, only in b, in neither."
+    """Count pairs (a right, b right): right in both, only in a, only in b, in neither."""
     count = Counter((bool(x), bool(y)) for x, y in pairs)
     return [count[kind] for kind in [(True, True), (True, False), (False, True), (False, False)]]
 
-def _gap(frames, asked):
-    "A row of the table, of the cells' lists of pairs."
-    pairs = [p for cell in asked for p in cell]
-    groups = [pairs] if len({len(cell) for cell in asked}) == 1 else asked
-    share = lambda side: sum(sum(p[side] for p in cell) / len(cell) for cell in groups) / len(groups)
-    difference = weighed([(1 / len(groups), *newcombe(*_table(cell))) for cell in groups])
-    _, first, second, _ = _table(pairs)
-    return Gap(frames, len(pairs), share(0), share(1), first, second, *difference, mcnemar(first, second))
+def _mean_accuracy(groups, side):
+    return sum(sum(pair[side] for pair in group) / len(group) for group in groups) / len(groups)
 
-# %% ../../nbs/505_needle.statistics.ipynb #725b0925
-def _same_grid(a, b, names, adaptive):
-    "Refuse runs that were asked different things."
+def _gap(frames, asked):
+    """Compare the cells of a length, each given as a list of pairs (a right, b right)."""
+    pairs = [pair for cell in asked for pair in cell]
+    alike = len({len(cell) for cell in asked}) == 1
+    groups = [pairs] if alike else asked
+    difference = weighed([(1 / len(groups), *newcombe(*_table(group))) for group in groups])
+    _, first, second, _ = _table(pairs)
+    means = [_mean_accuracy(groups, side) for side in (0, 1)]
+    return Gap(frames, len(pairs), *means, first, second, *difference, mcnemar(first, second))
+
+def _check_grids(a, b, names, adaptive):
+    """Refuse runs that were asked different things."""
     for run, name in zip((a, b), names):
-        if not run: raise NeedleError(f"{name} holds no trials: run it first.")
-    parts = [("needles", lambda t: t.needle), ("lengths", lambda t: t.frames), ("depths", lambda t: t.depth), ("trials", key)]
-    for what, of in parts[1:3] if adaptive else parts:
-        mine, other = {of(t) for t in a}, {of(t) for t in b}
-        if mine == other: continue
-        missing, where = (sorted(mine - other), names[1]) if mine - other else (sorted(other - mine), names[0])
-        few = ", ".join(map(str, missing[:4])) + (", and more" if len(missing) > 4 else "")
-        raise NeedleError(f"The runs can't be compared, for their {what} differ ({where} lacks {few}): run both on the same grid to the end.")
+        if not run:
+            raise NeedleError(f"{name} holds no trials: run it first.")
+    parts = {"needles": lambda t: t.needle, "lengths": lambda t: t.frames, "depths": lambda t: t.depth, "trials": key}
+    for what in ("lengths", "depths") if adaptive else parts:
+        in_a = {parts[what](t) for t in a}
+        in_b = {parts[what](t) for t in b}
+        if in_a == in_b:
+            continue
+        missing, name = (in_a - in_b, names[1]) if in_a - in_b else (in_b - in_a, names[0])
+        few = ", ".join(map(str, sorted(missing)[:4])) + (", and more" if len(missing) > 4 else "")
+        raise NeedleError(
+            f"The runs can't be compared, because their {what} differ ({name} lacks {few}): "
+            "run both on the same grid to the end."
+        )
 
 # %% ../../nbs/505_needle.statistics.ipynb #725b09s0
 def compare(
-    # of Trial, as `read_trials` gives them
-    a: list, b: list,
-    # what the runs are called in an error message
-    names: tuple = ("the first run", "the second run"),
-    # one of them stopped where its cells were settled: the trials that both hold are compared
-    adaptive: bool = False,
-) -> list: # of Gap: one for each length, and all together at the end
-    "How much more often a is right than b, on the same trials; each cell weighs the same."
-    _same_grid(a, b, names, adaptive)
-    right, pairs = {key(t): t.correct for t in b}, defaultdict(list)
+    a: list,  # of Trial, as `read_trials` gives them
+    b: list,
+    names: tuple = ("the first run", "the second run"),  # of the runs, for error messages
+    adaptive: bool = False,  # one of them stopped where its cells were settled: the trials that both hold are compared
+) -> list:  # of Gap: one for each length, and all together at the end
+    """Compute how much more often a is right than b on the same trials; each cell weighs the same."""
+    _check_grids(a, b, names, adaptive)
+    right = {key(t): t.correct for t in b}
+    pairs = defaultdict(list)
     for t in a:
-        if key(t) in right: pairs[t.frames, t.depth].append((t.correct, right[key(t)]))
+        if key(t) in right:
+            pairs[t.frames, t.depth].append((t.correct, right[key(t)]))
     empty = sorted({(t.frames, t.depth) for t in [*a, *b]} - pairs.keys())
-    if empty: raise NeedleError(f"The runs can't be compared, for they share no trial of {empty[0][0]} frames or tokens at depth {empty[0][1]:g}: run both with the same needles, to the end.")
-    lengths = sorted({n for n, _ in pairs})
-    return [_gap(n, [cell for (m, _), cell in pairs.items() if m == n]) for n in lengths] + [_gap(None, list(pairs.values()))]
+    if empty:
+        raise NeedleError(
+            f"The runs can't be compared, because they share no trial of {empty[0][0]} frames or tokens at depth "
+            f"{empty[0][1]:g}: run both with the same needles, to the end."
+        )
+    gaps = []
+    for n in sorted({n for n, _ in pairs}):
+        gaps.append(_gap(n, [cell for (m, _), cell in pairs.items() if m == n]))
+    return [*gaps, _gap(None, list(pairs.values()))]
 
 # %% ../../nbs/505_needle.statistics.ipynb #4ac3e58d
 def half_width(
-    # right and all
-    k: int, n: int,
-) -> float: # 0.5 for a cell that nobody asked
-    "Half the width of Wilson's interval."
+    k: int,  # right
+    n: int,  # all
+) -> float:  # 0.5 for a cell without trials
+    """Compute half the width of Wilson's interval."""
     low, high = wilson(k, n)
     return (high - low) / 2
 
+def _next_of_cell(verdicts, goal, step):
+    """Count the needles that a cell takes: True, False or None (not decided yet) for each needle in order."""
+    first = []
+    for m in range(step, len(verdicts) + step, step):
+        first = verdicts[:m]
+        if None in first or half_width(sum(first), len(first)) <= goal:
+            break
+    return len(first)
+
 def still_wanted(
-    # those decided so far
-    trials: list,
+    trials: list,  # those decided so far
     lengths: list,
     depths: list,
-    # names, in the order in which a cell takes them
-    needles: list,
-    # a cell is settled when half of its interval is at most so wide
-    goal: float,
-    # needles at a time
-    step: int = 5,
-) -> list: # of (needle, length, depth); empty when every cell is settled
-    "The trials that come next."
-    if not 0 < goal < 0.5: raise NeedleError(f"The half-width of a cell must lie between 0 and 0.5, not at {goal}.")
-    right, wanted = {key(t): bool(t.correct) for t in trials}, []
+    needles: list,  # names, in the order in which a cell takes them
+    goal: float,  # a cell is settled when half of its interval is at most so wide
+    step: int = 5,  # needles at a time
+) -> list:  # of (needle, length, depth); empty when every cell is settled
+    """List the trials that come next."""
+    if not 0 < goal < 0.5:
+        raise NeedleError(f"The half-width of a cell must lie between 0 and 0.5, not at {goal}.")
+    right = {key(t): bool(t.correct) for t in trials}
+    wanted = []
     for n in lengths:
         for depth in depths:
-            verdicts = [right.get((name, n, depth)) for name in needles]
-            for m in range(step, len(needles) + step, step):
-                wanted += [(name, n, depth) for name, verdict in zip(needles[:m], verdicts) if verdict is None]
-                if None in verdicts[:m] or half_width(sum(verdicts[:m]), len(verdicts[:m])) <= goal: break
+            cell = [(name, n, depth) for name in needles]
+            verdicts = [right.get(one) for one in cell]
+            wanted += [one for one in cell[: _next_of_cell(verdicts, goal, step)] if one not in right]
     return wanted

@@ -24,161 +24,187 @@ try:
 except ImportError:
     fcntl = None  # Windows has no flock; the log works there without a lock
 
-# %% ../../nbs/500_needle.trials.ipynb #cc0f6604
+# %% ../../nbs/500_needle.trials.ipynb #855a258f
 class NeedleError(ValueError):
-    "What is wrong with a needle test, in one sentence."
+    """What is wrong with a needle test, in one sentence."""
 
-# %% ../../nbs/500_needle.trials.ipynb #c562625a
+# %% ../../nbs/500_needle.trials.ipynb #c1f65d92
 @dataclass
 class Trial:
-    "One needle at one length and one depth, and what the model made of it."
-    # who was asked
-    model: str
-    # which needle, by name
-    needle: str
-    # length of the haystack: frames n of a video (the sequence holds n+1, with the needle), or tokens of a text
-    frames: int
-    # 0 is the start of the haystack, 1 its end
-    depth: float
-    # the needle stands before this haystack frame, or at this token of the prompt; -1 if it was left out
-    insert: int
-    # the right answer
-    answer_ids: list
-    # what the model would have said, token by token, given the right answer so far
-    argmax_ids: list
-    # argmax_ids == answer_ids
-    correct: bool
-    # smallest lead of an answer token over the best other token, in logits
-    margin: float
-    # time of the trial (of its batch, divided by the batch's trials)
-    seconds: float
-    # the seed that haystack and needles were made with
-    seed: int = 0
-    # versions of what computed it
-    versions: dict = field(default_factory=dict)
-    # what was asked, and how: see `needle.variants`
-    variant: str = "vniah"
-    # ids, or whole answers as lists of ids, that were allowed to answer; empty: the whole vocabulary
-    choices: list = field(default_factory=list)
-    # where the hidden pictures stand in the sequence, in frames; empty: only the needle, at `insert`
-    places: list = field(default_factory=list)
+    """One needle at one length and one depth, and what the model answered."""
+    model: str  # its name
+    needle: str  # its name
+    frames: int  # n of a video (the sequence holds n+1, with the needle), or tokens of a text
+    depth: float  # 0 is the start of the haystack, 1 its end
+    insert: int  # the needle stands before this haystack frame, or at this token; -1 if it was left out
+    answer_ids: list  # the right answer
+    argmax_ids: list  # the model's choice, token by token, given the right answer so far
+    correct: bool  # argmax_ids == answer_ids
+    margin: float  # smallest lead of an answer token over the best other token, in logits
+    seconds: float  # time of the trial (of its batch, divided by the batch's trials)
+    seed: int = 0  # the one that haystack and needles were made with
+    versions: dict = field(default_factory=dict)  # of the software that computed it
+    variant: str = "vniah"  # see `needle.variants`
+    choices: list = field(default_factory=list)  # ids, or answers as lists of ids, to choose from; empty: every token
+    places: list = field(default_factory=list)  # of the hidden pictures, in frames; empty: only `insert`
 
-# %% ../../nbs/500_needle.trials.ipynb #83f7757c
+# %% ../../nbs/500_needle.trials.ipynb #1d0d3d33
 def key(
     trial: Trial,
-) -> tuple: # (needle, frames, depth)
-    "What tells a trial from the others of its sweep."
+) -> tuple:  # (needle, frames, depth)
+    """Identify a trial within its sweep."""
     return trial.needle, trial.frames, trial.depth
 
-# %% ../../nbs/500_needle.trials.ipynb #diff0002
+# %% ../../nbs/500_needle.trials.ipynb #99dc5e04
+OF_VARIANT = ("wording", "locate", "choices", "distance", "tolerance", "look_alikes", "with_needle")
+
 def _content(value):
-    "A setting without the names of files and folders, which may be renamed."
-    return {k: v for k, v in value.items() if k not in ("file", "folder")} if isinstance(value, dict) else value
+    """Leave out the names of files and folders."""
+    if not isinstance(value, dict):
+        return value
+    return {k: v for k, v in value.items() if k not in ("file", "folder")}
 
-OF_VARIANT = ("wording", "locate", "choices", "distance", "tolerance", "look_alikes", "with_needle")  # settings that come with a variant
-
-def _value(settings, name):
-    "A setting in a word, if it is one."
+def _short(settings, name):
+    """Give a setting's value if it is short enough for an error message."""
     value = settings.get(name)
     return str(value) if isinstance(value, (str, int, float)) and name != "weights" else None
 
 def different(
-    # of the trials that are there, and of those that are wanted
-    old: dict, new: dict,
-) -> str: # names, and where it is short both values; empty if nothing differs
-    "What the first is and the second is not. How wide a cell's interval may be decides how much is asked, not what."
-    old, new = ({"variant": "vniah"} | settings for settings in (old, new))
-    names = [k for k in {**old, **new} if k != "half_width" and _content(old.get(k)) != _content(new.get(k))]
-    if "variant" in names: names = [k for k in names if k not in OF_VARIANT]
-    pairs = [(k, _value(old, k), _value(new, k)) for k in names]
-    return ", ".join(k if None in (a, b) else f"{k} ({a}, not {b})" for k, a, b in pairs)
+    old: dict,  # settings of the trials that are there
+    new: dict,  # settings of those that are wanted
+) -> str:  # names, and where it is short both values; empty if nothing differs
+    """Name the settings in which two tests differ; the half-width of an adaptive run makes no other test."""
+    old = {"variant": "vniah"} | old
+    new = {"variant": "vniah"} | new
+    names = [k for k in old | new if k != "half_width" and _content(old.get(k)) != _content(new.get(k))]
+    if "variant" in names:
+        names = [k for k in names if k not in OF_VARIANT]
+    words = []
+    for name in names:
+        a = _short(old, name)
+        b = _short(new, name)
+        words.append(name if a is None or b is None else f"{name} ({a}, not {b})")
+    return ", ".join(words)
 
-# %% ../../nbs/500_needle.trials.ipynb #d0605f60
+# %% ../../nbs/500_needle.trials.ipynb #0e4634e1
 def _trial(line, path, number):
     try:
-        record = json.loads(line)
-        return Trial(**record)
+        return Trial(**json.loads(line))
     except (ValueError, TypeError, RecursionError):
-        raise NeedleError(f"Line {number} of {Path(path).name} is not a trial: the file was changed by hand or belongs to something else.") from None
+        raise NeedleError(
+            f"Line {number} of {Path(path).name} is not a trial: "
+            "the file was changed by hand or belongs to something else."
+        ) from None
 
 def parse_trials(
-    # the file's content
-    data: bytes,
-    # its name, for the error message
-    path,
-) -> tuple: # (trials, how many bytes of `data` are good)
-    "The whole lines of a log; half a line at the end is left out."
+    data: bytes,  # the file's content
+    path,  # its name, for the error message
+) -> tuple:  # (trials, how many bytes of `data` are good)
+    """Read the whole lines of a log; half a line at the end is left out."""
     *lines, torn = data.split(b"\n")
     trials = [_trial(line, path, number) for number, line in enumerate(lines, 1)]
     return trials, len(data) - len(torn)
 
 def read_trials(
-    # a `trials.jsonl`
-    path,
-) -> list: # of Trial; empty if there is no such file
-    "The trials of a log, which may still be growing. Changes nothing."
+    path,  # a `trials.jsonl`
+) -> list:  # of Trial; empty if there is no such file
+    """Read the trials of a log, which may still be growing; nothing is changed."""
     path = Path(path)
     return parse_trials(path.read_bytes(), path)[0] if path.exists() else []
 
-# %% ../../nbs/500_needle.trials.ipynb #efcf8f1e
+# %% ../../nbs/500_needle.trials.ipynb #9f8cea43
 class TrialLog:
-    "An append-only file of trials that may be killed at any byte."
-    def __init__(self,
-        # the file; it and its folder are made when missing
-        path,
+    """An append-only file of trials that may be killed at any byte."""
+
+    def __init__(
+        self,
+        path,  # the file; it and its folder are made when missing
     ):
         self.path = Path(path)
         check_folder(self.path.parent).mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b", buffering=0)  # a line is written or refused, never left in a buffer
-        self._lock()
-        self.file.seek(0)
-        data = self.file.read()
-        try: self.trials, good = parse_trials(data, self.path)
-        except NeedleError: self.close(); raise
-        if good < len(data):
-            self.file.truncate(good)
-            logging.getLogger("longva").warning("%s ended in half a line; it was removed, and its trial will be run again.", self.path.name)
+        try:
+            self._lock()
+            self.trials = self._recover()
+        except NeedleError:
+            self.close()
+            raise
 
     def _lock(self):
-        if fcntl is None: return
-        try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.file.close()
-            raise NeedleError(f"Another run is writing to {self.path.parent.name}: wait for it, or choose another folder.") from None
+            place = self.path.parent.name
+            raise NeedleError(
+                f"Another run is writing to {place}: wait for it, or choose another folder."
+            ) from None
+
+    def _recover(self) -> list:
+        """Read the trials, and cut off half a line at the end."""
+        self.file.seek(0)
+        data = self.file.read()
+        trials, good = parse_trials(data, self.path)
+        if good < len(data):
+            self.file.truncate(good)
+            words = "%s ended in half a line; it was removed, and its trial will be run again."
+            logging.getLogger("longva").warning(words, self.path.name)
+        return trials
 
     def append(self, *trials):
-        "Write trials at once, so that they stay even if the process is killed next; a full disk keeps the lines before."
-        data, end = b"".join(json.dumps(asdict(t), allow_nan=False).encode() + b"\n" for t in trials), self.file.seek(0, os.SEEK_END)
+        """Write trials at once, so that they stay even if the process is killed next."""
+        data = b"".join(json.dumps(asdict(t), allow_nan=False).encode() + b"\n" for t in trials)
+        end = self.file.seek(0, os.SEEK_END)
         try:
-            while data: data = data[self.file.write(data) :]
+            while data:
+                data = data[self.file.write(data) :]
         except OSError as error:
-            with suppress(OSError): self.file.truncate(end)
-            raise NeedleError(f"{self.path} can't be written ({str(error.strerror).lower()}): its {len(self.trials)} finished trials are kept; make room and run the same again.") from None
+            with suppress(OSError):
+                self.file.truncate(end)
+            raise NeedleError(
+                f"{self.path} can't be written ({str(error.strerror).lower()}): its {len(self.trials)} finished trials "
+                "are kept; make room and run the same again."
+            ) from None
         self.trials.extend(trials)
 
-    def done(self): return {key(t) for t in self.trials}
-    def close(self): self.file.close()
-    def __iter__(self): return iter(self.trials)
-    def __len__(self): return len(self.trials)
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def done(self) -> set:
+        """Give the keys of all trials."""
+        return {key(t) for t in self.trials}
 
-# %% ../../nbs/500_needle.trials.ipynb #67f99216
+    def close(self):
+        self.file.close()
+
+    def __iter__(self):
+        return iter(self.trials)
+
+    def __len__(self):
+        return len(self.trials)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+# %% ../../nbs/500_needle.trials.ipynb #baa03938
 def wilson(
-    # right trials
-    k: int,
-    # trials
-    n: int,
-    # 1.96 gives the 95% interval
-    z: float = 1.96,
-) -> tuple: # (low, high)
-    "Wilson's interval for a share of k in n."
-    if n == 0: return 0.0, 1.0
-    share, room = k / n, z * z / n
-    middle, half = (share + room / 2) / (1 + room), math.sqrt(share * (1 - share) * room + room * room / 4) / (1 + room)
-    return (0.0 if k == 0 else middle - half), (1.0 if k == n else middle + half)
+    k: int,  # right trials
+    n: int,  # trials
+    z: float = 1.96,  # standard errors; 1.96 gives the 95% interval
+) -> tuple:  # (low, high)
+    """Compute Wilson's interval for an accuracy of k in n."""
+    if n == 0:
+        return 0.0, 1.0
+    p = k / n
+    room = z * z / n
+    middle = (p + room / 2) / (1 + room)
+    half = math.sqrt(p * (1 - p) * room + room * room / 4) / (1 + room)
+    low = 0.0 if k == 0 else middle - half
+    high = 1.0 if k == n else middle + half
+    return low, high
 
-# %% ../../nbs/500_needle.trials.ipynb #501e4b00
+# %% ../../nbs/500_needle.trials.ipynb #1d25d673
 def _count(trials, by):
     counts = defaultdict(lambda: (0, 0))
     for t in trials:
@@ -188,17 +214,20 @@ def _count(trials, by):
 
 def cells(
     trials: list,
-) -> dict: # {(frames, depth): (right, all)}, sorted
-    "The counts of each cell."
+) -> dict:  # {(frames, depth): (right, all)}, sorted
+    """Count each cell."""
     return _count(trials, lambda t: (t.frames, t.depth))
 
 def by_frames(
     trials: list,
-) -> dict: # {frames: (right, all)}, sorted
-    "The counts of each length, over all depths and needles. Where cells hold unequal numbers, take shares from `longva.needle.statistics.mean_of_cells`."
+) -> dict:  # {frames: (right, all)}, sorted
+    """Count each length, over all depths and needles.
+
+    Where cells hold unequal numbers, take accuracies from `longva.needle.statistics.mean_of_cells`.
+    """
     return _count(trials, lambda t: t.frames)
 
-# %% ../../nbs/500_needle.trials.ipynb #f655926a
+# %% ../../nbs/500_needle.trials.ipynb #dafdc6dc
 UNITS = {  # what a length is counted in: the original's two keys, and the title of its axis
     "frames": ("Num. Frame", "Frame Depth", "Num. of Frames"),
     "tokens": ("Context Length", "Document Depth", "Context Length"),
@@ -206,15 +235,15 @@ UNITS = {  # what a length is counted in: the original's two keys, and the title
 
 def save_accuracies(
     trials: list,
-    # where the two files go
-    folder,
-    # "frames" or "tokens"
-    unit: str = "frames",
-) -> float: # the average over cells
-    "Write all_accuracies.json and avg_accuracy.txt as the original does."
+    folder,  # where the two files go
+    unit: str = "frames",  # or "tokens"
+) -> float:  # the average over cells
+    """Write all_accuracies.json and avg_accuracy.txt as the original does."""
     length_key, depth_key, _ = UNITS[unit]
-    rows = [{length_key: n, depth_key: round(depth * 100, -1), "Score": k / m} for (n, depth), (k, m) in cells(trials).items()]
-    average = sum(r["Score"] for r in rows) / len(rows) if rows else math.nan
+    rows = []
+    for (n, depth), (right, total) in cells(trials).items():
+        rows.append({length_key: n, depth_key: round(depth * 100, -1), "Score": right / total})
+    average = sum(row["Score"] for row in rows) / len(rows) if rows else math.nan
     write_whole(Path(folder) / "all_accuracies.json", json.dumps(rows, indent=4))
     write_whole(Path(folder) / "avg_accuracy.txt", f"Average Accuracy: {average}\n")
     return average

@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 from ..context.loss import token_log_probs
 from ..context.parallel import current_context, shard_batch
-from ..model.checkpoint import CheckpointError
 from ..model.modeling import LongVA
+from ..model.original import CheckpointError
 from ..model.processing import LongVAProcessor
 from .align import embed_pictures, save_model, weight_groups, whole_weights
 from .batch import TokenLoss
