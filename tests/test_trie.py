@@ -20,7 +20,7 @@ from longva.needle.reader import Reader
 from longva.needle.sweep import judge
 from longva.needle.trials import NeedleError, key, read_trials
 from longva.needle.trie import Cost, Counting, decide_paths, join, shares, trie, trie_cost
-from longva.needle.vniah import Spot, path_of, run
+from longva.needle.vniah import Reading, Spot, run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from needle_toy import film, needles, toy
@@ -151,7 +151,7 @@ def test_original_numbers_through_the_trie(parity):  # noqa: F811
     rows = iter(tensors["answer_span_logits"])
     logits = [torch.stack([next(rows) for _ in prompts[s.needle].answer]) for s in spots]
     answers, spent, seen = [prompts[s.needle].answer for s in spots], Cost(), 0
-    for i, found, _ in decide_paths(Reader(model).seeing(tensors["haystack"], tensors["needles"]), [path_of(prompts[s.needle], s) for s in spots], answers, spent=spent):
+    for i, found, _ in decide_paths(Reader(model).seeing(tensors["haystack"], tensors["needles"]), [s.path(prompts[s.needle]) for s in spots], answers, spent=spent):
         assert (found - logits[i]).abs().max() < 1e-4
         best, correct, margin = judge(found, answers[i])
         assert (best, correct) == verdicts[i][:2] and (not correct or abs(margin - verdicts[i][2]) < 2e-4)
@@ -183,7 +183,9 @@ def test_full_passes_over_two_ranks(reader, tmp_path):
 
 def sweep(out, pause=0.0, **how):
     model, processor = toy()
-    return run(model, processor, film(10), needles(), range(2, 11, 2), [0, 0.5, 1], out, name="toy", progress=False, on_trial=lambda trial: time.sleep(pause), **how)
+    reader = Reader(model, processor, name="toy")
+    shown = dict(progress=False, on_trial=lambda trial: time.sleep(pause))
+    return run(reader, film(10), needles(), range(2, 11, 2), [0, 0.5, 1], out, reading=Reading(**how), **shown)
 
 
 @pytest.fixture(scope="module")

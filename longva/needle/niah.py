@@ -44,7 +44,7 @@ from longva.needle.book import (
     trial_draw,
 )
 from .reader import model_name, weights_id
-from .sweep import check_grid, judge, sweep, make_batches
+from .sweep import check_grid, judge, make_batches, sweep
 from .trials import NeedleError, Trial
 
 # %% ../../nbs/570_needle.niah.ipynb #77b33e4f
