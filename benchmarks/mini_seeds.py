@@ -47,11 +47,11 @@ def main():
 
     from longva.files import versions
     from longva.mini import NAMES
-    from longva.mini.recipe import train
+    from longva.mini.recipe import train_chain
 
     result, table = {"film_seed": given.film_seed, "versions": versions(), "seeds": {}}, Table("seed", "model", "16", "32", "64", "128", "256", "512", "no needle")
     for seed in given.seeds:
-        folder = train(seed, given.chains / str(seed))
+        folder = train_chain(seed, given.chains / str(seed))
         panels = {}
         for name in NAMES:
             found, control = rows(folder / name, given.film_seed, folder / "evaluation")
