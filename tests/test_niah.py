@@ -20,9 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Q
 from typer.testing import CliRunner
 
 from longva.cli import app
+from longva.mini import folder as mini_folder
 from longva.mini.reader import write_book
 from longva.mini.world import mini_tokenizer
-from longva.model.open import OpenError, open_language
 from longva.needle.book import (
     PAPER,
     SEED,
@@ -39,7 +39,7 @@ from longva.needle.book import (
     shape,
     trial_draw,
 )
-from longva.needle.niah import decisions, perplexity, run
+from longva.needle.niah import decisions, load, perplexity, run
 from longva.needle.trials import NeedleError, key, read_trials
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -343,7 +343,7 @@ def test_no_memory_and_no_numbers_are_sentences(book, words, tmp_path, monkeypat
 
 
 def test_the_language_model_inside_a_miniature(tmp_path):
-    model, tokenizer = open_language("mini-longva")
+    model, tokenizer = load(mini_folder("mini-longva"))
     (tmp_path / "facts").mkdir()
     (tmp_path / "facts" / "a.txt").write_text("bear red plain . sofa blue dots . " * 40)
     wording = Wording(prefix=".", needle="{city} number {number} .", question="{city} number", city="lima", others=("paris",), between=" ")
@@ -356,7 +356,7 @@ def test_the_language_model_inside_a_miniature(tmp_path):
 
 
 def test_a_tokenizer_is_loaded_as_it_was_saved(saved, words):
-    model, tokenizer = open_language(saved)
+    model, tokenizer = load(saved)
     assert tokenizer.tokenize("The river keeps 3.5.") == words.tokenize("The river keeps 3.5.") == ["The", "river", "keeps", "3", ".", "5", "."]
     assert isinstance(model, Qwen2ForCausalLM)
 
@@ -365,11 +365,10 @@ def test_unknown_models(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "teapot"}')
-    for name, advice in (("empty", "give a folder with a saved model"), ("odd", "save the model's tokenizer beside it")):
-        with pytest.raises(OpenError, match=f"{name} holds no") as error:
-            open_language(tmp_path / name)
+    for name in ("empty", "odd"):
+        with pytest.raises(NeedleError, match="No language model can be loaded") as error: load(tmp_path / name)
         assert "\n" not in str(error.value) and str(error.value).endswith(".")
-        assert advice in str(error.value)
+        assert "give a folder with a saved model and its tokenizer" in str(error.value)
 
 
 def test_a_name_on_an_unreachable_hub_is_asked_for_once(book, tmp_path):
@@ -382,14 +381,11 @@ def test_a_name_on_an_unreachable_hub_is_asked_for_once(book, tmp_path):
 
 
 def test_names_that_the_hub_does_not_know(monkeypatch):
-    from longva.model import open as opener
-
-    monkeypatch.setattr(opener, "file_exists", lambda *names: False)
-    with pytest.raises(OpenError, match="unknown/name: it is no folder here, and the Hugging Face hub shows no such model"):
-        open_language("unknown/name")
-    monkeypatch.setattr(opener, "file_exists", lambda *names: pytest.fail("the hub was asked"))
-    with pytest.raises(OpenError, match="no/such/folder: it is no folder here, and can't be a name"):
-        open_language("no/such/folder")
+    from longva.needle import niah
+    monkeypatch.setattr(niah, "file_exists", lambda *names: False)
+    with pytest.raises(NeedleError, match="unknown/name: it is no folder here, and the Hugging Face hub shows no such model"): load("unknown/name")
+    monkeypatch.setattr(niah, "file_exists", lambda *names: pytest.fail("the hub was asked"))
+    with pytest.raises(NeedleError, match="no/such/folder: it is no folder here, and can't be a name"): load("no/such/folder")
 
 
 # --- perplexity
