@@ -30,11 +30,13 @@ from ..context.rope import extend_rope
 from ..files import check_folder, versions, write_whole
 from ..mini import load
 from ..model.modeling import LongVAConfig
+from ..needle.haystack import Haystack
 from ..needle.heatmap import OKABE_ITO, accuracy_curve, error_bars, mean_score
 from ..needle.needles import load_needles
+from ..needle.reader import Reader
 from ..needle.sweep import check_grid
 from ..needle.trials import NeedleError, by_frames, read_trials, wilson
-from ..needle.vniah import run
+from ..needle.vniah import Control, Variant, run
 from ..processes import in_processes
 from .demo import difference
 
@@ -236,8 +238,12 @@ def run_setting(
     out = plan.out / name
     model, processor = load(setting["model"])
     apply_setting(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, setting)
-    test = {key: setting[key] for key in TEST if key in setting}
-    trials = run(model, processor, **test, out=out, name=name, progress=False, on_trial=on_trial)
+    haystack = Haystack(setting["haystack"], setting.get("fps"), fit=setting.get("fit", "pad"))
+    grid = [setting[key] for key in ("needles", "frames", "depths")]
+    variant = Variant() if setting.get("with_needle", True) else Control()
+    shown = dict(progress=False, on_trial=on_trial)
+    reader = Reader(model, processor, name)
+    trials = run(reader, haystack, *grid, out, variant, seed=setting.get("seed", 0), **shown)
     made = AblationRun(name, _plain(setting), trials, len(trials))
     result = dict(
         setting=made.setting,
