@@ -285,7 +285,7 @@ def test_the_task_folder(world, tmp_path):
 def test_the_tasks_decide_as_the_bench(world, tmp_path):
     grid = dict(frames=[8, 48], depths=[0, 0.3, 1])
     lm = Simple("mini-short", device="cpu")
-    bench = run(lm.model, lm.processor, world / "film.mp4", world / "needles", **grid, out=tmp_path / "bench", name="mini-short", progress=False)
+    bench = run((lm.model, lm.processor), world / "film.mp4", world / "needles", **grid, out=tmp_path / "bench", progress=False)
     write_vniah(world / "film.mp4", world / "needles", **grid, out=tmp_path / "tasks")
     rows = [json.loads(line) for n in grid["frames"] for line in open(tmp_path / "tasks" / f"vniah_{n}.jsonl")]
     lm.task_dict = {"vniah": {"test": rows}}
@@ -481,7 +481,7 @@ def test_real_likelihood(real, tasks, world, tmp_path):
     lm.task_dict = {"toy": {"test": docs}}
     pick = [int(np.argmax([lm.score(lm.prepare(user_turn(d["see"], d["ask"])), c)[0] for c in d["choices"]])) for d in docs]
     assert results["results"]["toy_choose"]["acc,none"] == np.mean([p == d["gold"] for p, d in zip(pick, docs)])
-    bench = run(lm.model, lm.processor, world / "film.mp4", world / "needles", frames=[8, 48], depths=[0, 0.3, 1], out=tmp_path, name="mini-short", progress=False)
+    bench = run((lm.model, lm.processor), world / "film.mp4", world / "needles", frames=[8, 48], depths=[0, 0.3, 1], out=tmp_path, progress=False)
     for n in (8, 48): assert results["results"][f"vniah_{n}_forced"]["vniah,none"] == pytest.approx(np.mean([t.correct for t in bench if t.frames == n]))
 
 

@@ -72,8 +72,9 @@ def extend_command(
     out = out or Path("runs") / "extend" / preset
     changes = given(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
     with one_sentence(out):
-        from longva.train.extend import extend, named_preset
-        named_preset(preset)
+        from longva.train.extend import PRESETS, extend
+        from longva.train.presets import find_preset
+        find_preset(preset, PRESETS)
         if preset == "mini" and text is None and model is None:
             from longva.mini.reader import extend_reader
             made = extend_reader(out, theta=theta, length=length, **changes)[1]
@@ -113,14 +114,14 @@ def align_command(
 ):
     """Teach a language model to see (one stage of the paper's second step), or resume it."""
     out = out or Path("runs") / "align" / preset
-    start = dict(language_model=language_model, vision_tower=vision_tower, media=media, bad_share=bad_share)
-    reading = given(length=length, answers_only=answers_only, fps=fps, most_frames=most_frames)
-    changes = given(steps=steps, rows=rows, micro=micro, cp=cp, engine=engine, seed=seed)
+    changes = given(language_model=language_model, vision_tower=vision_tower, bad_share=bad_share)
+    changes |= given(length=length, answers_only=answers_only, fps=fps, most_frames=most_frames)
+    changes |= given(steps=steps, rows=rows, micro=micro, cp=cp, engine=engine, seed=seed)
     with one_sentence(out):
         if "{" not in data:
             check_exists("--data", data)
         from longva.train.align import align
-        made = align(preset, data, out, model=resolve_name(model), reading=reading, **start, **changes)
+        made = align(preset, data, out, model=resolve_name(model), media=media, **changes)
     typer.echo(f"Done. The aligned model is in {made}.")
 
 # %% ../../nbs/815_commands.train.ipynb #173bd87b

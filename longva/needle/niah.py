@@ -43,7 +43,8 @@ from longva.needle.book import (
     text_files,
     trial_draw,
 )
-from .sweep import check_grid, judge, model_name, sweep, together, weights_id
+from .reader import model_name, weights_id
+from .sweep import check_grid, judge, make_batches, sweep
 from .trials import NeedleError, Trial
 
 # %% ../../nbs/570_needle.niah.ipynb #77b33e4f
@@ -87,7 +88,7 @@ def decisions(
     batch_tokens: int = 4096,
 ): # yields, batch by batch, lists of (spot, needle's place, (arg-max ids, correct, margin), seconds)
     "Decide many trials, the short ones first."
-    for batch in together(spots, lambda s: shape(pieces, s), batch_tokens):
+    for batch in make_batches(spots, lambda s: shape(pieces, s), batch_tokens):
         start = time.perf_counter()
         prompts, places = zip(*(make_prompt(pieces, haystack, s, trial_draw(seed, s)) for s in batch))
         answers = [pieces.answers[s.number] for s in batch]
@@ -172,7 +173,8 @@ def run(
         for batch in decisions(model, pieces, haystack, todo, seed, batch_tokens):
             yield [Trial(name, f"{s.number + 1}: {drawn[s.number]}", s.length, s.depth, place, pieces.answers[s.number], *verdict, seconds, seed, by)
                    for s, place, verdict, seconds in batch]
-    return sweep(model, name, out, about, spots, decide, "tokens", train_length, progress, on_trial)
+    shown = dict(unit="tokens", train_length=train_length, progress=progress, on_trial=on_trial)
+    return sweep(model, out, about, spots, decide, **shown)
 
 # %% ../../nbs/570_needle.niah.ipynb #2a5c0d6d
 def find_model(

@@ -15,9 +15,10 @@ from PIL import Image
 
 from ..mini import load
 from ..mini import world as W
-from ..needle.names import NOTHING
 from ..needle.needles import load_needles
-from ..needle.variants import Wording, joint, run_variant
+from ..needle.reader import Reader
+from ..needle.variants import Wording, joint, named_variant
+from ..needle.vniah import run
 from ..vision.video import Frames
 
 # %% ../../nbs/710_study.variants.ipynb #4fc36e6e
@@ -108,13 +109,13 @@ def measure_variants(
     distance: int = 6,  # of the distractor, in frames
 ) -> dict:  # {variant: trials}, and "joint" where content and tenth were asked
     """Test a miniature on several variants."""
-    model, processor = load(name)
+    reader = Reader(*load(name), name)
     video, hidden, distractors = mini_scene(max(frames), needles, seed)
     found = {}
     for variant in variants:
-        found[variant] = run_variant(
-            model, processor, video, hidden, frames, [0] if variant in NOTHING else depths, Path(out) / variant,
-            variant, distractors if variant == "vniah-d" else (), MINI_WORDING, distance, seed, name=name, progress=False)
+        asked = named_variant(variant, wording=MINI_WORDING, distractors=distractors, distance=distance)
+        places = depths if asked.with_needle else [0]
+        found[variant] = run(reader, video, hidden, frames, places, Path(out) / variant, asked, seed=seed, progress=False)
     if "vniah" in found and "tenth" in found:
         found["joint"] = joint(found["vniah"], found["tenth"])
     return found

@@ -15,13 +15,14 @@ import torch
 from safetensors import SafetensorError
 
 from ..files import whole_folder
-from .engines import trained
+from .engines import decay_groups, trained
 from .ranks import Ranks
 from .recipe import TrainError
 from .run import RECORD, checkpoints, trained_weights
 
 # %% ../../nbs/447_train.parts.ipynb #d361ff19
-PARTS = {"tower": "model.vision_tower.", "projector": "model.mm_projector.", "language": ""}  # how their weights' names start
+# part -> how its weights' names start
+PARTS = {"tower": "model.vision_tower.", "projector": "model.mm_projector.", "language": ""}
 
 def part_of(
     name: str,  # of a weight
@@ -45,12 +46,16 @@ def unused_tower_weights(
     model,  # a LongVA
 ) -> list:  # of parameters
     """List the tower's weights behind the layer whose features are used."""
-    tower = model.model.vision_tower["vision_tower"]["vision_model"]
+    tower = model.tower
     layer = model.config.vision_feature_layer
     if layer < 0:
         layer += len(tower.encoder.layers) + 1  # -1 is the output of the last layer, as in Hugging Face's hidden_states
     unused = [*tower.encoder.layers[layer:], tower.post_layernorm, getattr(tower, "head", None)]
-    return [weight for module in unused if module is not None for weight in module.parameters()]
+    weights = []
+    for module in unused:
+        if module is not None:
+            weights += module.parameters()
+    return weights
 
 # %% ../../nbs/447_train.parts.ipynb #99746302
 def part_groups(
@@ -65,11 +70,8 @@ def part_groups(
     groups = []
     for part, rate in rates.items():
         weights = [weight for name, weight in trained(loss) if part_of(name) == part]
-        matrices = [weight for weight in weights if weight.ndim >= 2]
-        others = [weight for weight in weights if weight.ndim < 2]
-        groups.append(dict(params=matrices, lr=rate))
-        groups.append(dict(params=others, lr=rate, weight_decay=0.0))
-    return [group for group in groups if group["params"]]
+        groups += decay_groups(weights, rate)
+    return groups
 
 # %% ../../nbs/447_train.parts.ipynb #32c0bc53
 def frozen_weights(
@@ -102,7 +104,7 @@ def save_model(
     out: Path,  # folder; it appears when it is whole
     frozen: dict,  # from `frozen_weights`
 ) -> Path:  # `out`
-    """Save a trained model in the precision that it was loaded in, and the record of its training; TrainError if there is no room."""
+    """Save a trained model in the precision that it was loaded in, and the record of its training; raise TrainError."""
     dtype = next(model.parameters()).dtype
     weights = frozen | {name: weight.to(dtype) for name, weight in trained_weights(checkpoint).items()}
     if model.config.get_text_config().tie_word_embeddings:
@@ -114,7 +116,9 @@ def save_model(
             shutil.copy(checkpoint / "state.json", part / RECORD)
     except (OSError, SafetensorError) as e:
         why = getattr(e, "strerror", None) or e
-        raise TrainError(f"The model cannot be saved in {out} ({why}). Make room, and the same call saves it.") from None
+        raise TrainError(
+            f"The model cannot be saved in {out} ({why}). Make room, and the same call saves it."
+        ) from None
     return out
 
 def save_trained(

@@ -7,8 +7,6 @@ __all__ = ['BY_NUMBER', 'BY_RATE', 'RETRY', 'is_image', 'sort_files', 'thumbnail
            'Trouble', 'Settings', 'Question', 'Talk', 'Desk']
 
 # %% ../../nbs/775_web.desk.ipynb #c5ad227d
-import base64
-import io
 import threading
 import time
 import traceback
@@ -23,7 +21,7 @@ from PIL import Image
 
 from ..model.chat import Chat, ChatError, Stopped, TooLarge, UnknownWord
 from ..model.prefill import measure_speed, say_bytes, say_seconds
-from ..vision.image import open_image
+from ..vision.image import data_url, open_image
 from ..vision.video import VideoError, read_frames, video_info
 from .serve import remove_uploads
 
@@ -48,14 +46,12 @@ def sort_files(
             videos.append(path)
     return images, videos
 
-# %% ../../nbs/775_web.desk.ipynb #4a1e118f
+# %% ../../nbs/775_web.desk.ipynb #97abca4d
 def thumbnail(
     image: Image.Image,
 ) -> str:  # HTML
     """Draw a small picture as a data URL, so that no file is needed to show it."""
-    file = io.BytesIO()
-    image.convert("RGB").resize((84, 84)).save(file, "JPEG", quality=85)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="">'
+    return f'<img src="{data_url(image.convert("RGB").resize((84, 84)))}" alt="">'
 
 def seen_html(
     turn,  # a `Turn`

@@ -7,8 +7,6 @@ __all__ = ['SIDE', 'BUTTON', 'DRAG', 'CLICK', 'CSS', 'picture_row', 'attention_s
            'shade', 'map_html', 'trials_html']
 
 # %% ../../nbs/765_web.page.ipynb #c8b45f0a
-import base64
-import io
 from functools import lru_cache
 from html import escape
 
@@ -18,6 +16,7 @@ from PIL import Image
 from ..needle.bench import DEPTHS
 from ..needle.heatmap import border, colour_at, colours, ink_on, mean_score, place_in_map, short_number
 from ..needle.trials import cells, wilson
+from ..vision.image import data_url
 
 # %% ../../nbs/765_web.page.ipynb #de7704cf
 SIDE = 84  # of a picture in a row, in pixels
@@ -27,10 +26,8 @@ BUTTON = (
 )
 
 @lru_cache(maxsize=2048)
-def _data_url(pixels, size):
-    file = io.BytesIO()
-    Image.frombytes("RGB", size, pixels).save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+def _cached_url(pixels, size):
+    return data_url(Image.frombytes("RGB", size, pixels))
 
 def _square(picture):
     """Make a picture a small square, padded with black as the needle test shows it to the model."""
@@ -50,7 +47,7 @@ def picture_row(
     buttons = []
     for picture, text, label, marked, attributes in rows:
         small = _square(picture)
-        url = _data_url(small.tobytes(), small.size)
+        url = _cached_url(small.tobytes(), small.size)
         look = "here" if marked else "pale"
         label = escape(label)
         buttons.append(BUTTON.format(look, label, label, str(marked).lower(), attributes, url, escape(text)))

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from ..model.chat import ChatError, check_words
 from ..needle.bench import FRAMES, NEEDLES, NeedleBench, fill, one_pass
 from ..needle.needles import Needle
 from ..needle.trials import NeedleError, key
-from ..needle.vniah import encode_needles, make_prompt
 from ..vision.unires import fit_frames
 from ..vision.video import VideoError, iter_frames, video_info
 
@@ -58,7 +56,7 @@ def change_film(
     """Put the same model and needles in front of frames that were read."""
     return NeedleBench(bench.model, bench.processor, film, bench.needles, bench.name, bench.seed, bench.fit, shown)
 
-# %% ../../nbs/770_web.visit.ipynb #9ac17f79
+# %% ../../nbs/770_web.visit.ipynb #411dd6f7
 MOST_PIXELS = 50_000_000
 
 def read_picture(
@@ -100,12 +98,7 @@ def add_needle(
 ) -> int:  # its number
     """Give a bench one more needle; raise NeedleError for one that can't be asked for."""
     check_needle(bench, needle)
-    prompt = make_prompt(bench.processor, needle)
-    hidden = encode_needles(bench.model, bench.processor, [needle], bench.fit)
-    bench.needles = [*bench.needles, needle]
-    bench.prompts = [*bench.prompts, prompt]
-    bench.hidden = torch.cat([bench.hidden, hidden])
-    return len(bench.needles) - 1
+    return bench.add(needle)
 
 # %% ../../nbs/770_web.visit.ipynb #39e889b9
 def fork(
