@@ -21,7 +21,7 @@ def rows(folder, seed, work):
     from longva import mini
     from longva.mini import world
     from longva.needle.trials import by_frames
-    from longva.needle.vniah import run
+    from longva.needle.vniah import Control, run
     from longva.vision.video import Frames
 
     model, processor = mini.load(folder)
@@ -30,8 +30,8 @@ def rows(folder, seed, work):
     film = Frames(drawn, np.arange(len(drawn), dtype=float), 1.0)
     needles = world.write_needles(work / "needles", 20, seed)
     ask = dict(seed=seed, progress=False)
-    found = by_frames(run(model, processor, film, needles, lengths, [0, 0.25, 0.5, 0.75, 1], work / Path(folder).name, **ask))
-    control = by_frames(run(model, processor, film, needles, [16, 32, 64, 128, 256, 512], [0], work / f"{Path(folder).name}-removed", with_needle=False, **ask))
+    found = by_frames(run((model, processor), film, needles, lengths, [0, 0.25, 0.5, 0.75, 1], work / Path(folder).name, **ask))
+    control = by_frames(run((model, processor), film, needles, [16, 32, 64, 128, 256, 512], [0], work / f"{Path(folder).name}-removed", Control(), **ask))
     return {str(n): list(k) for n, k in found.items()}, [sum(k for k, _ in control.values()), sum(n for _, n in control.values())]
 
 
@@ -47,11 +47,11 @@ def main():
 
     from longva.files import versions
     from longva.mini import NAMES
-    from longva.mini.recipe import train
+    from longva.mini.recipe import train_chain
 
     result, table = {"film_seed": given.film_seed, "versions": versions(), "seeds": {}}, Table("seed", "model", "16", "32", "64", "128", "256", "512", "no needle")
     for seed in given.seeds:
-        folder = train(seed, given.chains / str(seed))
+        folder = train_chain(seed, given.chains / str(seed))
         panels = {}
         for name in NAMES:
             found, control = rows(folder / name, given.film_seed, folder / "evaluation")

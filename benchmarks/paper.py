@@ -46,21 +46,24 @@ def bases():
 def sampling():
     """A film of 512 seconds with a shot of 8 seconds in it, read through more and more frames."""
     import numpy as np
-    import torch
 
     from longva.mini import load
     from longva.mini.world import film_frames
     from longva.needle.needles import load_needles
+    from longva.needle.reader import Reader
     from longva.needle.sweep import judge
-    from longva.needle.vniah import Spot, encode, encode_needles, make_prompt, trial_embeddings
+    from longva.needle.vniah import Spot, answer_logits
     seconds, shot, counts, places = 512, 8, (4, 8, 16, 32, 64, 128, 256, 512), 5
     _, folder = film(512, SEED + 1)
     needles = load_needles(folder)
     found, seen = {}, {}
     for name in ("mini-longva", "mini-short"):
         model, processor = load(name)
-        plain, hidden = encode(model, processor, film_frames(seconds, SEED + 1)), encode_needles(model, processor, needles)
-        prompts, rng = [make_prompt(processor, n) for n in needles], np.random.default_rng(SEED + 1)
+        reader = Reader(model, processor)
+        plain = reader.encode(film_frames(seconds, SEED + 1))
+        hidden = reader.encode_needles(needles)
+        prompts = [reader.prompt(n) for n in needles]
+        rng = np.random.default_rng(SEED + 1)
         starts = rng.integers(0, seconds - shot, (len(needles), places))
         found[name] = {str(k): [0, 0] for k in counts}
         for k in counts:
@@ -70,9 +73,7 @@ def sampling():
                     tokens = plain.clone()
                     tokens[start : start + shot] = hidden[j]
                     visible += ((taken >= start) & (taken < start + shot)).any()
-                    with torch.no_grad():
-                        row = trial_embeddings(model, tokens[taken], None, prompt, Spot(j, k, 0.0))[None]
-                        logits = model(inputs_embeds=row, use_cache=False, logits_to_keep=len(prompt.answer)).logits[0].float()
+                    logits = answer_logits(reader.seeing(tokens[taken]), prompts, [Spot(j, k, 0.0)])[0]
                     found[name][str(k)][0] += bool(judge(logits, prompt.answer)[1])
                     found[name][str(k)][1] += 1
             seen[str(k)] = [int(visible), len(prompts) * places]
@@ -176,7 +177,8 @@ def beyond():
     haystack = WORK / "film-long.mp4"
     WORK.mkdir(parents=True, exist_ok=True)
     if not haystack.exists(): write_film(haystack, 1536, SEED + 5)
-    trials = run(model, processor, haystack, put_needles(WORK / "needles-long", 10, SEED + 5), (512, 1024, 1536), (0, 0.5, 1), WORK / "beyond", SEED + 5)
+    needles = put_needles(WORK / "needles-long", 10, SEED + 5)
+    trials = run((model, processor), haystack, needles, (512, 1024, 1536), (0, 0.5, 1), WORK / "beyond", seed=SEED + 5)
     return dict(seed=SEED + 5, text_frames=512, cells=[[n, depth, *count] for (n, depth), count in cells(trials).items()])
 
 
@@ -187,19 +189,22 @@ def generated():
     from longva.mini import load
     from longva.mini.world import film_frames
     from longva.needle.needles import load_needles
-    from longva.needle.vniah import Spot, decide, encode, encode_needles, make_prompt, trial_embeddings
+    from longva.needle.reader import Reader
+    from longva.needle.vniah import Spot, decide
     model, processor = load("mini-short")
     needles = load_needles(film(512, SEED)[1])
-    plain, hidden, prompts = encode(model, processor, film_frames(64, SEED)), encode_needles(model, processor, needles), [make_prompt(processor, n) for n in needles]
+    reader = Reader(model, processor)
+    reader = reader.seeing(reader.encode(film_frames(64, SEED)), reader.encode_needles(needles))
+    prompts = [reader.prompt(n) for n in needles]
     agree = right = count = 0
     for n in (16, 32, 64):
         for j, prompt in enumerate(prompts):
             for depth in (0.0, 0.5, 1.0):
                 spot = Spot(j, n, depth)
-                forced = decide(model, plain, hidden, prompts, [spot])[0][1]
-                row = trial_embeddings(model, plain, hidden[j], prompt, spot)
+                forced = decide(reader, prompts, [spot])[0][1]
                 with torch.no_grad():
-                    said = model.generate(inputs_embeds=row[: len(row) - len(prompt.answer) + 1][None], max_new_tokens=len(prompt.answer), do_sample=False)[0].tolist()
+                    rows = reader.embed(spot.path(prompt))["inputs_embeds"]
+                    said = model.generate(inputs_embeds=rows, max_new_tokens=len(prompt.answer), do_sample=False)[0].tolist()
                 agree, right, count = agree + (forced == (said == prompt.answer)), right + forced, count + 1
     return dict(seed=SEED, model="mini-short", frames=[16, 32, 64], agree=[agree, count], right=[right, count])
 

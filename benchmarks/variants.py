@@ -15,7 +15,7 @@ from longva.files import versions
 from longva.mini import NAMES
 from longva.needle.trials import wilson
 from longva.needle.variants import VARIANTS
-from longva.study.variants import measure
+from longva.study.variants import measure_variants
 
 CHANCE = {"vniah": 1 / 64, "vniah-d": 1 / 64, "several": 1 / 64, "absent": 1 / 64, "shuffled": 1 / 64, "question-first": 1 / 64,
           "order": 1 / 2, "relation": 1 / 2, "count": 1 / 4, "choice": 1 / 4, "blind": 1 / 4, "tenth": 1 / 10, "joint": 1 / 640}
@@ -32,7 +32,8 @@ def main():
     asked, results = tuple(v for v in VARIANTS if v != "clock"), {}
     print(f"{'model':>12}  {'variant':>14}  {'right':>9}  share  95% interval  chance")
     for name in NAMES:
-        with tempfile.TemporaryDirectory() as out: found = measure(name, frames, depths, out, given.needles, given.seed, asked, distance=12)
+        with tempfile.TemporaryDirectory() as out:
+            found = measure_variants(name, frames, depths, out, given.needles, given.seed, asked, distance=12)
         for variant, trials in found.items():
             k, n = sum(t.correct for t in trials), len(trials)
             low, high = wilson(k, n)

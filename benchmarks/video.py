@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import av
 import numpy as np
 
-from longva.vision import video
+from longva.vision import index, video
 
 N, FPS, WIDTH, HEIGHT, BITS = 64, 30, 320, 180, 20
 
@@ -68,12 +68,12 @@ def with_decord(path):
 
 
 def ours(path):
-    video._indexed.cache_clear()
+    index._index_of_state.cache_clear()
     return video.read_frames(path, n=N).array
 
 
 def one_thread(path):
-    video._indexed.cache_clear()
+    index._index_of_state.cache_clear()
     return video.read_frames(path, n=N, threads=1).array
 
 

@@ -33,10 +33,11 @@ from longva.context.plan import per_token
 from longva.mini.bench import mini_bench
 from longva.model.modeling import longva_7b
 from longva.model.prefill import LiveBytes
-from longva.needle.forecast import forecast
+from longva.needle.forecast import Unloaded, forecast_walks
+from longva.needle.reader import Prompt
 from longva.needle.sweep import judge
-from longva.needle.trie import Cost, Reader, decide_paths, trie_cost
-from longva.needle.vniah import Prompt, Spot, decisions, path_of
+from longva.needle.trie import Cost, decide_paths, trie_cost
+from longva.needle.vniah import Spot, decisions
 
 DEPTHS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 
@@ -55,7 +56,9 @@ def by_paths(reader, paths, answers, naive):
 
 
 def by_batches(bench, spots):
-    found = {s: verdict for batch in decisions(bench.model, bench.haystack, bench.hidden, bench.prompts, spots) for s, verdict, _ in batch}
+    found = {}
+    for batch in decisions(bench.reader, bench.prompts, spots):
+        found |= {spot: verdict for spot, verdict, _ in batch}
     return {i: found[s] for i, s in enumerate(spots)}
 
 
@@ -67,15 +70,20 @@ def kv_bytes(reader, paths, answers):
 
 
 def papers_grid():
-    text = [Prompt(list(range(14)), list(range(30)), [1, 2])] * 5
-    return forecast(longva_7b(), text, [Spot(j, n, d) for n in range(200, 3001, 200) for d in DEPTHS for j in range(5)], speed=1)
+    text = Prompt(list(range(14)), list(range(30)), [1, 2])
+    paths = []
+    for n in range(200, 3001, 200):
+        for depth in DEPTHS:
+            paths += [Spot(j, n, depth).path(text) for j in range(5)]
+    return forecast_walks(Unloaded(longva_7b()), [(paths, [text.answer] * len(paths))], speed=1)
 
 
 def measure(step, needles):
     bench = mini_bench("mini-longva", 15 * step)
-    reader = Reader(bench.model, bench.haystack, bench.hidden)
+    reader = bench.reader
     spots = [Spot(j, n, d) for n in range(step, 15 * step + 1, step) for d in DEPTHS for j in range(needles)]
-    paths, answers = [path_of(bench.prompts[s.needle], s) for s in spots], [bench.prompts[s.needle].answer for s in spots]
+    paths = [s.path(bench.prompts[s.needle]) for s in spots]
+    answers = [bench.prompts[s.needle].answer for s in spots]
     few = [i for i, s in enumerate(spots) if s.frames in (step, 15 * step)]
     kv = kv_bytes(reader, [paths[i] for i in few], [answers[i] for i in few])  # and the machine is warm
     (trie, spent), *ours = timed(lambda: by_paths(reader, paths, answers, False))

@@ -7,7 +7,6 @@ __all__ = ['demo_command', 'list_command', 'train_command', 'show_table', 'paper
 
 # %% ../nbs/900_cli.ipynb #8bfe42f1
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -30,8 +29,8 @@ def demo_command(
         from longva.study.demo import SEED, demo, report
         report(demo(out, workers, SEED if seed is None else seed), out)
 
-# %% ../nbs/900_cli.ipynb #ca1f128d
-from .commands import vniah, compare, niah, train, chat  # noqa: F401, I001
+# %% ../nbs/900_cli.ipynb #5183f78a
+from .commands import vniah, compare, niah, train, chat, lmms  # noqa: F401, I001
 
 # %% ../nbs/900_cli.ipynb #17340621
 @mini_app.command("list")
@@ -51,12 +50,11 @@ def train_command(
 ):
     """Train the three miniatures from scratch, or resume; a quarter of an hour on two cores."""
     with one_sentence(out):
-        # saving a model imports an installed DeepSpeed, which would warn that it found no GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from longva.mini.recipe import ChainError, train
+        from longva.mini.recipe import train_chain
+        from longva.train.recipe import TrainError
         try:
-            train(seed, out)
-        except ChainError as error:
+            train_chain(seed, out)
+        except TrainError as error:
             raise Usage(str(error)) from None
     demo = Path("runs") / "demo"
     typer.echo(

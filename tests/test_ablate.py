@@ -58,7 +58,7 @@ def test_a_run_is_the_needle_test(whole, things, tmp_path):
     model, processor = load("mini-short")
     extend_rope(model, theta=1e4)
     model.config.pool_mode = "max"
-    by_hand = run(model, processor, things / "film.mp4", things / "needles", [8, 64], [0, 1], tmp_path / "hand", 3, progress=False)
+    by_hand = run((model, processor), things / "film.mp4", things / "needles", [8, 64], [0, 1], tmp_path / "hand", seed=3, progress=False)
     ours = next(r for r in whole if r.name == "mini-short theta 10000")
     assert sorted((key(t), t.argmax_ids) for t in ours.trials) == sorted((key(t), t.argmax_ids) for t in by_hand)
     assert all(abs(a.margin - b.margin) < 1e-3 for a, b in zip(sorted(ours.trials, key=key), sorted(by_hand, key=key)))

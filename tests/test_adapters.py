@@ -35,7 +35,7 @@ RED = Needle("red", Image.new("RGB", (16, 16), "red"), "Which colour?", "red")
 def family(request):
     model, processor = small(request.param)
     adapter = reader_for(model, processor, side=16)
-    return request.param, model, processor, adapter.reader(adapter.encode(FILM), adapter.encode(np.asarray(RED.image)[None])), adapter.prompt(RED)
+    return request.param, model, processor, adapter.seeing(adapter.encode(FILM), adapter.encode(np.asarray(RED.image)[None])), adapter.prompt(RED)
 
 
 def path(prompt, insert, frames=5):
@@ -94,7 +94,7 @@ def test_each_habit_shows_in_the_logits(family):
         "qwen2_5_vl": lambda given: given | dict(position_ids=given["position_ids"] // torch.tensor([2, 1, 1])[:, None, None]),
         "qwen3_vl": lambda given: {k: v for k, v in given.items() if k in ("inputs_embeds", "position_ids")},
     }[kind]
-    other = reader.reader(reader.haystack, reader.needles)
+    other = reader.seeing(reader.haystack, reader.needles)
     other.embed = lambda pieces, state: spoil(embed(pieces, state))
     assert (ask(other) - right).abs().max() > 3e-3
 

@@ -1,4 +1,4 @@
-"""Alignment with several processes and from the terminal: both stages, killed and gone on with, other ranks, ZeRO-3, bad rows."""
+"""Alignment with several processes and from the terminal: both stages, resumed, other ranks, ZeRO-3, bad rows."""
 import json
 import math
 import shutil
@@ -15,20 +15,36 @@ from transformers import CLIPVisionModel, Qwen2ForCausalLM
 
 from longva.model.modeling import LongVA
 from longva.model.processing import LongVAProcessor
-from longva.train.align import PRESETS, AlignLoss, Rows, align, open_model, recipe_for, see_and_embed, settle, weight_groups
-from longva.train.conversations import BadRow, DataError, Reading, Row, open_data, parse_row, read_row, row_length, take, token_ids
+from longva.train.align import PRESETS, align, choose_preset, open_start
+from longva.train.align_loss import AlignLoss
+from longva.train.conversations import parse_row, token_ids
 from longva.train.engines import Plain
+from longva.train.order import BadRows, Samples
+from longva.train.parts import part_groups
+from longva.train.presets import recipe_for
 from longva.train.ranks import Ranks
 from longva.train.recipe import Recipe, TrainError, learning_rate
+from longva.train.rows import BadRow, DataError, Row, open_data, sample_rows
 from longva.train.run import weights_hash
+from longva.train.samples import Reading, read_row, row_length
 
-root = Path(__file__).resolve().parents[1]
-SHORT = dict(steps=4, rows=4, micro=2, save_every=2, keep=9, seed=4)  # the bad row comes in the second step, a text beside a picture in the third
+# the bad row comes in the second step, a text beside an image in the third
+SHORT = dict(steps=4, rows=4, micro=2, save_every=2, keep=9, seed=4)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return small.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def processor(world):
+    return LongVAProcessor.from_pretrained(world / "model")
+
+
+@pytest.fixture
+def model(world):
+    return LongVA.from_pretrained(world / "model")
 
 
 def start(out, world, ranks=1, **settings):
@@ -53,335 +69,494 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def close(losses, others, most=1e-4):
+    return max(abs(a - b) for a, b in zip(losses, others, strict=True)) < most
+
+
+def parameters(folder):
+    return dict(LongVA.from_pretrained(folder).named_parameters())
+
+
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    "Two ranks to the end."
+    """Two ranks to the end."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     return out, finish(out, start(out, world, 2, **SHORT))
 
 
 def test_both_stages_learn(world, tmp_path):
-    "Captions to the projector alone; then everything, with all kinds of rows and a bad one, which is named."
+    """Captions to the projector alone; then everything, with all kinds of rows and a bad one, which is named."""
     first = align("mini-1", world / "captions.json", tmp_path / "one", world / "model")
     second = align("mini-2", world / "talk.jsonl", tmp_path / "two", first, bad_share=0.03)
-    one, two = toy.losses(tmp_path / "one"), toy.losses(tmp_path / "two")
-    assert sum(one[-3:]) < 0.97 * sum(one[:3]) and sum(two[-3:]) < 0.5 * sum(two[:3])
-    before, after, last = (dict(LongVA.from_pretrained(f).named_parameters()) for f in (world / "model", first, second))
-    assert {n for n in before if not torch.equal(before[n], after[n])} == {n for n in before if ".mm_projector." in n}
-    still = {n for n in before if torch.equal(after[n], last[n])}
-    assert all("layers.2." in n or "post_layernorm" in n for n in still)  # the tower's last layer is not used
-    log, found = metrics(tmp_path / "two"), bad(tmp_path / "two")
-    assert {(f["row"], Path(f["file"]).name) for f in found} == {(41, "talk.jsonl")} and "cannot be read as an image" in found[0]["why"]
-    assert sum(m["bad_rows"] for m in log) == len(found) in (8, 9) and found[0]["instead"].endswith("line 1")
-    assert [f["step"] for f in found] == [m["step"] for m in log if m["bad_rows"]]
+    one = toy.losses(tmp_path / "one")
+    two = toy.losses(tmp_path / "two")
+    assert sum(one[-3:]) < 0.97 * sum(one[:3])
+    assert sum(two[-3:]) < 0.5 * sum(two[:3])
+    before, after, last = [parameters(folder) for folder in (world / "model", first, second)]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".mm_projector." in name}
+    still = {name for name in before if torch.equal(after[name], last[name])}
+    assert all("layers.2." in name or "post_layernorm" in name for name in still)  # the tower's last layer is not used
 
 
-def test_killed_run_goes_on_bit_for_bit(whole, world, tmp_path):
+def test_bad_row_of_a_stage_is_named(world, tmp_path):
+    align("mini-2", world / "talk.jsonl", tmp_path / "two", world / "model", bad_share=0.03)
+    log = metrics(tmp_path / "two")
+    found = bad(tmp_path / "two")
+    assert {(line["row"], Path(line["file"]).name) for line in found} == {(41, "talk.jsonl")}
+    assert "cannot be read as an image" in found[0]["why"] and found[0]["instead"].endswith("line 1")
+    assert sum(m["bad_rows"] for m in log) == len(found) in (8, 9)
+    assert [line["step"] for line in found] == [m["step"] for m in log if m["bad_rows"]]
+
+
+def test_killed_run_resumes_bit_for_bit(whole, world, tmp_path):
     out = tmp_path / "killed"
-    ranks, end = start(out, world, 2, **SHORT, slow=0.03), time.time() + 150
+    ranks = start(out, world, 2, **SHORT, slow=0.03)
+    end = time.time() + 150
     while not (out / "step-000002").exists():
-        assert time.time() < end and all(r.exitcode is None for r in ranks), toy.wait(ranks, 5)
+        assert time.time() < end and all(rank.exitcode is None for rank in ranks), toy.wait(ranks, 5)
         time.sleep(0.01)
     time.sleep(0.1)
-    for r in ranks:
-        r.kill()
+    for rank in ranks:
+        rank.kill()
     toy.wait(ranks)
     assert not (out / "model").exists()
     assert finish(out, start(out, world, 2, **SHORT)) == whole[1]
-    assert equal(toy.weights(out / "model"), toy.weights(whole[0] / "model")) and equal(toy.weights(out / "step-000004"), toy.weights(whole[0] / "step-000004"))
+    for folder in ("model", "step-000004"):
+        assert equal(toy.weights(out / folder), toy.weights(whole[0] / folder))
     assert bad(out) == bad(whole[0]) != []
 
 
 def test_other_ranks_and_sharing(whole, world, tmp_path):
-    "One rank; and two that share every sequence, pictures and all: the losses of two that take a row each."
-    runs = [start(tmp_path / "one", world, 1, **SHORT), start(tmp_path / "cp", world, 2, cp=2, **SHORT)]
-    for out, ranks in zip(("one", "cp"), runs):
-        losses = finish(tmp_path / out, ranks)
-        assert max(abs(a - b) for a, b in zip(losses, whole[1], strict=True)) < 1e-4
-        assert bad(tmp_path / out) == bad(whole[0])
-        a, b = ([[line[k] for k in ("visual_tokens", "bad_rows", "tokens")] for line in metrics(o)] for o in (tmp_path / out, whole[0]))
-        assert a == b and sum(line["bad_rows"] for line in metrics(whole[0])) == len(bad(whole[0]))
+    """One rank; and two that share every sequence, images and all: the losses of two that take a row each."""
+    one = tmp_path / "one"
+    shared = tmp_path / "cp"
+    runs = {one: start(one, world, 1, **SHORT), shared: start(shared, world, 2, cp=2, **SHORT)}
+    names = ("visual_tokens", "bad_rows", "tokens")
+    wanted = [[line[name] for name in names] for line in metrics(whole[0])]
+    for out, ranks in runs.items():
+        assert close(finish(out, ranks), whole[1])
+        assert bad(out) == bad(whole[0])
+        assert [[line[name] for name in names] for line in metrics(out)] == wanted
+    assert sum(line["bad_rows"] for line in metrics(whole[0])) == len(bad(whole[0]))
 
 
 def test_zero3_and_its_resume(whole, world, tmp_path):
-    "Two ranks under ZeRO-3 with offload, one row at a time, so that a rank has text while the other has a film; killed after two steps."
+    """Two ranks under ZeRO-3 with offload, a row at a time, so that one has text while the other has a video."""
     pytest.importorskip("deepspeed")
     settings = dict(SHORT, engine="deepspeed", micro=1)
-    losses = finish(tmp_path / "a", start(tmp_path / "a", world, 2, **settings))
-    assert max(abs(a - b) for a, b in zip(losses, whole[1], strict=True)) < 1e-4
-    shutil.copytree(tmp_path / "a/step-000002", tmp_path / "b/step-000002")
-    shutil.copy(tmp_path / "a/metrics.jsonl", tmp_path / "b"); shutil.copy(tmp_path / "a/bad_rows.jsonl", tmp_path / "b")
-    assert finish(tmp_path / "b", start(tmp_path / "b", world, 2, **settings)) == losses
-    assert equal(toy.weights(tmp_path / "b/model"), toy.weights(tmp_path / "a/model")) and bad(tmp_path / "a") == bad(tmp_path / "b")
-    frozen = [n for n in toy.weights(world / "model") if "post_layernorm" in n]
-    assert frozen and all(torch.equal(toy.weights(world / "model")[n], toy.weights(tmp_path / "a/model")[n]) for n in frozen)
+    a = tmp_path / "a"
+    b = tmp_path / "b"
+    losses = finish(a, start(a, world, 2, **settings))
+    assert close(losses, whole[1])
+    shutil.copytree(a / "step-000002", b / "step-000002")
+    shutil.copy(a / "metrics.jsonl", b)
+    shutil.copy(a / "bad_rows.jsonl", b)
+    assert finish(b, start(b, world, 2, **settings)) == losses
+    assert equal(toy.weights(b / "model"), toy.weights(a / "model")) and bad(a) == bad(b)
+    before = toy.weights(world / "model")
+    after = toy.weights(a / "model")
+    frozen = [name for name in before if "post_layernorm" in name]
+    assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
 
 
 def test_too_many_bad_rows_stop_all_ranks(whole, world, tmp_path):
-    "On all ranks with the same sentence, before the weights are touched; and with the data mended, the run goes on."
-    mended, step = tmp_path / "world", bad(whole[0])[0]["step"]
+    """With the same sentence on all, before the weights are touched; with the data mended, the run resumes."""
+    mended = tmp_path / "world"
+    run = tmp_path / "run"
+    step = bad(whole[0])[0]["step"]
+    settings = dict(SHORT, save_every=1, bad_share=0.01)
     shutil.copytree(world, mended)
-    for code, error in toy.wait(start(tmp_path / "run", mended, 2, **dict(SHORT, save_every=1), bad_share=0.01)):
-        assert code == 1 and "1 of 41 rows are bad, more than the share of 0.01" in error and "talk.jsonl, line 41: " in error and "Traceback" not in error
-    assert len(toy.losses(tmp_path / "run")) == step - 1 and [f["step"] for f in bad(tmp_path / "run")] == [step]
+    for code, error in toy.wait(start(run, mended, 2, **settings)):
+        assert code == 1 and "Traceback" not in error
+        assert "1 of 41 rows are bad, more than the share of 0.01" in error and "talk.jsonl, line 41: " in error
+    assert len(toy.losses(run)) == step - 1
+    assert [line["step"] for line in bad(run)] == [step]
     shutil.copy(mended / "0.png", mended / "half.png")
-    assert len(finish(tmp_path / "run", start(tmp_path / "run", mended, 2, **dict(SHORT, save_every=1), bad_share=0.01))) == 4
-    assert bad(tmp_path / "run") == []
+    assert len(finish(run, start(run, mended, 2, **settings))) == 4
+    assert bad(run) == []
 
 
-def test_rows_that_cannot_be_used(world):
-    "Every kind of bad row is one sentence, and a good one beside it is read."
-    reading, good = Reading(LongVAProcessor.from_pretrained(world / "model")), dict(image="0.png", conversations=talk(f"<image>\n{question}", "red"))
-    row = lambda data: Row(str(world / "x.jsonl"), 7, data)
-    assert str(row(good)).endswith("x.jsonl, line 7") and len(read_row(row(good), reading)["input_ids"]) == row_length(row(good), reading)
-    (world / "text.png").write_text("no picture")
+GOOD = dict(image="0.png", conversations=talk(f"<image>\n{question}", "red"))
+NAMELESS = dict(conversations=GOOD["conversations"])
+
+
+def make_row(world, data):
+    return Row(str(world / "x.jsonl"), 7, data)
+
+
+def test_a_row_that_can_be_used(world, processor):
+    """By either name of the key, and never as if there were no image."""
+    reading = Reading(processor)
+    row = make_row(world, GOOD)
+    sample = read_row(row, reading)
+    assert str(row).endswith("x.jsonl, line 7") and len(sample["input_ids"]) == row_length(row, reading)
+    several = read_row(make_row(world, dict(NAMELESS, images=["0.png"])), reading)
+    assert torch.equal(several["pixel_values"], sample["pixel_values"])
+
+
+@pytest.mark.parametrize("image, why", [
+    ("lost.png", "no file"),
+    ("half.png", "half.png cannot be read as an image"),
+    ("text.png", "cannot be read as an image"),
+    ("", "0 images are named"),
+    (".", "is a folder, not an image"),
+])
+def test_images_that_cannot_be_used(world, processor, image, why):
+    (world / "text.png").write_text("no image")
+    with pytest.raises(BadRow, match=f"(?i){why}"):
+        read_row(make_row(world, dict(GOOD, image=image)), Reading(processor))
+
+
+@pytest.mark.parametrize("video", ["empty.mp4", "0.png.mp4", "text.png"])
+def test_videos_that_cannot_be_used(world, processor, video):
+    (world / "text.png").write_text("no image")
     (world / "empty.mp4").write_bytes(b"")
-    for change, why in {
-        "lost.png": "no file", "half.png": "half.png cannot be read as an image", "text.png": "cannot be read as an image", "": "0 images are named", ".": "is a folder, not an image",
-    }.items():
-        with pytest.raises(BadRow, match=f"(?i){why}"):
-            read_row(row(dict(good, image=change)), reading)
-    for film in ("empty.mp4", "0.png.mp4", "text.png"):
-        with pytest.raises(BadRow):
-            read_row(row(dict(video=film, conversations=talk("<video>\nhm", "red"))), reading)
-        assert row_length(row(dict(video=film, conversations=talk("<video>\nhm", "red"))), reading) == 0
-    named = {k: v for k, v in good.items() if k != "image"}
-    assert torch.equal(read_row(row(dict(named, images=["0.png"])), reading)["pixel_values"], read_row(row(good), reading)["pixel_values"])  # by either name, and never as if there were none
-    for data in (None, 3, [], dict(named, conversations=talk("hm", "red"), images=["0.png"]), "broken JSON", {}, dict(good, conversations=[]), dict(good, conversations=talk("<image>")), dict(good, conversations=talk("<image> <image>", "red")), dict(good, conversations=[{"from": "gpt", "value": None}]),
-                 dict(good, conversations=talk("<image>\n" + question, " \n")), dict(good, conversations=[{"from": ["human"], "value": "<image>"}, {"from": "gpt", "value": "red"}]),
-                 dict(good, conversations=talk("<image>\nhm \ud800", "red"))):
-        with pytest.raises(BadRow):
-            read_row(row(data), reading)
+    row = make_row(world, dict(video=video, conversations=talk("<video>\nhm", "red")))
+    with pytest.raises(BadRow):
+        read_row(row, Reading(processor))
+    assert row_length(row, Reading(processor)) == 0
 
 
-FRONT = [  # what a model's configuration and processor may say of pictures
-    {}, dict(image_pool_stride=1), dict(image_pool_stride=4, image_pool_mode="max", pool_mode="max"), dict(encoding="anyres"), dict(image_fit="pad"), dict(image_fit="resize", image_pool_stride=1, encoding="anyres"),
-    dict(max_grids=4), dict(grids=[[1, 2], [3, 3]]), dict(time_stamps=True), dict(frame_delimiters=" say "), dict(frames_fit="resize", time_stamps=True, frame_delimiters="\n"), dict(pool_stride=1, image_mean=[0.5] * 3),
+@pytest.mark.parametrize("data", [
+    None,
+    3,
+    [],
+    "broken JSON",
+    {},
+    dict(NAMELESS, conversations=talk("hm", "red"), images=["0.png"]),
+    dict(GOOD, conversations=[]),
+    dict(GOOD, conversations=talk("<image>")),
+    dict(GOOD, conversations=talk("<image> <image>", "red")),
+    dict(GOOD, conversations=[{"from": "gpt", "value": None}]),
+    dict(GOOD, conversations=talk("<image>\n" + question, " \n")),
+    dict(GOOD, conversations=[{"from": ["human"], "value": "<image>"}, {"from": "gpt", "value": "red"}]),
+    dict(GOOD, conversations=talk("<image>\nhm \ud800", "red")),
+], ids=range(13))
+def test_rows_that_cannot_be_used(world, processor, data):
+    with pytest.raises(BadRow):
+        read_row(make_row(world, data), Reading(processor))
+
+
+PREPROCESSING = [  # what a model's configuration and processor may say of images and videos
+    {},
+    dict(image_pool_stride=1),
+    dict(image_pool_stride=4, image_pool_mode="max", pool_mode="max"),
+    dict(encoding="anyres"),
+    dict(image_fit="pad"),
+    dict(image_fit="resize", image_pool_stride=1, encoding="anyres"),
+    dict(max_grids=4),
+    dict(grids=[[1, 2], [3, 3]]),
+    dict(time_stamps=True),
+    dict(frame_delimiters=" say "),
+    dict(frames_fit="resize", time_stamps=True, frame_delimiters="\n"),
+    dict(pool_stride=1, image_mean=[0.5] * 3),
 ]
+OF_PROCESSOR = ("time_stamps", "frame_delimiters", "frames_fit")
+PIXELS = ("pixel_values", "image_layouts", "pixel_values_videos")
 
 
-@pytest.mark.parametrize("front", FRONT, ids=str)
-def test_what_is_fed_is_what_the_processor_makes(world, front):
-    "Ids and pixels of whole conversations, bit for bit, and the embeddings that the model itself makes of them; lengths are known beforehand."
-    from longva.vision.video import read_frames
-    config = LongVA.from_pretrained(world / "model").config
-    ours = {k: v for k, v in front.items() if k in ("time_stamps", "frame_delimiters", "frames_fit")}
-    config = type(config)(**{**config.to_dict(), **{k: v for k, v in front.items() if k not in ours}})
-    model, processor = LongVA(config).eval(), LongVAProcessor.from_config(config, small.tokenizer(), **ours)
-    reading, data = Reading(processor, fps=1.0), open_data(world / "talk.jsonl")
-    mixed = dict(image=["0.png", "turned.jpg"], video="grey.mp4", conversations=talk(f"<image> say <video> say <image>\n{question}", "red", "say blue", "blue"))
+def rows_of_all_kinds(world):
+    """Take a row of each kind, and one with two images, one of them turned, and a video."""
     turned = small.Image.Exif()
     turned[0x0112] = 6  # the camera lay on its side
     small.Image.open(world / "2.png").save(world / "turned.jpg", exif=turned)
-    for row in (data[0], data[25], data[33], data[37], Row(str(world / "x.json"), 1, mixed)):
-        sample, talked = read_row(row, reading), parse_row(row.data)
-        asked = processor.tokenizer.apply_chat_template(talked.messages[:-1], chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True)
-        films = [read_frames(world / name, fps=1.0) for name in talked.videos]
-        made = processor(text=asked, images=[str(world / name) for name in talked.images], videos=films)
-        assert torch.equal(sample["input_ids"][: made["input_ids"].shape[1]], made["input_ids"][0]) and len(sample["input_ids"]) == row_length(row, reading)
-        pixels = {k: made[k] for k in ("pixel_values", "image_layouts", "pixel_values_videos") if k in made}
-        assert equal({k: v for k, v in sample.items() if k in made and k not in ("input_ids", "video_frames")}, pixels)
-        loss, whole = AlignLoss(model), {k: v for k, v in sample.items() if k.startswith(("pixel", "image_"))}
+    turns = talk(f"<image> say <video> say <image>\n{question}", "red", "say blue", "blue")
+    mixed = dict(image=["0.png", "turned.jpg"], video="grey.mp4", conversations=turns)
+    data = open_data(world / "talk.jsonl")
+    return [*(data[i] for i in (0, 25, 33, 37)), Row(str(world / "x.json"), 1, mixed)]
+
+
+@pytest.mark.parametrize("settings", PREPROCESSING, ids=str)
+def test_a_sample_is_what_the_processor_makes(world, model, settings):
+    """Ids and pixels bit for bit, and the embeddings that the model itself makes; lengths are known beforehand."""
+    from longva.vision.video import read_frames
+
+    ours = {name: value for name, value in settings.items() if name in OF_PROCESSOR}
+    theirs = {name: value for name, value in settings.items() if name not in OF_PROCESSOR}
+    config = type(model.config)(**{**model.config.to_dict(), **theirs})
+    model = LongVA(config).eval()
+    processor = LongVAProcessor.from_config(config, small.tokenizer(), **ours)
+    reading = Reading(processor, fps=1.0)
+    write = processor.tokenizer.apply_chat_template
+    for row in rows_of_all_kinds(world):
+        sample = read_row(row, reading)
+        spoken = parse_row(row.data)
+        template = processor.chat_template
+        asked = write(spoken.messages[:-1], chat_template=template, tokenize=False, add_generation_prompt=True)
+        videos = [read_frames(world / name, fps=1.0) for name in spoken.videos]
+        made = processor(text=asked, images=[str(world / name) for name in spoken.images], videos=videos)
+        prompt = made["input_ids"][0]
+        assert torch.equal(sample["input_ids"][: len(prompt)], prompt)
+        assert len(sample["input_ids"]) == row_length(row, reading)
+        pixels = {name: sample[name] for name in PIXELS if name in sample}
+        assert equal(pixels, {name: made[name] for name in PIXELS if name in made})
+        loss = AlignLoss(model)
         with torch.no_grad():
-            assert torch.allclose(see_and_embed(loss, loss.collate([sample])), model.embed(sample["input_ids"][None], **whole), atol=1e-6)
-        assert [loss.length(sample), loss.visual] == [[len(sample["input_ids"])], float(sum((sample["input_ids"] == t).sum() for t in (processor.image_token_id, processor.video_token_id)))]
+            embeds = loss.embed(loss.collate([sample]))
+            assert torch.allclose(embeds, model.embed(sample["input_ids"][None], **pixels), atol=1e-6)
+        visual = torch.isin(sample["input_ids"], torch.tensor([processor.image_token_id, processor.video_token_id]))
+        assert loss.length(sample) == [len(sample["input_ids"])] and loss.visual == float(visual.sum())
 
 
-def test_words_beside_a_picture_are_cut_as_when_chatting(world):
-    "A tokenizer that joins what is written side by side: the time of a frame belongs to the words before it."
+def test_words_beside_an_image_are_cut_as_when_chatting(world, model):
+    """A tokenizer that joins what is written side by side: the time of a frame belongs to the words before it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    joined = Tokenizer(models.BPE({c: i for i, c in enumerate([*map(chr, range(32, 127)), "\n", " <", "?<"])}, [(" ", "<"), ("?", "<")]))
+
+    signs = [*map(chr, range(32, 127)), "\n", " <", "?<"]
+    joined = Tokenizer(models.BPE({sign: i for i, sign in enumerate(signs)}, [(" ", "<"), ("?", "<")]))
     joined.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=joined, eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>", "<image>", "<video>"])
-    old = LongVA.from_pretrained(world / "model").config
-    config = type(old)(**{**old.to_dict(), "image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "video_token_id": tokenizer.convert_tokens_to_ids("<video>")})
-    processor = LongVAProcessor.from_config(config, tokenizer, time_stamps=True)
-    row = Row(str(world / "x.json"), 1, dict(image="0.png", video="grey.mp4", conversations=talk("<image>\nwhich? <video>", "grey")))
-    sample, reading = read_row(row, Reading(processor)), Reading(processor)
-    assert " <" in tokenizer.convert_ids_to_tokens(sample["input_ids"]) and len(sample["input_ids"]) == row_length(row, reading)
+    special = ["<|im_start|>", "<image>", "<video>"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=joined, eos_token="<|im_end|>", extra_special_tokens=special)
+    ids = {f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<{kind}>") for kind in ("image", "video")}
+    config = type(model.config)(**{**model.config.to_dict(), **ids})
+    reading = Reading(LongVAProcessor.from_config(config, tokenizer, time_stamps=True))
+    turns = talk("<image>\nwhich? <video>", "grey")
+    row = Row(str(world / "x.json"), 1, dict(image="0.png", video="grey.mp4", conversations=turns))
+    sample = read_row(row, reading)
+    assert " <" in tokenizer.convert_ids_to_tokens(sample["input_ids"])
+    assert len(sample["input_ids"]) == row_length(row, reading)
 
 
-def test_another_start_is_refused(world, tmp_path):
-    "In a run that has a checkpoint, and in one that is done, even when its checkpoints are gone: another model, another front end, other rows, other settings."
+def test_another_start_is_refused(world, processor, tmp_path):
+    """In a run that has a checkpoint, and in one that is done, even when its checkpoints are gone."""
     from safetensors.torch import load_file, save_file
-    out = tmp_path / "run"
-    go = lambda model=world / "model", data="captions.json", **more: align("mini-2", world / data, out, model, **{"steps": 2, "rows": 4, "save_every": 1, "workers": 0, **more})
-    made = go()
-    other, stamped = (shutil.copytree(world / "model", tmp_path / name) for name in ("other", "stamped"))
+
+    def run(model=world / "model", data="captions.json", **changes):
+        changes = dict(steps=2, rows=4, save_every=1, workers=0) | changes
+        return align("mini-2", world / data, tmp_path / "run", model, **changes)
+
+    made = run()
+    other = shutil.copytree(world / "model", tmp_path / "other")
     weights = load_file(other / "model.safetensors")
-    next(w for n, w in weights.items() if "post_layernorm" in n).flatten()[3] += 1e-3  # one number, of a weight that is not even trained
+    idle = next(weight for name, weight in weights.items() if "post_layernorm" in name)
+    idle.flatten()[3] += 1e-3  # one number, of a weight that is not even trained
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    processor = LongVAProcessor.from_pretrained(world / "model")
-    processor.time_stamps = True
-    processor.save_pretrained(stamped)
-    shutil.rmtree(out / "step-000002"); shutil.rmtree(made)
+    stamped = shutil.copytree(world / "model", tmp_path / "stamped")
+    stamping = LongVAProcessor.from_pretrained(world / "model")
+    stamping.time_stamps = True
+    stamping.save_pretrained(stamped)
+    shutil.rmtree(tmp_path / "run/step-000002")
+    shutil.rmtree(made)
     for _ in ("half", "whole"):
-        for wrong, said in ((dict(model=other), "starting weights"), (dict(model=stamped), "time_stamps False .now True"), (dict(data="talk.jsonl", bad_share=0.5), "data_rows 24 .now 41"),
-                            (dict(steps=3), "steps 2 .now 3"), (dict(reading=dict(fps=2.0)), "fps 1.0 .now 2.0"), (dict(seed=1), "seed 0 .now 1"), (dict(reading=dict(pictures="square")), "pictures model .now square")):
-            with pytest.raises(TrainError, match=f"was begun with {said}"):
-                go(**wrong)
-        assert go() == made
-        for checkpoint in out.glob("step-*"):
+        for wrong, words in (
+            (dict(model=other), "starting weights"),
+            (dict(model=stamped), "time_stamps False .now True"),
+            (dict(data="talk.jsonl", bad_share=0.5), "data_rows 24 .now 41"),
+            (dict(steps=3), "steps 2 .now 3"),
+            (dict(fps=2.0), "fps 1.0 .now 2.0"),
+            (dict(seed=1), "seed 0 .now 1"),
+            (dict(pictures="square"), "pictures model .now square"),
+        ):
+            with pytest.raises(TrainError, match=f"was begun with .*{words}"):
+                run(**wrong)
+        assert run() == made
+        for checkpoint in (tmp_path / "run").glob("step-*"):
             shutil.rmtree(checkpoint)
     (made / "training.json").unlink()
     with pytest.raises(TrainError, match="does not say how it was trained"):
-        go()
+        run()
 
 
-def test_seed_decides_a_fresh_projector(world, tmp_path):
-    "Made together from two models twice: the same start; so a run can be gone on with. With both ways of saying where to start, it is refused."
-    text = LongVA.from_pretrained(world / "model").config
-    Qwen2ForCausalLM(text.text_config).save_pretrained(tmp_path / "words")
+def test_seed_decides_a_fresh_projector(world, model, tmp_path):
+    """Made of two models twice: the same start, so a run can be resumed. Naming both a model and its parts is refused."""
+    Qwen2ForCausalLM(model.config.text_config).save_pretrained(tmp_path / "words")
     small.tokenizer().save_pretrained(tmp_path / "words")
-    CLIPVisionModel(text.vision_config).save_pretrained(tmp_path / "tower")
+    CLIPVisionModel(model.config.vision_config).save_pretrained(tmp_path / "tower")
     parts = dict(language_model=str(tmp_path / "words"), vision_tower=str(tmp_path / "tower"))
-    a, b, c = (open_model(PRESETS["mini-1"], None, None, *parts.values(), torch.float32, seed)[0] for seed in (0, 0, 1))
+    a, b, c = [open_start(choose_preset("mini-1", dict(parts, seed=seed)))[0] for seed in (0, 0, 1)]
     assert weights_hash(a) == weights_hash(b) != weights_hash(c)
     made = align("mini-1", world / "captions.json", tmp_path / "run", **parts, steps=2)
     assert align("mini-1", world / "captions.json", tmp_path / "run", **parts, steps=2) == made
-    model, words = LongVA.from_pretrained(made), toy.weights(tmp_path / "words")
-    assert all(torch.equal(words[n], model.state_dict()[n]) for n in words) and len(toy.losses(tmp_path / "run")) == 2
+    state = LongVA.from_pretrained(made).state_dict()
+    assert all(torch.equal(weight, state[name]) for name, weight in toy.weights(tmp_path / "words").items())
+    assert len(toy.losses(tmp_path / "run")) == 2
     assert LongVAProcessor.from_pretrained(made).image_processor.grid == 28
     with pytest.raises(TrainError, match="name one or the other"):
         align("mini-1", world / "captions.json", tmp_path / "both", world / "model", **parts)
 
 
-def test_settings_that_would_be_ignored(world, tmp_path):
-    go = lambda preset="mini-2", **more: align(preset, world / "captions.json", tmp_path / "run", world / "model", **more)
-    for wrong, said in ((dict(steps=0), "steps is 0"), (dict(reading=dict(pictures="unires")), "pictures 'unires'"), (dict(reading=dict(fps=0)), "fps 0"),
-                        (dict(preset=replace(PRESETS["mini-2"], rates={"vision": 1e-3})), "parts to train are vision"), (dict(stepz=3), "no such setting")):
-        with pytest.raises(TrainError, match=said):
-            go(**wrong)
+@pytest.mark.parametrize("wrong, words", [
+    (dict(steps=0), "steps is 0"),
+    (dict(pictures="unires"), "pictures 'unires'"),
+    (dict(fps=0), "fps 0"),
+    (dict(rates={"vision": 1e-3}), "parts to train are vision"),
+    (dict(stepz=3), "no setting stepz"),
+    (dict(lr=1e-9), "learning rate of its own"),  # one rate for all parts would be without effect
+])
+def test_settings_that_would_be_ignored(world, tmp_path, wrong, words):
+    with pytest.raises(TrainError, match=words):
+        align("mini-2", world / "captions.json", tmp_path / "run", world / "model", **wrong)
     assert not (tmp_path / "run").exists()
-    assert recipe_for(PRESETS["mini-2"], 100, warmup=0).warmup == 0 and recipe_for(PRESETS["mini-2"], 100, warmup=5).warmup == 5 and recipe_for(PRESETS["mini-2"], 100).warmup == 3
-    assert recipe_for(replace(PRESETS["mini-2"], rates={"tower": 1e-6, "language": 1e-4}), 100).lr == 1e-4  # what the log shows is a rate that something has
 
 
-def test_each_part_follows_the_schedule_at_its_own_rate(world):
-    loss = AlignLoss(LongVA.from_pretrained(world / "model"))
-    recipe, rates = recipe_for(PRESETS["paper-2"], 3200, steps=100), PRESETS["paper-2"].rates
-    groups = [dict(g, top=g["lr"]) for g in weight_groups(loss, rates)]
-    engine = Plain(loss, groups, replace(recipe, precision="fp32"), Ranks())
-    for step, share in ((0, 1 / 3), (2, 1.0), (3, 1.0), (51, 0.5 * (1 + math.cos(math.pi * 48 / 97))), (99, 0.5 * (1 + math.cos(math.pi * 96 / 97)))):
+def test_warmup_and_rate_of_a_preset():
+    warmup = [recipe_for(choose_preset("mini-2", given), 100).warmup for given in ({"warmup": 0}, {"warmup": 5}, {})]
+    assert warmup == [0, 5, 3]
+    preset = choose_preset("mini-2", {"rates": {"tower": 1e-6, "language": 1e-4}})
+    assert preset.recipe.lr == 1e-4  # what the log shows is a rate that something has
+
+
+def test_each_part_follows_the_schedule_at_its_own_rate(model):
+    loss = AlignLoss(model)
+    preset = choose_preset("paper-2", {"steps": 100})
+    recipe = recipe_for(preset, 3200)
+    engine = Plain(loss, part_groups(loss, preset.rates), replace(recipe, precision="fp32"), Ranks())
+    for step, share in (
+        (0, 1 / 3),
+        (2, 1.0),
+        (3, 1.0),
+        (51, 0.5 * (1 + math.cos(math.pi * 48 / 97))),
+        (99, 0.5 * (1 + math.cos(math.pi * 96 / 97))),
+    ):
         engine.clip_and_step(learning_rate(recipe, step) / recipe.lr)
-        assert {round(g["lr"] / g["top"], 9) for g in engine.optimizer.param_groups} == {round(share, 9)}
-    assert sorted({g["top"] for g in engine.optimizer.param_groups}) == [2e-6, 1e-5]
+        assert {round(group["lr"] / group["top"], 9) for group in engine.optimizer.param_groups} == {round(share, 9)}
+    assert sorted({group["top"] for group in engine.optimizer.param_groups}) == [2e-6, 1e-5]
 
 
 def test_full_disk_when_the_model_is_saved(world, tmp_path):
-    "One sentence on both ranks, nothing half-written; with room again, the same call saves what was trained."
-    settings = dict(SHORT, steps=1, rows=2, micro=1)
+    """One sentence on both ranks, nothing half-written; with room again, the same call saves what was trained."""
+    run = tmp_path / "run"
+    settings = dict(SHORT, steps=1, rows=2, micro=1, stage="mini-1", data="captions.json")
     room = (world / "model/model.safetensors").stat().st_size
-    for code, error in toy.wait(start(tmp_path / "run", world, 2, stage="mini-1", **settings, data="captions.json", largest=room // 2)):
-        assert code == 1 and "The model cannot be saved in" in error and "the same call saves it" in error and "Traceback" not in error, error[-2000:]
-    assert not (tmp_path / "run/model").exists() and not list((tmp_path / "run").glob("*.part")) and (tmp_path / "run/step-000001").exists()
-    finish(tmp_path / "run", start(tmp_path / "run", world, 1, stage="mini-1", **settings, data="captions.json"))
-    assert (tmp_path / "run/model/training.json").exists()
+    for code, error in toy.wait(start(run, world, 2, **settings, largest=room // 2)):
+        assert code == 1 and "Traceback" not in error, error[-2000:]
+        assert "The model cannot be saved in" in error and "the same call saves it" in error
+    assert not (run / "model").exists() and not list(run.glob("*.part")) and (run / "step-000001").exists()
+    finish(run, start(run, world, 1, **settings))
+    assert (run / "model/training.json").exists()
 
 
-def test_full_disk_for_the_list_of_bad_rows(world, tmp_path):
-    rows = Rows(open_data(world / "talk.jsonl"), Reading(LongVAProcessor.from_pretrained(world / "model")), Recipe(steps=1, rows=1), tmp_path, workers=0)
-    rows.found, rows.file = [dict(step=1, place=0, file="a.json", row=1, why="no file", instead="")], tmp_path / "not/here/bad_rows.jsonl"
-    with pytest.raises(TrainError, match="bad_rows.jsonl cannot be written .No such file"):
-        settle(rows)
+def test_full_disk_for_the_list_of_bad_rows(tmp_path):
+    (tmp_path / "file").touch()
+    bad_rows = BadRows(tmp_path / "file/run", rows=41)
+    bad_rows.found = [dict(step=1, place=0, file="a.json", row=1, why="no file", instead="")]
+    with pytest.raises(TrainError, match="bad_rows.jsonl cannot be written .(Not a directory|File exists)"):
+        bad_rows.report(seen=1)
 
 
-def test_processor_of_another_model_is_refused(world):
-    model = LongVA.from_pretrained(world / "model")
+def test_processor_of_another_model_is_refused(world, model):
     processor = LongVAProcessor.from_config(model.config, small.tokenizer(), pool_stride=1)
     with pytest.raises(TrainError, match="a pool of frames 1, and the model 2"):
         align("mini-2", world / "captions.json", world / "never", model, processor)
     assert not (world / "never").exists()
 
 
-def test_one_rate_for_all_parts_is_refused(world, tmp_path):
-    "It would be without effect."
-    with pytest.raises(TrainError, match="learning rate of its own"):
-        align("mini-2", world / "captions.json", tmp_path / "run", world / "model", lr=1e-9)
-    assert not (tmp_path / "run").exists()
-
-
 def test_files_and_mixtures(tmp_path):
     rows = [dict(id=i, conversations=talk("say red", "red")) for i in range(10)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    (tmp_path / "mix.yaml").write_text("datasets:\n" + "".join(f"- json_path: {f}\n  sampling_strategy: {s}\n" for f, s in
-                                       [("a.json", "first:3"), ("b.jsonl", "end:21%"), (str(tmp_path / "a.json"), "random:5"), ("'{a.json,b.jsonl}'", "all")]))
-    ids = [r.data["id"] for r in open_data(tmp_path / "mix.yaml")]
+    parts = [("a.json", "first:3"), ("b.jsonl", "end:21%"), (str(tmp_path / "a.json"), "random:5")]
+    parts.append(("'{a.json,b.jsonl}'", "all"))
+    lines = [f"- json_path: {file}\n  sampling_strategy: {strategy}\n" for file, strategy in parts]
+    (tmp_path / "mix.yaml").write_text("datasets:\n" + "".join(lines))
+    ids = [row.data["id"] for row in open_data(tmp_path / "mix.yaml")]
     assert ids[:6] == [0, 1, 2, 7, 8, 9] and len(set(ids[6:11])) == 5 and ids[11:] == [*range(10)] * 2
-    assert ids == [r.data["id"] for r in open_data(tmp_path / "mix.yaml")] and [r.number for r in take(open_data(tmp_path / "b.jsonl"), "end:2")] == [9, 10]
-    for name, content, why in [("c.json", "[1,", "broken JSON"), ("c.json", "{}", "list of rows"), ("c.json", "[]", "no rows"), ("c.yaml", "- a", "`datasets`"),
-                               ("c.yaml", "datasets: [{a: 1}]", "json_path"), ("c.yaml", f"datasets: [{{json_path: {tmp_path}/a.json, sampling_strategy: 'last:3'}}]", "sampling strategy"), ("c.yaml", "datasets: 3", "list `datasets`"),
-                               ("c.yaml", f"datasets: [{{json_path: {tmp_path}/a.json, sampling_strategie: 'first:2'}}]", "known are json_path"), ("c.csv", "", "must be")]:
-        (tmp_path / name).write_text(content)
-        with pytest.raises(DataError, match=why):
-            open_data(tmp_path / name)
+    assert ids == [row.data["id"] for row in open_data(tmp_path / "mix.yaml")]
+    assert [row.number for row in sample_rows(open_data(tmp_path / "b.jsonl"), "end:2")] == [9, 10]
 
 
-def test_which_tokens_are_learnt(world):
-    "Against the rule in words: markers of every turn, answers with their end; or answers alone."
-    processor = LongVAProcessor.from_pretrained(world / "model")
-    messages = [dict(role=r, content=c) for r, c in (("user", "<image>\nwhich colour?"), ("assistant", "red"), ("user", "say blue"), ("assistant", "blue"))]
-    turns = [("system", "You are a helpful assistant."), *((m["role"], m["content"]) for m in messages)]
-    for answers_only in (False, True):
-        expected = []
-        for role, text in turns:
-            answer, mark = role == "assistant", not answers_only
-            body = processor.tokenizer(text)["input_ids"]
-            expected += [("<|im_start|>", mark), (role, False), ("\n", False), *((t, answer) for t in processor.tokenizer.convert_ids_to_tokens(body)), ("<|im_end|>", mark or answer), ("\n", mark or answer)]
-        ids, learnt = token_ids(messages, processor, answers_only=answers_only)
-        assert [*zip(processor.tokenizer.convert_ids_to_tokens(ids), learnt.tolist())] == expected
+@pytest.mark.parametrize("name, content, why", [
+    ("c.json", "[1,", "broken JSON"),
+    ("c.json", "{}", "list of rows"),
+    ("c.json", "[]", "no rows"),
+    ("c.yaml", "- a", "`datasets`"),
+    ("c.yaml", "datasets: [{a: 1}]", "json_path"),
+    ("c.yaml", "datasets: [{json_path: FOLDER/a.json, sampling_strategy: 'last:3'}]", "sampling strategy"),
+    ("c.yaml", "datasets: 3", "list `datasets`"),
+    ("c.yaml", "datasets: [{json_path: FOLDER/a.json, sampling_strategie: 'first:2'}]", "known are json_path"),
+    ("c.csv", "", "must be"),
+])
+def test_files_that_cannot_be_read(tmp_path, name, content, why):
+    (tmp_path / "a.json").write_text(json.dumps([dict(id=0)]))
+    (tmp_path / name).write_text(content.replace("FOLDER", str(tmp_path)))
+    with pytest.raises(DataError, match=why):
+        open_data(tmp_path / name)
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_which_tokens_are_learned(processor, answers_only):
+    """Against the rule in words: markers of every turn, answers with their end; or answers alone."""
+    texts = ("<image>\nwhich colour?", "red", "say blue", "blue")
+    messages = [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
+    tokenizer = processor.tokenizer
+    marker = not answers_only
+    expected = []
+    for message in [dict(role="system", content="You are a helpful assistant."), *messages]:
+        answer = message["role"] == "assistant"
+        words = tokenizer.convert_ids_to_tokens(tokenizer(message["content"])["input_ids"])
+        expected += [("<|im_start|>", marker), (message["role"], False), ("\n", False)]
+        expected += [(word, answer) for word in words]
+        expected += [("<|im_end|>", marker or answer), ("\n", marker or answer)]
+    ids, learned = token_ids(messages, processor, answers_only=answers_only)
+    assert [*zip(tokenizer.convert_ids_to_tokens(ids), learned.tolist())] == expected
+
+
+def test_labels_of_a_sample_are_the_learned_tokens(world, processor):
+    turns = talk(f"<image>\n{question}", "red", "say blue", "blue")
+    row = Row(str(world / "x.json"), 1, dict(image="0.png", conversations=turns))
+    sample = read_row(row, Reading(processor))
+    ids, learned = token_ids(parse_row(row.data).messages, processor)
+    image = processor.image_token_id
+    assert sample["input_ids"][sample["input_ids"] != image].tolist() == ids[ids != image].tolist()
+    assert (sample["labels"] == -100).sum() == len(sample["labels"]) - learned[1:].sum()
+
+
+def test_every_row_once_an_epoch_and_like_lengths_together(world, processor, tmp_path):
+    data = open_data(world / "talk.jsonl")
     reading = Reading(processor)
-    sample = read_row(Row(str(world / "x.json"), 1, dict(image="0.png", conversations=talk(f"<image>\n{question}", "red", "say blue", "blue"))), reading)
-    ids, learnt = token_ids(messages, processor)
-    keep = sample["input_ids"] != processor.image_token_id
-    assert sample["input_ids"][keep].tolist() == ids[ids != processor.image_token_id].tolist() and (sample["labels"] == -100).sum() == len(sample["labels"]) - learnt[1:].sum()
 
+    def order(seed):
+        """Give the rows of 41 steps."""
+        recipe = Recipe(steps=41, rows=8, seed=seed)
+        samples = Samples(data, reading, recipe, BadRows(tmp_path, 41), block_steps=41, workers=0)
+        return [[samples.index(step, place) for place in range(8)] for step in range(41)]
 
-def test_every_row_once_an_epoch_and_like_lengths_together(world, tmp_path):
-    data, reading = open_data(world / "talk.jsonl"), Reading(LongVAProcessor.from_pretrained(world / "model"))
-    recipe = Recipe(steps=41, rows=8)
-    rows = Rows(data, reading, recipe, tmp_path, together=41, workers=0)
-    taken = [[rows.index(s, r) for r in range(8)] for s in range(41)]
+    taken = order(seed=0)
     assert sorted(sum(taken, [])) == sorted([*range(41)] * 8)  # eight epochs
     lengths = [[row_length(data[i], reading) for i in step] for step in taken]
-    short = sum(max(s) * 8 - sum(s) for s in lengths) / sum(max(s) * 8 for s in lengths)
-    assert short < 0.05 and max(map(max, lengths)) > 2 * min(map(min, lengths[:-1]))
-    other = Rows(data, reading, replace(recipe, seed=1), tmp_path, together=41, workers=0)
-    assert [[other.index(s, r) for r in range(8)] for s in range(41)] != taken
+    padding = sum(max(step) * 8 - sum(step) for step in lengths) / sum(max(step) * 8 for step in lengths)
+    assert padding < 0.05 and max(map(max, lengths)) > 2 * min(map(min, lengths[:-1]))
+    assert order(seed=1) != taken
 
 
-def test_loss_is_the_models_own(world):
-    "Against LongVA.forward, which embeds images and films in its own way; gradients of every trained weight, too."
-    data, reading = open_data(world / "talk.jsonl"), Reading(LongVAProcessor.from_pretrained(world / "model"))
-    model = LongVA.from_pretrained(world / "model")
+def test_loss_is_the_models_own(world, model, processor):
+    """Against LongVA.forward, which embeds images and videos in its own way; gradients of every trained weight, too."""
+    data = open_data(world / "talk.jsonl")
     loss = AlignLoss(model)
-    samples = [read_row(data[i], reading) for i in (0, 25, 33, 38)]
-    batch = loss.collate(samples)
+    batch = loss.collate([read_row(data[i], Reading(processor)) for i in (0, 25, 33, 38)])
     loss(batch, loss.count(batch)).backward()
-    mine = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    ours = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad()
-    logits = model(input_ids=batch["input_ids"], **{k: batch[k] for k in ("pixel_values", "image_layouts", "pixel_values_videos")}).logits
+    logits = model(input_ids=batch["input_ids"], **{name: batch[name] for name in PIXELS}).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
-    theirs = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert mine.keys() == theirs.keys() and max(float((mine[n] - theirs[n]).abs().max()) for n in mine) < 1e-5
+    theirs = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-5
 
 
-def test_command(world, tmp_path):
-    "As from the terminal: a run, and mistakes as sentences."
-    for data, made in (("lost.json", False), ("talk.jsonl", True)):
-        args = ["--preset", "mini-2", "--data", world / data, "--model", world / "model", "--out", tmp_path / data, "--steps", 2, "--rows", 4, "--bad-share", 0.1]
-        ((code, said),) = toy.wait(toy.start(tmp_path / data, body=small.command, args=args))
-        assert (code == 0 and "Done." in said if made else code == 1 and "lost.json cannot be read" in said) and "Traceback" not in said, said[-3000:]
-        assert (tmp_path / data / "model/config.json").exists() == (tmp_path / data).exists() == made
-    assert len(toy.losses(tmp_path / "talk.jsonl")) == 2
+@pytest.mark.parametrize("data, made", [("lost.json", False), ("talk.jsonl", True)])
+def test_command(world, tmp_path, data, made):
+    """As from the terminal: a run, and a mistake as a sentence."""
+    out = tmp_path / data
+    args = ["--preset", "mini-2", "--data", world / data, "--model", world / "model", "--out", out]
+    args += ["--steps", 2, "--rows", 4, "--bad-share", 0.1]
+    ((code, output),) = toy.wait(toy.start(out, body=small.command, args=args))
+    assert "Traceback" not in output
+    if made:
+        assert code == 0 and "Done." in output, output[-3000:]
+        assert (out / "model/config.json").exists() and len(toy.losses(out)) == 2
+    else:
+        assert code == 1 and "There is no file" in output and "lost.json" in output and not out.exists(), output[-3000:]
 
 
 def test_presets_are_the_papers():
-    one, two = PRESETS["paper-1"], PRESETS["paper-2"]
+    one = PRESETS["paper-1"]
+    two = PRESETS["paper-2"]
     assert one.rates == {"projector": 1e-3} and two.rates == {"language": 1e-5, "projector": 1e-5, "tower": 2e-6}
-    assert (one.length, two.length, one.warmup, two.warmup, one.epochs, two.epochs) == (8192, 32768, 0.03, 0.03, 1, 1)
+    assert (one.length, one.warm_up, one.epochs) == (8192, 0.03, 1)
+    assert (two.length, two.warm_up, two.epochs) == (32768, 0.03, 1)
     for preset in (one, two):
         r = preset.recipe
         assert (r.schedule, r.floor, r.weight_decay, r.precision, r.engine) == ("cosine", 0, 0, "bf16", "deepspeed")

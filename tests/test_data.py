@@ -58,7 +58,7 @@ def files(folder):
 def slow(out, settings):
     "A preparation that takes its time over every file."
     write = D._write
-    D._write = lambda path, save: (time.sleep(0.05), write(path, save))
+    D._write = lambda path, content: (time.sleep(0.05), write(path, content))
     prepare(settings["text"], out)
 
 

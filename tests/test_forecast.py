@@ -14,13 +14,14 @@ from longva.context.plan import per_token
 from longva.mini import load
 from longva.mini.world import write_film
 from longva.model.prefill import LiveBytes
-from longva.needle import trie
 from longva.needle.families import small
-from longva.needle.forecast import forecast
+from longva.needle.forecast import forecast_walks
+from longva.needle.haystack import Haystack
 from longva.needle.needles import save_needles
+from longva.needle.reader import Reader
 from longva.needle.trials import read_trials
-from longva.needle.trie import Cost, Reader, decide_paths, shares
-from longva.needle.vniah import Spot, encode, encode_needles, make_prompt, path_of
+from longva.needle.trie import Cost, decide_paths, shares
+from longva.needle.vniah import Reading, Spot, decide_asks, plan, run
 from longva.study.variants import mini_scene
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -48,11 +49,11 @@ def number(pattern, text):
 def read(monkeypatch):
     "Tokens that the language model is really called with, in this process."
     count, embed = [], Reader.embed
-    def counted(self, pieces, state):
+    def counted(self, pieces, state=None):
         given = embed(self, pieces, state)
         count.append(given["inputs_embeds"].shape[1])
         return given
-    monkeypatch.setattr(trie.Reader, "embed", counted)
+    monkeypatch.setattr(Reader, "embed", counted)
     return count
 
 
@@ -80,35 +81,42 @@ def test_an_adaptive_run_stays_between_its_bounds(here, read):
 
 
 def test_an_adaptive_run_sees_its_film_once(tmp_path, monkeypatch):
-    from longva.needle.variants import run_variant
     (model, processor), (hay, hide, _), calls = load("mini-short"), mini_scene(16, 10, 5), []
     see = type(model).encode_frames
     monkeypatch.setattr(type(model), "encode_frames", lambda self, pixels: calls.append(len(pixels)) or see(self, pixels))
-    trials = run_variant(model, processor, hay, hide, [16], [0, 1], tmp_path / "out", goal=0.15, progress=False)
+    trials = run((model, processor), hay, hide, [16], [0, 1], tmp_path / "out", half_width=0.15, progress=False)
     assert len(trials) > 2 * 5 and sum(calls) == 16 + 10
+
+
+def walk(model, processor, frames, spots):
+    "A reader that has seen the toy's film and needles, and the paths and answers of some trials."
+    reader = Reader(model, processor)
+    prompts = [reader.prompt(n) for n in needles()]
+    reader = reader.seeing(reader.encode(film(frames).array), reader.encode_needles(needles()))
+    return reader, [s.path(prompts[s.needle]) for s in spots], [prompts[s.needle].answer for s in spots]
 
 
 def test_memory_on_device_and_host():
     model, processor = toy()
-    prompts, hay, hidden = [make_prompt(processor, n) for n in needles()], encode(model, processor, film(100).array), encode_needles(model, processor, needles())
-    spots = [Spot(j, n, d) for n in (50, 100) for d in (0, 0.5) for j in (0, 1)]
-    paths, answers = [path_of(prompts[s.needle], s) for s in spots], [prompts[s.needle].answer for s in spots]
+    reader, paths, answers = walk(model, processor, 100, [Spot(j, n, d) for n in (50, 100) for d in (0, 0.5) for j in (0, 1)])
+    tokens = reader.haystack, reader.needles
     for kv in ("device", "host"):
-        told = forecast(model, prompts, spots, speed=1e9, kv=kv, link=1e9)
-        with LiveBytes([*model.parameters(), *model.buffers(), hay, hidden]) as live: held = max(live.now for _ in decide_paths(Reader(model, hay, hidden), paths, answers, host=kv == "host"))
+        told = forecast_walks(reader, [(paths, answers)], Reading(kv=kv), speed=1e9, link=1e9)
+        with LiveBytes([*model.parameters(), *model.buffers(), *tokens]) as live:
+            held = max(live.now for _ in decide_paths(reader, paths, answers, host=kv == "host"))
         assert held == pytest.approx(told.parts["KV cache"] + told.host, rel=0.03)
         assert told.host == (per_token(model.config, 4)["kv"] * told.cost.longest if kv == "host" else 0)
-    assert told.steps["copies"] > 0 and forecast(model, prompts, spots, speed=1e9, naive=True, kv="host").steps["copies"] == 0
+    naive = forecast_walks(reader, [(paths, answers)], Reading(naive=True, kv="host"), speed=1e9)
+    assert told.steps["copies"] > 0 and naive.steps["copies"] == 0
 
 
 def test_workers_read_their_beginnings_each_for_itself():
     model, processor = toy()
-    prompts, hay, hidden = [make_prompt(processor, n) for n in needles()], encode(model, processor, film(8).array), encode_needles(model, processor, needles())
-    told, spent, reader = forecast(model, prompts, GRID, speed=1e9, workers=2), Cost(), Reader(model, hay, hidden)
-    paths, answers = [path_of(prompts[s.needle], s) for s in GRID], [prompts[s.needle].answer for s in GRID]
+    reader, paths, answers = walk(model, processor, 8, GRID)
+    told, spent = forecast_walks(reader, [(paths, answers)], Reading(workers=2), speed=1e9), Cost()
     for part in shares(reader, paths, answers, 2): assert list(decide_paths(reader, [paths[i] for i in part], [answers[i] for i in part], spent=spent))
     assert told.cost.tokens == spent.tokens and told.cost.flops == pytest.approx(spent.flops) and "in each of 2 processes" in str(told)
-    assert told.cost.tokens > forecast(model, prompts, GRID, speed=1e9).cost.tokens
+    assert told.cost.tokens > forecast_walks(reader, [(paths, answers)], speed=1e9).cost.tokens
 
 
 @pytest.mark.parametrize("words", [["--naive"], ["--kv", "host"]], ids=" ".join)
@@ -149,7 +157,7 @@ def test_generated_needles_without_their_frames():
     from longva.needle.families import SPECIAL, byte_tokenizer
     from longva.needle.generate import generate
     from longva.needle.trials import wilson
-    from longva.needle.variants import decide_asks, plan_variant
+    from longva.needle.variants import Blind
     tokenizer = byte_tokenizer("<video>")
     config = mini_config(len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids(SPECIAL[-2]), video_token_id=tokenizer.convert_tokens_to_ids(SPECIAL[-1]), text={"num_hidden_layers": 2})
     torch.manual_seed(0)
@@ -157,8 +165,9 @@ def test_generated_needles_without_their_frames():
     with torch.no_grad():
         for p in model.model.layers.parameters(): p.mul_(8 if p.ndim == 2 else 1)
     drawn = [replace(n, image=Image.new("RGB", (8, 8))) for n in generate(576, seed=3, side=8)]
-    scene, asks = plan_variant(processor, film(4), drawn, [4], [0], "blind")
-    hay = encode(model, processor, film(4).array)
-    said = [correct for _, (_, correct, _), _ in decide_asks(Reader(model, hay, None), list(asks.values()), scene)]
+    reader = Reader(model, processor)
+    _, asks = plan(reader, Haystack(film(4)), drawn, [4], [0], Blind())
+    reader = reader.seeing(reader.encode(film(4).array))
+    said = [correct for _, (_, correct, _), _ in decide_asks(reader, list(asks.values()), Blind())]
     low, high = wilson(sum(said), len(said))
     assert len(said) == 576 and low < 0.25 < high, (sum(said), low, high)

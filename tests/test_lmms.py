@@ -1,6 +1,6 @@
 """The lmms-eval plug-in: against oracles everywhere, and inside the real package where it is installed.
 
-lmms-eval has pins of its own, and an environment of its own. The lines that make it are in nbs/780_lmms.ipynb. Then:
+lmms-eval has pins of its own, and an environment of its own. The lines that make it are in nbs/790_lmms.ipynb. Then:
 
     LONGVA_LMMS_ENV=lmms_env pytest tests/test_lmms.py
 
@@ -22,7 +22,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import longva.lmms
-from longva.lmms import Answerer, LmmsError, begins_with, command, curve, part_of, read_point, read_video, splice_frames, table, user_turn, write_vniah
+from longva.commands.lmms import lmms_app
+from longva.lmms import Answerer, LmmsError, part_of, user_turn, write_vniah
+from longva.lmms.curve import curve_table, last_error, point_command, read_point, run_curve
+from longva.lmms.model import model_class
+from longva.lmms.tasks import begins_with
+from longva.lmms.visuals import read_video, splice_frames
 from longva.mini.world import draw_frame, write_film, write_needles
 from longva.needle.haystack import Haystack
 from longva.needle.needles import load_needles
@@ -238,9 +243,9 @@ def test_import_needs_no_lmms_eval(monkeypatch):
     code = "import sys, longva.lmms as m; assert not [n for n in sys.modules if n.startswith('lmms_eval')]; print(m.Answerer.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "Answerer", done.stderr
-    monkeypatch.setattr(longva.lmms, "find_spec", lambda name: None)
-    for call in (longva.lmms.manifest, lambda: longva.lmms.LongVAChat, lambda: longva.lmms.model_class.__wrapped__(True), lambda: curve("mini-longva", "x", [1], "out")):
-        with pytest.raises(LmmsError, match=r"^lmms-eval is not installed here: make an environment for it, as the notebook 780_lmms says\.$"): call()
+    monkeypatch.setattr("longva.lmms.model.find_spec", lambda name: None)
+    for call in (longva.lmms.manifest, lambda: longva.lmms.LongVAChat, lambda: model_class.__wrapped__(True), lambda: run_curve("mini-longva", "x", [1], "out")):
+        with pytest.raises(LmmsError, match=r"^lmms-eval is not installed here: make an environment for it, as the notebook 790_lmms says\.$"): call()
 
 
 def test_the_entry_point_is_declared(tmp_path):
@@ -280,7 +285,7 @@ def test_the_task_folder(world, tmp_path):
 def test_the_tasks_decide_as_the_bench(world, tmp_path):
     grid = dict(frames=[8, 48], depths=[0, 0.3, 1])
     lm = Simple("mini-short", device="cpu")
-    bench = run(lm.model, lm.processor, world / "film.mp4", world / "needles", **grid, out=tmp_path / "bench", name="mini-short", progress=False)
+    bench = run((lm.model, lm.processor), world / "film.mp4", world / "needles", **grid, out=tmp_path / "bench", progress=False)
     write_vniah(world / "film.mp4", world / "needles", **grid, out=tmp_path / "tasks")
     rows = [json.loads(line) for n in grid["frames"] for line in open(tmp_path / "tasks" / f"vniah_{n}.jsonl")]
     lm.task_dict = {"vniah": {"test": rows}}
@@ -318,9 +323,9 @@ def test_curve(tmp_path, monkeypatch, capsys):
     (tmp_path / "path" / "lmms_eval" / "__init__.py").touch()
     (tmp_path / "path" / "lmms_eval" / "__main__.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'path'}{os.pathsep}{root}")
-    monkeypatch.setattr(longva.lmms, "need_lmms", lambda: None)
+    monkeypatch.setattr("longva.lmms.curve.need_lmms", lambda: None)
     out = tmp_path / "out"
-    go = lambda frames, **more: curve("some/model", "toy", frames, out, **more)
+    go = lambda frames, **more: run_curve("some/model", "toy", frames, out, **more)
     rows = go([16, 8, 8])
     assert [(r["frames"], r["score"], r["stderr"], r["documents"], r["seconds_model"], r["seconds_reading"]) for r in rows] == [(8, 0.08, 0.1, 7, 0.008, 0.5), (16, 0.16, 0.1, 7, 0.016, 0.5)]
     lines = capsys.readouterr().out.splitlines()
@@ -333,22 +338,22 @@ def test_curve(tmp_path, monkeypatch, capsys):
     go([8], model_args="fps=1,frames={frames}")
     assert calls()[-1] == "pretrained=some/model,fps=1,frames=8 toy" and len(calls()) == 3  # unless something changed
     with pytest.raises(LmmsError, match="no results at 99 frames: ValueError: Task toy, document 3 of test can't be shown"): go([99])
-    assert table([]).split() == ["frames", "task", "metric", "score", "+-", "documents", "s", "model", "s", "reading"] and read_point(tmp_path / "nowhere", 3) == []
-    words = command("m", "vniah_{frames}", 8, "o", include_path="t", processes=2, more=["--limit", "2"])
+    assert curve_table([]).split() == ["frames", "task", "metric", "score", "+-", "documents", "s", "model", "s", "reading"] and read_point(tmp_path / "nowhere", 3) == []
+    words = point_command("m", "vniah_{frames}", 8, "o", include_path="t", processes=2, more=["--limit", "2"])
     assert words[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] and "vniah_8" in words and "pretrained=m" in words and words[-2:] == ["--limit", "2"]
 
 
 @pytest.mark.parametrize("wrong, sentence", [
-    (["--frames", "0"], "frames is 0, and must be whole numbers from 1, as 8,16,32."), (["--frames=-4,8"], "frames is -4,8, and must be whole numbers from 1"), (["--frames", ""], "not a list of numbers"),
+    (["--frames", "0"], "frames is 0, and must be whole numbers from 1, as 8,16,32."), (["--frames=-4,8"], "frames is -4,8, and must be whole numbers from 1"), (["--frames", ""], "--frames takes whole numbers"),
     (["--tasks", " "], "No task is named"), (["--processes", "0"], "processes is 0, and must be a whole number from 1."), (["--include-path", "nowhere"], "There is no folder nowhere with tasks"),
     (["--out", "taken"], "taken"), (["--out", "taken/below"], "taken"),
 ])
 def test_a_curve_that_cannot_be_is_one_sentence(wrong, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(longva.lmms, "need_lmms", lambda: None)
-    monkeypatch.setattr(longva.lmms.subprocess, "run", lambda *a, **k: pytest.fail("it ran"))
+    monkeypatch.setattr("longva.lmms.curve.need_lmms", lambda: None)
+    monkeypatch.setattr("longva.lmms.curve.subprocess.run", lambda *a, **k: pytest.fail("it ran"))
     (tmp_path / "taken").write_text("a file")
-    done = CliRunner().invoke(longva.lmms.app, ["curve", "--pretrained", "mini-longva", "--tasks", "toy", "--frames", "4", "--out", "out", *wrong])
+    done = CliRunner().invoke(lmms_app, ["curve", "--pretrained", "mini-longva", "--tasks", "toy", "--frames", "4", "--out", "out", *wrong])
     assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit) and sentence in done.output
     assert done.exit_code == 2 or len(done.stderr.strip().splitlines()) == 1
     assert [p.name for p in tmp_path.iterdir() if p.name != "taken"] in ([], ["out"]) and not list(tmp_path.glob("out/*"))
@@ -356,15 +361,15 @@ def test_a_curve_that_cannot_be_is_one_sentence(wrong, sentence, tmp_path, monke
 
 def test_what_lmms_eval_said_is_cut_to_the_sentence():
     line = "2026-11-29 13:51:45 | ERROR    | lmms_eval.__main__:cli_evaluate:614 - Error during evaluation: fps is -1.0, and must be a number above 0.. Please set `--verbosity=DEBUG` to get more information."
-    assert longva.lmms.last_error(f"noise\n{line}\nmore") == "fps is -1.0, and must be a number above 0"
-    assert longva.lmms.last_error("ValueError: no such thing.\n") == "ValueError: no such thing" and longva.lmms.last_error("") == "it said nothing"
+    assert last_error(f"noise\n{line}\nmore") == "fps is -1.0, and must be a number above 0"
+    assert last_error("ValueError: no such thing.\n") == "ValueError: no such thing" and last_error("") == "it said nothing"
 
 
 def test_the_commands(world, tmp_path):
     ask = lambda frames, out: ["vniah", "--film", str(world / "film.mp4"), "--needles", str(world / "needles"), "--frames", frames, "--out", str(tmp_path / out)]
-    done = CliRunner().invoke(longva.lmms.app, ask("4,8", "tasks"))
+    done = CliRunner().invoke(lmms_app, ask("4,8", "tasks"))
     assert done.exit_code == 0 and (tmp_path / "tasks" / "vniah_8_forced.yaml").is_file(), done.output
-    assert CliRunner().invoke(longva.lmms.app, ask("4,many", "more")).exit_code == 2
+    assert CliRunner().invoke(lmms_app, ask("4,many", "more")).exit_code == 2
     done = subprocess.run([sys.executable, "-m", "longva.lmms", *ask("4,800", "more")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "holds 64 frames" in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "more").exists()
 
@@ -375,7 +380,7 @@ def test_the_commands(world, tmp_path):
 def real(tmp_path_factory):
     "Runs lmms-eval in its own environment: returns (output, results or None, samples by task)."
     named = os.environ.get("LONGVA_LMMS_ENV")
-    if not named: pytest.skip("lmms-eval is not run: make an environment for it by the lines of nbs/780_lmms.ipynb, and name it in LONGVA_LMMS_ENV; or LONGVA_LMMS_ENV=build")
+    if not named: pytest.skip("lmms-eval is not run: make an environment for it by the lines of nbs/790_lmms.ipynb, and name it in LONGVA_LMMS_ENV; or LONGVA_LMMS_ENV=build")
     place = tmp_path_factory.mktemp("real")
     if named == "build": named = build(place)
     python = Path(named).expanduser().absolute() / "bin" / "python"
@@ -396,7 +401,7 @@ def real(tmp_path_factory):
 
 def install_lines():
     "What the notebook tells a newcomer to type."
-    cells = json.loads((root / "nbs" / "780_lmms.ipynb").read_text("utf-8"))["cells"]
+    cells = json.loads((root / "nbs" / "790_lmms.ipynb").read_text("utf-8"))["cells"]
     return [line for line in "".join(cells[0]["source"]).splitlines() if "lmms_env" in line and line.startswith(("python3 ", "lmms_env/"))]
 
 
@@ -476,7 +481,7 @@ def test_real_likelihood(real, tasks, world, tmp_path):
     lm.task_dict = {"toy": {"test": docs}}
     pick = [int(np.argmax([lm.score(lm.prepare(user_turn(d["see"], d["ask"])), c)[0] for c in d["choices"]])) for d in docs]
     assert results["results"]["toy_choose"]["acc,none"] == np.mean([p == d["gold"] for p, d in zip(pick, docs)])
-    bench = run(lm.model, lm.processor, world / "film.mp4", world / "needles", frames=[8, 48], depths=[0, 0.3, 1], out=tmp_path, name="mini-short", progress=False)
+    bench = run((lm.model, lm.processor), world / "film.mp4", world / "needles", frames=[8, 48], depths=[0, 0.3, 1], out=tmp_path, progress=False)
     for n in (8, 48): assert results["results"][f"vniah_{n}_forced"]["vniah,none"] == pytest.approx(np.mean([t.correct for t in bench if t.frames == n]))
 
 

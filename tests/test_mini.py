@@ -24,7 +24,7 @@ def exam(tmp_path_factory):
 
 
 def ask(model, processor, haystack, needles, out):
-    return {(t.needle, t.frames, t.depth): t.argmax_ids for t in run(model, processor, haystack, needles, LENGTHS, DEPTHS, out, seed=SEED, progress=False)}
+    return {(t.needle, t.frames, t.depth): t.argmax_ids for t in run((model, processor), haystack, needles, LENGTHS, DEPTHS, out, seed=SEED, progress=False)}
 
 
 def test_decoded_film_gives_the_decisions_of_drawn_frames(exam, tmp_path):
@@ -42,7 +42,7 @@ import json, sys
 from longva import mini
 from longva.needle.vniah import run
 film, needles, model, out = sys.argv[1:]
-trials = run(*mini.load(model), film, needles, [16, 64], [0, 0.5], out, progress=False)
+trials = run(mini.load(model), film, needles, [16, 64], [0, 0.5], out, progress=False)
 print(json.dumps([[t.needle, t.frames, t.depth, t.argmax_ids] for t in trials]))
 """
 
@@ -54,7 +54,7 @@ def test_saved_model_decides_alike_in_a_fresh_process(exam, tmp_path, name):
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     needles = film.parent / "needles"
-    here = [[t.needle, t.frames, t.depth, t.argmax_ids] for t in run(model, processor, film, needles, [16, 64], [0, 0.5], tmp_path / "here", progress=False)]
+    here = [[t.needle, t.frames, t.depth, t.argmax_ids] for t in run((model, processor), film, needles, [16, 64], [0, 0.5], tmp_path / "here", progress=False)]
     said = subprocess.run([sys.executable, "-c", AGAIN, str(film), str(needles), str(tmp_path / "saved"), str(tmp_path / "there")], capture_output=True, text=True, check=True)
     assert json.loads(said.stdout.splitlines()[-1]) == here
 
@@ -64,7 +64,7 @@ def test_the_twins_differ_at_length(exam, tmp_path):
     film, needles = exam
     right = {}
     for name in ("mini-longva", "mini-short"):
-        trials = run(*mini.load(name), film, needles, [16, 128], [0, 0.5, 1], tmp_path / name, progress=False)
+        trials = run(mini.load(name), film, needles, [16, 128], [0, 0.5, 1], tmp_path / name, progress=False)
         right[name] = {n: np.mean([t.correct for t in trials if t.frames == n]) for n in (16, 128)}
     assert right["mini-longva"][16] > 0.9 < right["mini-longva"][128]
     assert right["mini-short"][16] > 0.9 and right["mini-short"][128] < 0.5

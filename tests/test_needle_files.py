@@ -293,7 +293,7 @@ def test_a_sweep_that_fails_at_once_leaves_nothing(tmp_path):
     def fail_later(spots):
         yield [trial()]
         raise VideoError("x.mp4 is damaged.")
-    given = dict(model=torch.nn.Linear(1, 1), name="m", settings={}, progress=False, spots={key(t): t for t in (trial(), trial(needle="b"))})
+    given = dict(model=torch.nn.Linear(1, 1), settings=dict(model="m"), progress=False, trials={key(t): t for t in (trial(), trial(needle="b"))})
     for out in (tmp_path / "new" / "out", tmp_path / "old"):
         if out.name == "old": out.mkdir(); (out / "mine.txt").touch()
         before = sorted(tmp_path.rglob("*"))

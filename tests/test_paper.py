@@ -13,7 +13,7 @@ import typer
 
 from longva.cli import app as cli_app
 from longva.commands.base import grid, numbers
-from longva.lmms import app as lmms_app
+from longva.commands.lmms import lmms_app
 from longva.needle.trials import wilson
 from longva.study.paper import ROWS, as_dict, curves, maps, reading, recorded
 
@@ -114,7 +114,7 @@ def test_presets_are_those_of_table_9():
     from longva.train.align import PRESETS
     one, two = PRESETS["paper-1"], PRESETS["paper-2"]
     assert one.rates == {"projector": 1e-3} and two.rates == {"language": 1e-5, "projector": 1e-5, "tower": 2e-6}
-    assert [(p.recipe.rows, p.length, p.recipe.schedule, p.warmup, p.epochs, p.pictures) for p in (one, two)] == [
+    assert [(p.recipe.rows, p.length, p.recipe.schedule, p.warm_up, p.epochs, p.pictures) for p in (one, two)] == [
         (128, 8192, "cosine", 0.03, 1, "square"), (32, 32768, "cosine", 0.03, 1, "model")]
     said = "".join(json.dumps(c["source"]) for c in json.loads((ROOT / "nbs/paper/table9.ipynb").read_text())["cells"])
     assert all(words in said for words in ("1e-3", "1e-5", "2e-6", "8,192", "32,768", "3% warm-up"))
@@ -147,5 +147,6 @@ def test_pictures_show_counts():
     low, high = wilson(9, 10)
     assert list(figure.data[0].y) == [0.9, 0.1] and figure.data[0].error_y.array[0] == pytest.approx(high - 0.9) and figure.data[0].error_y.arrayminus[0] == pytest.approx(0.9 - low)
     drawn = maps({"a": [[8, 0, 9, 10], [16, 1, 5, 10]], "b": [[8, 0, 1, 10]]}, "frames")
-    assert [list(row) for row in drawn.data[0].z] == [[0.9, None], [None, 0.5]] and [t.text for t in drawn.layout.annotations] == ["a", "b"]
+    assert [list(row) for row in drawn.data[0].z] == [[0.9, None], [None, 0.5]]
+    assert [t.text[0] for t in drawn.layout.annotations] == ["a", "b"]
     assert recorded("nothing/such") is None

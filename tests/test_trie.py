@@ -16,10 +16,11 @@ import torch.multiprocessing as mp
 from longva.context.parallel import context_parallel
 from longva.context.plan import per_token, sizes
 from longva.model.prefill import LiveBytes
+from longva.needle.reader import Reader
 from longva.needle.sweep import judge
 from longva.needle.trials import NeedleError, key, read_trials
-from longva.needle.trie import Cost, Counting, Reader, decide_paths, join, shares, trie, trie_cost
-from longva.needle.vniah import Spot, path_of, run
+from longva.needle.trie import Cost, Counting, decide_paths, join, shares, trie, trie_cost
+from longva.needle.vniah import Reading, Spot, run
 
 sys.path.insert(0, str(Path(__file__).parent))
 from needle_toy import film, needles, toy
@@ -31,7 +32,7 @@ def reader():
     model, _ = toy()
     source = torch.Generator().manual_seed(1)
     tokens = lambda n: torch.randn(n, 4, model.config.text_config.hidden_size, generator=source)
-    return Reader(model, tokens(12), tokens(3))
+    return Reader(model).seeing(tokens(12), tokens(3))
 
 
 def odd_paths(count=40, seed=0):
@@ -64,7 +65,7 @@ def test_every_path_as_if_alone(reader, how):
 
 
 def test_exact_in_float64(reader):
-    (paths, answers), wide = odd_paths(20), Reader(toy()[0].double(), reader.haystack.double(), reader.needles.double())
+    (paths, answers), wide = odd_paths(20), Reader(toy()[0].double()).seeing(reader.haystack.double(), reader.needles.double())
     for i, logits, _ in decide_paths(wide, paths, answers, chunk=16):
         assert logits.dtype == torch.float64 and (logits - by_hand(wide, paths[i], answers[i])).abs().max() < 1e-11
 
@@ -122,7 +123,7 @@ def test_one_buffer(reader):
     want = trie_cost(reader, paths, answers).longest * per_token(model.config, 4)["kv"]
     for host in (False, True):
         with LiveBytes([*model.parameters(), *model.buffers(), hay, reader.needles]) as live:
-            held = [live.now for _ in decide_paths(Reader(model, hay, reader.needles), paths, answers, host=host)]
+            held = [live.now for _ in decide_paths(Reader(model).seeing(hay, reader.needles), paths, answers, host=host)]
         assert max(held) < 1.02 * want * (1 + host / model.config.text_config.num_hidden_layers)  # the stage is one layer more
 
 
@@ -150,7 +151,7 @@ def test_original_numbers_through_the_trie(parity):  # noqa: F811
     rows = iter(tensors["answer_span_logits"])
     logits = [torch.stack([next(rows) for _ in prompts[s.needle].answer]) for s in spots]
     answers, spent, seen = [prompts[s.needle].answer for s in spots], Cost(), 0
-    for i, found, _ in decide_paths(Reader(model, tensors["haystack"], tensors["needles"]), [path_of(prompts[s.needle], s) for s in spots], answers, spent=spent):
+    for i, found, _ in decide_paths(Reader(model).seeing(tensors["haystack"], tensors["needles"]), [s.path(prompts[s.needle]) for s in spots], answers, spent=spent):
         assert (found - logits[i]).abs().max() < 1e-4
         best, correct, margin = judge(found, answers[i])
         assert (best, correct) == verdicts[i][:2] and (not correct or abs(margin - verdicts[i][2]) < 2e-4)
@@ -163,8 +164,8 @@ def _rank(rank, folder, tensors):
     model, (paths, answers) = toy()[0], odd_paths(6)
     model.set_attn_implementation({"text_config": "longva_cp"})
     with context_parallel():
-        with pytest.raises(NeedleError, match="naive=True"): next(decide_paths(Reader(model, *tensors), paths, answers))
-        torch.save({i: logits for i, logits, _ in decide_paths(Reader(model, *tensors), paths, answers, naive=True)}, f"{folder}/{rank}")
+        with pytest.raises(NeedleError, match="naive=True"): next(decide_paths(Reader(model).seeing(*tensors), paths, answers))
+        torch.save({i: logits for i, logits, _ in decide_paths(Reader(model).seeing(*tensors), paths, answers, naive=True)}, f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
@@ -182,7 +183,9 @@ def test_full_passes_over_two_ranks(reader, tmp_path):
 
 def sweep(out, pause=0.0, **how):
     model, processor = toy()
-    return run(model, processor, film(10), needles(), range(2, 11, 2), [0, 0.5, 1], out, name="toy", progress=False, on_trial=lambda trial: time.sleep(pause), **how)
+    reader = Reader(model, processor, name="toy")
+    shown = dict(progress=False, on_trial=lambda trial: time.sleep(pause))
+    return run(reader, film(10), needles(), range(2, 11, 2), [0, 0.5, 1], out, reading=Reading(**how), **shown)
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ from longva.needle.features import cached_features, clear_features
 from longva.needle.haystack import Haystack, list_videos
 from longva.needle.names import VARIANT_HELP
 from longva.needle.needles import load_needles, save_needles
+from longva.needle.reader import Reader
 from longva.needle.statistics import compare
 from longva.needle.trials import NeedleError, key, read_trials
-from longva.needle.variants import VARIANTS, run_variant
-from longva.needle.vniah import run
+from longva.needle.variants import VARIANTS, Clock, named_variant
+from longva.needle.vniah import Reading, Scene, Spot, run
 from longva.study.variants import MINI_WORDING, mini_scene
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,8 +43,11 @@ def inside(tmp_path, monkeypatch):
 def runs(tmp_path_factory):
     "Two variants of one small test."
     out, (model, processor), (film, needles, alike) = tmp_path_factory.mktemp("runs"), load("mini-longva"), mini_scene(24, 3, 5)
-    run = lambda variant, **more: run_variant(model, processor, film, needles, [12, 24], [0, 0.5, 1], out / variant, variant, wording=MINI_WORDING, distance=6, progress=False, **more)
-    return out, run("vniah"), run("vniah-d", look_alikes=alike)
+    def go(name):
+        variant = named_variant(name, wording=MINI_WORDING, distance=6, distractors=alike)
+        return run((model, processor), film, needles, [12, 24], [0, 0.5, 1], out / name, variant, progress=False)
+
+    return out, go("vniah"), go("vniah-d")
 
 
 def test_accuracies_as_the_original_reads_them(runs):
@@ -132,12 +136,17 @@ def decided(trials):
     return [(key(t), t.argmax_ids, t.correct, t.margin) for t in trials]
 
 
-@pytest.mark.parametrize("sweep", [run, run_variant])
-def test_a_second_sweep_encodes_nothing(tmp_path, sweep, monkeypatch):
+@pytest.mark.parametrize("name", ["vniah", "tenth"])
+def test_a_second_sweep_encodes_nothing(tmp_path, name, monkeypatch):
     (model, processor), (film, needles, _), calls = load("mini-longva"), mini_scene(12, 2, 5), []
     see = type(model).encode_frames
     monkeypatch.setattr(type(model), "encode_frames", lambda self, pixels: calls.append(len(pixels)) or see(self, pixels))
-    go = lambda out, lengths=(6, 12), film=film, **more: sweep(model, processor, film, needles, list(lengths), [0, 1], tmp_path / out, progress=False, **more)
+    variant = named_variant(name, wording=MINI_WORDING)
+
+    def go(out, lengths=(6, 12), features=None, fit="pad"):
+        haystack = Haystack(film, fit=fit)
+        return run((model, processor), haystack, needles, list(lengths), [0, 1], tmp_path / out, variant, Reading(features=features), progress=False)
+
     plain, first = go("plain"), None
     calls.clear()
     first = go("first", features=tmp_path / "tokens")
@@ -152,7 +161,9 @@ def test_a_second_sweep_encodes_nothing(tmp_path, sweep, monkeypatch):
 
 def test_a_short_haystack_starts_again(tmp_path):
     (model, processor), (film, needles, _) = load("mini-longva"), mini_scene(6, 1, 5)
-    go = lambda film, out, **more: run(model, processor, film, needles, [4, 14], [0.5], tmp_path / out, progress=False, **more)
+    def go(film, out, repeat=False):
+        return run((model, processor), Haystack(film, repeat=repeat), needles, [4, 14], [0.5], tmp_path / out, progress=False)
+
     with pytest.raises(NeedleError, match="holds 6 frames, and 14 are wanted"): go(film, "refused")
     assert not (tmp_path / "refused").exists()
     long = type(film)(film.array[[k % 6 for k in range(14)]], film.seconds, film.fps)
@@ -197,15 +208,15 @@ def test_clock_times_are_those_of_the_film(tmp_path):
     "Eight seconds into a film of four frames a second, or of those that fps leaves of it, it is eight seconds."
     import numpy as np
 
-    from longva.needle.variants import Scene, clock
     from longva.vision.video import write_video
     (model, processor), (_, needles, _) = load("mini-longva"), mini_scene(24, 3, 5)
     film = tmp_path / "four.mp4"
     write_video([np.full((32, 32, 3), i, np.uint8) for i in range(80)], film, fps=4)
     for fps, n in ((None, 64), (2.0, 32), (1.0, 16)):
-        one = clock(Scene(processor, needles, MINI_WORDING, fps=Haystack(film, fps).rate), 0, n, 0.5)
+        scene = Scene(Reader(model, processor), needles, fps=Haystack(film, fps).rate)
+        one = Clock(MINI_WORDING).ask(scene, Spot(0, n, 0.5))
         assert one.seconds == pytest.approx(8) and processor.tokenizer.decode(one.answer) == "0 0 0 8"
-    run_variant(model, processor, film, needles[:1], [32], [0.5], tmp_path / "clock", "clock", wording=MINI_WORDING, progress=False)
+    run((model, processor), film, needles[:1], [32], [0.5], tmp_path / "clock", Clock(MINI_WORDING), progress=False)
     told = read_trials(tmp_path / "clock" / "trials.jsonl")[0]
     assert processor.tokenizer.decode(told.answer_ids) == "0 0 0 4"
 

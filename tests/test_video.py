@@ -15,7 +15,8 @@ import av
 import numpy as np
 import pytest
 
-from longva.vision import mp4, video
+from longva.vision import index as video_index
+from longva.vision import video
 from longva.vision.video import FrameRequest, VideoError, pick_frames, read_frames, video_info, write_video
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -116,7 +117,7 @@ def test_decord_is_refused_where_it_would_miscount(films, name):
 
 
 def test_the_contents_of_an_mp4_are_what_its_packets_say(films, tmp_path):
-    from longva.vision.video import _listed, _open, _packets
+    from longva.vision.index import _table, open_video, read_packets
     encode(tmp_path / "open.mp4", bars(), "mp4", g="30", bf="3", **{"x264-params": "open-gop=1"})
     encode(tmp_path / "uneven.mp4", bars(10), "mp4", times=[0, 20, 40, 60, 600, 620, 1200, 3000, 3020, 3600])
     with av.open(str(films / "a.mp4")) as old, av.open(str(tmp_path / "parts.mp4"), "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}) as new:
@@ -126,8 +127,8 @@ def test_the_contents_of_an_mp4_are_what_its_packets_say(films, tmp_path):
     cut = [remux(films / "a.mp4", tmp_path / f"cut{i}.mp4", at / 30) for i, at in enumerate((0, 50, 80))]
     listed = {}
     for path in [films / "a.mp4", films / "front.mp4", films / "c.mov", films / "a.mkv", *sorted(tmp_path.glob("*.mp4"))]:
-        found = _listed(path)
-        with _open(path) as (container, stream): packets = _packets(container, stream, path.stat().st_size)
+        found = _table(path)
+        with open_video(path) as (container, stream): packets = read_packets(container, stream, path.stat().st_size)
         listed[path.name] = found is not None
         if found: assert all(np.array_equal(x, y) for x, y in zip(found, packets)), path
     assert {name for name, was in listed.items() if was} >= {"a.mp4", "front.mp4", "uneven.mp4"}, listed
@@ -136,33 +137,33 @@ def test_the_contents_of_an_mp4_are_what_its_packets_say(films, tmp_path):
 
 def test_a_damaged_table_is_no_traceback_and_no_other_film(films, tmp_path):
     "Bytes of the table are changed: what it says then is what the packets say, or there is no answer, or a sentence."
-    from longva.vision.video import _listed, _open, _packets
+    from longva.vision.index import _table, open_video, read_packets
     whole, rng, seen = (films / "a.mp4").read_bytes(), np.random.default_rng(0), []
     path, table = tmp_path / "damaged.mp4", whole.index(b"moov") - 4
     for _ in range(400):
         data = bytearray(whole)
         for at in rng.integers(table, len(data), rng.integers(1, 4)): data[at] = rng.integers(256)
         path.write_bytes(data)
-        try: found = _listed(path)
+        try: found = _table(path)
         except VideoError: continue
         seen.append(found is not None)
         if found is None: continue
-        with _open(path) as (container, stream): packets = _packets(container, stream, len(data))
+        with open_video(path) as (container, stream): packets = read_packets(container, stream, len(data))
         assert np.array_equal(found.pts, packets.pts) and np.array_equal(found.dts, packets.dts) and found.closed and not packets.torn
         assert not (found.keys & ~packets.keys).any()  # a keyframe that is not listed costs time alone
     assert any(seen) and not all(seen)
     for size in (8, 9, 14, 17):  # a box that ends in the middle of a number, or before its table
         file = io.BytesIO(size.to_bytes(4, "big") + b"stts" + bytes(size - 8))
-        assert len(mp4.runs(file, 8, size)) == 0
+        assert len(video_index.mp4_runs(file, 8, size)) == 0
 
 
 def test_a_lying_table_is_not_believed(films, tmp_path):
     "The first delays are changed behind FFmpeg's back: what the packets say is right."
-    delays = mp4._delays
+    delays = video_index._mp4_delays
     with av.open(str(films / "a.mp4")) as container:
-        mp4._delays = lambda *given: (lambda steps, wait: (steps, wait + (np.arange(len(wait)) == 10)))(*delays(*given))
-        try: assert mp4.contents(films / "a.mp4", container, container.streams.video[0]) is None
-        finally: mp4._delays = delays
+        video_index._mp4_delays = lambda *given: (lambda steps, wait: (steps, wait + (np.arange(len(wait)) == 10)))(*delays(*given))
+        try: assert video_index.mp4_packets(films / "a.mp4", container, container.streams.video[0]) is None
+        finally: video_index._mp4_delays = delays
 
 
 def test_film_cut_without_encoding(films, tmp_path):
@@ -185,8 +186,8 @@ def test_cuts_anywhere(tmp_path, options):
 
 def test_the_first_jump_is_right(tmp_path, monkeypatch):
     "Right frames at the first attempt: trying again from earlier keyframes works, too, and is slow."
-    attempts, true = [], video._pick_pyav
-    monkeypatch.setattr(video, "_pick_pyav", lambda path, index, wanted, attempt=0: attempts.append(attempt) or true(path, index, wanted, attempt))
+    attempts, true = [], video.decode_frames
+    monkeypatch.setattr(video, "decode_frames", lambda path, index, wanted, attempt=0: attempts.append(attempt) or true(path, index, wanted, attempt))
     for name in ("open.mkv", "open.ts", "refresh.ts", "hevc.ts", "pyramid.mp4", "fragments.mp4", "no length.mkv"):
         try: path = odd_film(tmp_path / name, *ODD[name], bars())
         except pytest.skip.Exception: continue
@@ -362,9 +363,9 @@ def test_rates_above_the_films_own(films, tmp_path):
 
 def test_jumps_that_land_late_are_mended(films, monkeypatch):
     "A container whose index is wrong: the keyframes we are told of are none."
-    true = video._index(films / "a.mp4")
+    true = video_index.file_index(films / "a.mp4")
     lying = true._replace(keys=np.stack([true.places, true.places], 1))                     # "decoding can begin anywhere"
-    got = list(video._pick_pyav(films / "a.mp4", lying, [5, 47, 99, 119]))
+    got = list(video.decode_frames(films / "a.mp4", lying, [5, 47, 99, 119]))
     assert numbers(got) == [5, 47, 99, 119]
 
 
@@ -431,7 +432,7 @@ def test_odd_files_give_right_frames(tmp_path, name):
         asked = np.linspace(0, N - 1, n, dtype=int)
         for threads in (1, 3): assert np.array_equal(read_frames(path, n=n, threads=threads).array, everything.array[asked]), (n, threads)
     for k in (29, 33, 39, 41, 71, 118):                                 # one frame alone, near keyframes: as if all had been decoded
-        assert np.array_equal(next(video._pick_pyav(path, video._index(path), np.array([k]))), everything.array[k]), k
+        assert np.array_equal(next(video.decode_frames(path, video_index.file_index(path), np.array([k]))), everything.array[k]), k
     assert numbers(read_frames(path, fps=2, end=3.99).array) == list(range(0, N, 15)) and numbers(read_frames(path, n=4, start=1, end=2).array) == [30, 39, 49, 59]
     assert sum((numbers(part.array) for part in video.iter_frames(path, n=50, batch=16)), []) == np.linspace(0, N - 1, 50, dtype=int).tolist()
 
@@ -459,7 +460,7 @@ def test_clocks_that_cannot_be_trusted(tmp_path):
     for path in (twins, still, late, leap, wait):
         assert numbers(read_frames(path).array) == list(range(N)), path
         assert numbers(read_frames(path, n=7).array) == np.linspace(0, N - 1, 7, dtype=int).tolist(), path
-        assert (np.diff(video._index(path).seconds) >= 0).all() and video._index(path).seconds[0] == 0
+        assert (np.diff(video_index.file_index(path).seconds) >= 0).all() and video_index.file_index(path).seconds[0] == 0
     assert read_frames(twins, end=0.19).seconds == pytest.approx([0, 0.033, 0.066, 0.066, 0.132, 0.165])
     assert video_info(still).seconds == pytest.approx(4, abs=0.01)                       # its declared rate, for its stamps say nothing
     assert video_info(leap).seconds == pytest.approx(4, abs=0.1) and video_info(wait).seconds > 90     # broadcast clocks leap; a Matroska file means what it says
@@ -626,17 +627,17 @@ def test_threads_that_make_no_sense(films, threads):
 
 
 def test_threads_share_the_work(films):
-    index = video._index(films / "a.mp4")
+    index = video_index.file_index(films / "a.mp4")
     for wanted in (np.arange(N), np.array([0, 50, 119]), np.array([5]), np.array([3, 4, 110])):
         for most in (1, 2, 3, 16):
-            parts = video._parts(index, wanted, most)
+            parts = video.split_work(index, wanted, most)
             assert np.array_equal(np.concatenate(parts), wanted) and len(parts) <= min(most, 3)
-    assert [len(part) for part in video._parts(index, np.arange(N), 3)] == [40, 40, 40]
+    assert [len(part) for part in video.split_work(index, np.arange(N), 3)] == [40, 40, 40]
 
 
 def test_a_failure_in_one_thread_is_the_failure(tmp_path):
     path = encode(tmp_path / "x.mp4", bars(), "mp4")
-    data, index = bytearray(path.read_bytes()), video._index(path)
+    data, index = bytearray(path.read_bytes()), video_index.file_index(path)
     with av.open(str(path)) as container:
         entry = [e for e in container.streams.video[0].index_entries][45]
     data[entry.pos + 4:entry.pos + entry.size] = bytes(entry.size - 4)

@@ -15,9 +15,12 @@ import torch
 from PIL import Image
 
 from longva.model.modeling import LongVA, LongVAConfig
+from longva.needle.haystack import Haystack
 from longva.needle.needles import Needle, save_needles
+from longva.needle.reader import Prompt, Reader
+from longva.needle.sweep import judge
 from longva.needle.trials import NeedleError, Trial, cells, key, read_trials, save_accuracies
-from longva.needle.vniah import Prompt, Spot, answer_logits, batches, decide, encode, judge, run
+from longva.needle.vniah import Control, Reading, Spot, answer_logits, batches, decide, run
 from longva.vision.video import VideoError, write_video
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -49,12 +52,13 @@ def parity():
 
 def test_parity_every_trial(parity, tmp_path):
     model, data, tensors, prompts = parity
+    reader = Reader(model).seeing(tensors["haystack"], tensors["needles"])
     rows, trials = iter(tensors["answer_span_logits"]), []
     for cell in data["cells"]:
         for j, prompt in enumerate(prompts):
             spot = Spot(j, cell["num_frames"], cell["depth"])
             assert spot.insert == cell["insert_index"]
-            logits = answer_logits(model, tensors["haystack"], tensors["needles"], prompts, [spot])[0]
+            logits = answer_logits(reader, prompts, [spot])[0]
             expected = torch.stack([next(rows) for _ in prompt.answer])
             assert (logits - expected).abs().max() < 1e-4
             best, correct, margin = judge(logits, prompt.answer)
@@ -77,8 +81,9 @@ def test_parity_in_batches(parity):
     expected = {(c["num_frames"], c["depth"], j): c["argmax_answer_span"][j] for c in data["cells"] for j in range(len(prompts))}
     together = batches(prompts, spots, data["tokens_per_frame"])
     assert len(together) < 20 and sorted(s for b in together for s in map(repr, b)) == sorted(map(repr, spots))
+    reader = Reader(model).seeing(tensors["haystack"], tensors["needles"])
     for batch in together:
-        for s, (best, correct, _) in zip(batch, decide(model, tensors["haystack"], tensors["needles"], prompts, batch)):
+        for s, (best, correct, _) in zip(batch, decide(reader, prompts, batch)):
             assert best == expected[s.frames, s.depth, s.needle] and correct == (best == prompts[s.needle].answer)
 
 
@@ -90,8 +95,9 @@ def test_parity_insert_indices(parity):
 
 def test_without_the_needle_frame(parity):
     model, data, tensors, prompts = parity
-    with_dummy = answer_logits(model, tensors["haystack"], None, prompts, [Spot(0, 8, 0.5)])
-    by_hand = answer_logits(model, tensors["haystack"][:8], tensors["haystack"][7:8], prompts, [Spot(0, 7, 1.0)])
+    with_dummy = answer_logits(Reader(model).seeing(tensors["haystack"]), prompts, [Spot(0, 8, 0.5)])
+    needle_last = Reader(model).seeing(tensors["haystack"][:8], tensors["haystack"][7:8])
+    by_hand = answer_logits(needle_last, prompts, [Spot(0, 7, 1.0)])
     assert (with_dummy - by_hand).abs().max() < 1e-5  # eight frames and nothing between them
 
 
@@ -101,7 +107,9 @@ def test_run_leaves_everything(tmp_path):
     model, processor = toy()
     model.train()
     seen = []
-    trials = run(model, processor, film(12), needles(), [4, 8, 12], [0, 0.5, 1], tmp_path, seed=5, name="toy", train_frames=8, progress=False, on_trial=seen.append)
+    reader = Reader(model, processor, name="toy")
+    given = dict(haystack=film(12), needles=needles(), frames=[4, 8, 12], depths=[0, 0.5, 1], out=tmp_path, seed=5)
+    trials = run(reader, **given, train_length=8, progress=False, on_trial=seen.append)
     assert len(trials) == 27 == len({key(t) for t in trials}) and sorted(map(key, seen)) == sorted(map(key, trials))
     assert model.training  # left as it was found
     names = {"trials.jsonl", "settings.json", "all_accuracies.json", "avg_accuracy.txt", "heatmap.html", "heatmap.png"}
@@ -109,7 +117,7 @@ def test_run_leaves_everything(tmp_path):
     assert read_trials(tmp_path / "trials.jsonl") == seen
     assert all(t.insert == int(t.depth * t.frames) and t.seed == 5 and t.model == "toy" and t.seconds > 0 and "torch" in t.versions for t in trials)
     assert len(json.loads((tmp_path / "all_accuracies.json").read_text())) == 9
-    again = run(model, processor, film(12), needles(), [4, 8, 12], [0, 0.5, 1], tmp_path, seed=5, name="toy", progress=False, on_trial=seen.append)
+    again = run(reader, **given, progress=False, on_trial=seen.append)
     assert again == trials and len(seen) == 27  # nothing was computed twice
 
 
@@ -119,9 +127,10 @@ def test_path_or_frames_or_one_by_one(tmp_path):
     file = write_video(frames.array, tmp_path / "film.mp4", fps=1, scale=2, crf=1)
     folder = save_needles(needles(), tmp_path / "needles")
     same = dict(frames=[3, 9], depths=[0.0, 0.4, 1.0], progress=False)
-    a = run(model, processor, frames, needles(), out=tmp_path / "a", **same)
-    b = run(model, processor, frames, folder, out=tmp_path / "b", batch_tokens=1, **same)
-    c = run(model, processor, str(file), str(folder), out=str(tmp_path / "c"), **same)
+    toys = (model, processor)
+    a = run(toys, frames, needles(), out=tmp_path / "a", **same)
+    b = run(toys, frames, folder, out=tmp_path / "b", reading=Reading(batch_tokens=1), **same)
+    c = run(toys, str(file), str(folder), out=str(tmp_path / "c"), **same)
     assert [key(t) for t in a] == [key(t) for t in b] == [key(t) for t in c]
     assert [t.argmax_ids for t in a] == [t.argmax_ids for t in b] and max(abs(x.margin - y.margin) for x, y in zip(a, b)) < 1e-3
     assert sum(x.argmax_ids == y.argmax_ids for x, y in zip(a, c)) > len(a) / 2  # the file is not lossless, and the toy is touchy
@@ -129,7 +138,7 @@ def test_path_or_frames_or_one_by_one(tmp_path):
 
 def test_grid_may_grow_in_the_same_folder(tmp_path):
     model, processor = toy()
-    go = lambda frames, depths: run(model, processor, film(8), needles(), frames, depths, tmp_path, progress=False)
+    go = lambda frames, depths: run((model, processor), film(8), needles(), frames, depths, tmp_path, progress=False)
     assert len(go([4], [0.5])) == 3
     assert len(go([8], [0.5])) == 3 and len(go([4, 8], [0, 0.5])) == 12
     assert len(read_trials(tmp_path / "trials.jsonl")) == 12 == len({key(t) for t in read_trials(tmp_path / "trials.jsonl")})
@@ -138,14 +147,15 @@ def test_grid_may_grow_in_the_same_folder(tmp_path):
 @pytest.mark.parametrize("change", ["model", "weights", "rope", "haystack", "needles", "seed", "fit", "with_needle"])
 def test_another_test_in_the_same_folder_is_refused(tmp_path, change):
     model, processor = toy()
-    given = dict(model=model, processor=processor, haystack=film(4), needles=needles(), frames=[4], depths=[0.5], out=tmp_path, name="toy", progress=False)
+    reader = Reader(model, processor, name="toy")
+    given = dict(reader=reader, haystack=film(4), needles=needles(), frames=[4], depths=[0.5], out=tmp_path, progress=False)
     run(**given)
     before = (tmp_path / "trials.jsonl").read_bytes()
     if change == "weights":
         with torch.no_grad(): model.lm_head.weight.mul_(1.5)
     elif change == "rope": model.model.rotary_emb.inv_freq.mul_(0.5)
-    else: given |= {"model": dict(name="other"), "haystack": dict(haystack=film(4, seed=1)), "needles": dict(needles=needles()[:2]),
-                    "seed": dict(seed=1), "fit": dict(fit="crop"), "with_needle": dict(with_needle=False)}[change]
+    else: given |= {"model": dict(reader=Reader(model, processor, name="other")), "haystack": dict(haystack=film(4, seed=1)), "needles": dict(needles=needles()[:2]),
+                    "seed": dict(seed=1), "fit": dict(haystack=Haystack(film(4), fit="crop")), "with_needle": dict(variant=Control())}[change]
     with pytest.raises(NeedleError, match="another test") as error:
         run(**given)
     word = {"rope": "weights"}.get(change, change)
@@ -160,7 +170,7 @@ def test_another_test_in_the_same_folder_is_refused(tmp_path, change):
     (dict(needles=[Needle("x", Image.new("RGB", (28, 28)), "which octarine ?", "red")]), "octarine"),
     (dict(needles=[Needle("x", Image.new("RGB", (28, 28)), "which colour ?", " ")]), "answer"),
     (dict(needles=[Needle("x", Image.new("RGB", (28, 28)), "which <video> ?", "red")]), "<video>"),
-    (dict(with_needle=False, depths=[0, 1]), "one depth"), (dict(fit="stretch"), "stretch"),
+    (dict(variant=Control(), depths=[0, 1]), "one depth"),
 ])
 def test_refused_before_anything_is_computed(tmp_path, monkeypatch, change, word):
     model, processor = toy()
@@ -168,24 +178,29 @@ def test_refused_before_anything_is_computed(tmp_path, monkeypatch, change, word
     monkeypatch.setattr(LongVA, "encode_frames", lambda *a, **k: pytest.fail("the tower was asked"))
     given = dict(haystack=film(8), needles=needles(), frames=[4], depths=[0.5], out=tmp_path / "out", progress=False)
     with pytest.raises((NeedleError, VideoError)) as error:
-        run(model, processor, **(given | change))
+        run((model, processor), **(given | change))
     assert word in str(error.value) and str(error.value).endswith(".") and "\n" not in str(error.value), str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fit_that_there_is_not():
+    with pytest.raises(NeedleError, match="stretch"):
+        Haystack(film(8), fit="stretch")
 
 
 def test_logits_that_overflow_are_refused(tmp_path):
     model, processor = toy()
     with torch.no_grad(): model.lm_head.weight.fill_(float("inf"))
     with pytest.raises(NeedleError, match="bfloat16"):
-        run(model, processor, film(4), needles(), [4], [0], tmp_path, progress=False)
+        run((model, processor), film(4), needles(), [4], [0], tmp_path, progress=False)
     assert read_trials(tmp_path / "trials.jsonl") == []
 
 
 def test_a_model_in_bfloat16_stays_in_bfloat16(tmp_path):
     model, processor = toy()
     model.to(torch.bfloat16)
-    assert encode(model, processor, film(3).array).dtype == torch.bfloat16
-    assert len(run(model, processor, film(4), needles(), [4], [0], tmp_path, progress=False)) == 3
+    assert Reader(model, processor).encode(film(3).array).dtype == torch.bfloat16
+    assert len(run((model, processor), film(4), needles(), [4], [0], tmp_path, progress=False)) == 3
     assert json.loads((tmp_path / "settings.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -199,10 +214,10 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, caplog):
         if len(decided) == 7: raise KeyboardInterrupt
     given = dict(haystack=film(8), needles=needles(), frames=[4, 8], depths=[0, 1], out=tmp_path, progress=False)
     with pytest.raises(KeyboardInterrupt):
-        run(model, processor, on_trial=stop, **given)
+        run((model, processor), on_trial=stop, **given)
     done = len(read_trials(tmp_path / "trials.jsonl"))
-    assert done == 7 and "again to go on" in caplog.text and f"{done} of 12" in caplog.text
-    assert len(run(model, processor, **given)) == 12
+    assert done == 7 and "again to resume" in caplog.text and f"{done} of 12" in caplog.text
+    assert len(run((model, processor), **given)) == 12
     assert Counter(map(key, read_trials(tmp_path / "trials.jsonl"))).most_common(1)[0][1] == 1
 
 
@@ -210,10 +225,10 @@ SWEEP = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from needle_toy import film, needles, toy
-from longva.needle.vniah import run
+from longva.needle.vniah import Reading, run
 model, processor = toy()
-trials = run(model, processor, film(10), needles(), range(1, 11), [0, 0.5, 1], {out!r}, batch_tokens=1, progress=False,
-             on_trial=lambda t: time.sleep({pause}))
+trials = run((model, processor), film(10), needles(), range(1, 11), [0, 0.5, 1], {out!r}, reading=Reading(batch_tokens=1),
+             progress=False, on_trial=lambda t: time.sleep({pause}))
 print(len(trials))
 """
 
@@ -236,7 +251,7 @@ def test_stopped_and_finished(tmp_path, signals):
         process.send_signal(signal_number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode != 0
-        if signal_number == signal.SIGINT: assert "again to go on" in errors
+        if signal_number == signal.SIGINT: assert "again to resume" in errors
         counts.append(log.read_bytes().count(b"\n"))
         assert wanted <= counts[-1] < 90 and not (tmp_path / "heatmap.html").exists()
     with open(log, "ab") as f: f.write(b'{"model": "to')  # as if the kill had come in the middle of a line

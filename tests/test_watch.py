@@ -76,7 +76,7 @@ def test_its_verdicts_are_those_of_a_sweep(tmp_path):
     from longva.needle.vniah import run
     model, processor = toy.toy()
     NeedleWatch(processor, toy.film(6), toy.needles(), **GRID, out=tmp_path, every=1)(model, 1, True)
-    swept = run(model, processor, toy.film(6), toy.needles(), **GRID, out=tmp_path / "sweep", progress=False)
+    swept = run((model, processor), toy.film(6), toy.needles(), **GRID, out=tmp_path / "sweep", progress=False)
     ours = {(r["needle"], r["frames"], r["depth"]): r for r in lines(tmp_path)}
     assert len(ours) == len(swept) == 12
     for t in swept:

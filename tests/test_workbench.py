@@ -144,7 +144,7 @@ def test_depth_slider_moves_answer_and_plot(page, bench):
     settles(page, bench, 256, 0.25)
     move(page, "depth", *["ArrowRight"] * 5)
     settles(page, bench, 256, 0.3)
-    assert "find umbrella" in page.locator(".longva-said").first.inner_text()
+    assert "find umbrella" in page.locator(".longva-text").first.inner_text()
 
 
 def test_rope_sliders_move_answer_and_plots(page):

@@ -18,7 +18,8 @@ from common import options, peak_bytes, report
 from prefill import build
 
 from longva.model.prefill import work_bytes
-from longva.needle.trie import Cost, Reader, decide_paths, trie_cost
+from longva.needle.reader import Reader
+from longva.needle.trie import Cost, decide_paths, trie_cost
 
 
 def grid(frames, depths, needles):
@@ -41,7 +42,7 @@ def main():
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     make = lambda n: torch.randn(n, model.config.tokens_per_grid, model.config.get_text_config().hidden_size, device=device, dtype=model.dtype) * 0.02
     hay, needles = make(max(*given.frames, given.longest)), make(1)
-    reader, small = Reader(model, hay, needles), grid(given.frames, given.depths, 1)
+    reader, small = Reader(model).seeing(hay, needles), grid(given.frames, given.depths, 1)
     run(reader, small[-6:])  # warm
     (fast, fast_s, fast_cost), peak = peak_bytes(lambda: run(reader, small), device)
     plain, plain_s, plain_cost = run(reader, small, naive=True)

@@ -113,14 +113,14 @@ def align_command(
 ):
     """Teach a language model to see (one stage of the paper's second step), or resume it."""
     out = out or Path("runs") / "align" / preset
-    start = dict(language_model=language_model, vision_tower=vision_tower, media=media, bad_share=bad_share)
-    reading = given(length=length, answers_only=answers_only, fps=fps, most_frames=most_frames)
-    changes = given(steps=steps, rows=rows, micro=micro, cp=cp, engine=engine, seed=seed)
+    changes = given(language_model=language_model, vision_tower=vision_tower, bad_share=bad_share)
+    changes |= given(length=length, answers_only=answers_only, fps=fps, most_frames=most_frames)
+    changes |= given(steps=steps, rows=rows, micro=micro, cp=cp, engine=engine, seed=seed)
     with one_sentence(out):
         if "{" not in data:
             check_exists("--data", data)
         from longva.train.align import align
-        made = align(preset, data, out, model=resolve_name(model), reading=reading, **start, **changes)
+        made = align(preset, data, out, model=resolve_name(model), media=media, **changes)
     typer.echo(f"Done. The aligned model is in {made}.")
 
 # %% ../../nbs/815_commands.train.ipynb #173bd87b

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Model', 'HaystackWords', 'Frames', 'Depths', 'VideoFps', 'Workers', 'KeysAndValues', 'Naive', 'Generate',
            'VariantName', 'Distractors', 'Distance', 'HalfWidth', 'Features', 'check_paths', 'parse_haystack',
-           'needles_beside', 'check_inputs', 'mini_needles', 'check_variant', 'show_forecast', 'show_variant_forecast',
-           'load_reader', 'run_variant_of', 'chance', 'results_folder', 'vniah_command']
+           'needles_beside', 'check_inputs', 'mini_needles', 'check_variant', 'show_forecast', 'load_reader',
+           'choose_variant', 'chance', 'results_folder', 'vniah_command']
 
 # %% ../../nbs/805_commands.vniah.ipynb #73c9515b
 import tempfile
@@ -142,99 +142,65 @@ def check_variant(
 
 # %% ../../nbs/805_commands.vniah.ipynb #c237f5ea
 def show_forecast(
-    test: dict,  # model, processor, haystack, needles, frames, depths and out, as `vniah.run` takes them
-    **how,  # naive, generate, workers, kv, adapter
-):
-    """Print what the sweep, or the rest of it, will take."""
-    from longva.needle.forecast import forecast
-    from longva.needle.trials import key, read_trials
-    from longva.needle.vniah import Spot, make_prompt
-    done = {key(t) for t in read_trials(test["out"] / "trials.jsonl")}
-    adapter = how.get("adapter")
-    spots = []
-    for n in test["frames"]:
-        for d in test["depths"]:
-            for j, needle in enumerate(test["needles"]):
-                if (needle.name, n, d) not in done:
-                    spots.append(Spot(j, n, d))
-    prompts = []
-    for needle in test["needles"]:
-        prompts.append(adapter.prompt(needle) if adapter else make_prompt(test["processor"], needle))
-    if spots:
-        typer.echo(forecast(test["model"], prompts, spots, **how))
-
-def show_variant_forecast(
-    test: dict,  # as above
+    reader,
     asks: dict,  # {(needle, length, depth): Ask}
-    pictures: int,  # needles and distractors
-    half_width,  # of an adaptive run, or None
-    naive: bool,
+    out: Path,  # the results folder, whose trials are not counted again
+    half_width=None,  # of an adaptive run
+    **reading,  # fields of `needle.vniah.Reading`
 ):
-    """Print what a variant will take; for an adaptive run, the least and the most."""
-    from longva.needle.forecast import forecast_asks
-    from longva.needle.trials import key, read_trials
-    trials = read_trials(test["out"] / "trials.jsonl")
-    if half_width is None:
-        done = {key(t) for t in trials}
-        asks = {place: ask for place, ask in asks.items() if place not in done}
-    if not asks:
-        return
-    forecasts = forecast_asks(test["model"], asks, pictures, trials, half_width, naive=naive)
+    """Print what the run, or the rest of it, will take; of an adaptive run, the least and the most."""
+    from longva.needle.forecast import forecast
+    from longva.needle.trials import read_trials
+    from longva.needle.vniah import Reading
+    trials = read_trials(out / "trials.jsonl")
+    forecasts = forecast(reader, asks, trials, half_width, Reading(**reading))
     prefixes = [""]
     if len(forecasts) == 2:
         prefixes = ["At least, if every answer is right: ", "At most, if every second one is: "]
-    for prefix, forecast in zip(prefixes, forecasts):
-        typer.echo(f"{prefix}{forecast}")
+    for prefix, expected in zip(prefixes, forecasts):
+        typer.echo(f"{prefix}{expected}")
 
 # %% ../../nbs/805_commands.vniah.ipynb #04e6ac4c
 def load_reader(
     model: str,  # as on the command line
     where,  # from `model_folder`
+    name: str,  # what it is called in the results
     rope_base,
     plain: bool,  # the paper's test, and not adaptive
     features,
-) -> tuple:  # (model, processor, adapter or None)
+):  # a Reader
     """Load the model; refuse what another family can't do."""
     from longva.needle.adapters import reader_for
     net, processor = load_model(where, families=True)
     kind = net.config.model_type
-    if kind == "longva":
-        adapter = None
-    elif not plain:
+    if kind != "longva" and not plain:
         raise Usage(f"--variant and --half-width ask a LongVA only, and {model} is a {kind}: leave them out.")
-    elif features is not None:
+    if kind != "longva" and features is not None:
         raise Usage(f"--features keeps what a LongVA sees, and {model} is a {kind}: leave it out.")
-    else:
-        adapter = reader_for(net, processor)
     if rope_base is not None:
         set_rope_base(net, rope_base)
-    return net, processor, adapter
+    return reader_for(net, processor, name=name)
 
-def run_variant_of(
-    test: dict,  # as for `show_forecast`
-    variant: str,
+def choose_variant(
+    name: str,
     distractors,  # a needle folder, or None
-    half_width,
     distance: int,
-    **options,  # of `run_variant`: seed, name, naive, fps, repeat, features
-) -> list:  # of Trial
-    """Estimate and run a variant; a miniature is asked in its own words."""
+    needles: list,
+    tokenizer,  # the model's
+) -> tuple:  # (Variant, needles)
+    """Make the variant; a miniature is asked in its own words."""
     from dataclasses import replace
 
     from longva.needle.needles import load_needles
-    from longva.needle.variants import Wording, plan_variant, run_variant
-    from longva.study.variants import MINI_WORDING
-    distractors = load_needles(distractors) if distractors else ()
-    wording = Wording()
-    if is_miniature(test["processor"].tokenizer):
-        wording = MINI_WORDING
-        needles = [replace(n, locate=n.locate or n.question.removeprefix("find ")) for n in test["needles"]]
-        test = test | dict(needles=needles)
-    asked = dict(variant=variant, look_alikes=distractors, wording=wording, distance=distance)
-    plan = {name: value for name, value in test.items() if name not in ("model", "out")}
-    _, asks = plan_variant(**plan, **asked, **{name: options[name] for name in ("seed", "fps", "repeat")})
-    show_variant_forecast(test, asks, len(test["needles"]) + len(distractors), half_width, options["naive"])
-    return run_variant(**test, **asked, **options, goal=half_width)
+    from longva.needle.variants import named_variant
+    options = dict(distance=distance)
+    if distractors:
+        options["distractors"] = tuple(load_needles(distractors))
+    if is_miniature(tokenizer):
+        from longva.study.variants import MINI_WORDING
+        options["wording"] = MINI_WORDING
+        needles = [replace(n, locate=n.locate or n.question.removeprefix("find ")) for n in needles]
+    return named_variant(name, **options), needles
 
 def chance(
     variant: str,
@@ -327,24 +293,23 @@ def vniah_command(
         depths = depths or ("0" if variant in NOTHING else "0,0.5,1")
         where = model_folder(model, families=True)
         lengths, places = check_inputs(haystack, folder, frames, depths, fps, repeat)
-        net, processor, adapter = load_reader(model, where, rope_base, plain, features)
+        reader = load_reader(model, where, name, rope_base, plain, features)
         from longva.mini.world import put_needles
+        from longva.needle.haystack import Haystack
         from longva.needle.needles import load_needles
-        from longva.needle.vniah import run
+        from longva.needle.vniah import Reading, plan, run
         if folder is None:
-            hidden, seed, origin = mini_needles(processor, haystack, out)
+            hidden, seed, origin = mini_needles(reader.processor, haystack, out)
         else:
             hidden, seed, origin = load_needles(folder), 0, f"those beside the film, in {folder}"
         if needles is None:
             typer.echo(f"Needles: {origin}.")
-        test = dict(model=net, processor=processor, haystack=haystack, needles=hidden, frames=lengths, depths=places, out=out)
-        options = dict(seed=seed, name=name, naive=naive, fps=fps, repeat=repeat, features=features)
-        if plain:
-            how = dict(generate=generate, workers=workers, kv=kv.value, adapter=adapter)
-            show_forecast(test, naive=naive, **how)
-            trials = run(**test, **how, **options)
-        else:
-            trials = run_variant_of(test, variant, look_alikes, half_width, distance, **options)
+        source = Haystack(haystack, fps, repeat)
+        asked, hidden = choose_variant(variant, look_alikes, distance, hidden, reader.processor.tokenizer)
+        reading = dict(naive=naive, generate=generate, workers=workers, kv=kv.value, features=features)
+        _, asks = plan(reader, source, hidden, lengths, places, asked, seed)
+        show_forecast(reader, asks, out, half_width, **reading)
+        trials = run(reader, source, hidden, lengths, places, out, asked, Reading(**reading), seed, half_width)
         if folder is None:
             put_needles(out / "needles", 20, seed)
         show_rows(trials, out, counted="said so" if variant == "absent" else "right")

@@ -24,146 +24,157 @@ from PIL import Image
 from ..files import versions
 from ..model.prefill import prefill
 from .heatmap import heat_map
+from .needles import Needle
+from .reader import Reader
+from .sweep import check_grid, judge
 from .trials import NeedleError, Trial, key, read_trials
-from .vniah import Spot, answer_logits, check_grid, decisions, encode, encode_needles, fingerprint, judge, make_prompt, trial_embeddings
+from .vniah import Spot, answer_logits, decisions
 
 # %% ../../nbs/590_needle.bench.ipynb #990970e3
 @dataclass
 class Word:
-    "One word (token) of the answer, given the right words before it."
-    # what it should be
-    right: str
-    # the arg-max
-    said: str
-    # the best word other than the right one
-    rival: str
-    # logit of the right word minus that of the rival
-    lead: float
-    # probability of the word that was said
-    sure: float
+    """One word (token) of the answer, given the right words before it."""
+    right: str  # what it should be
+    said: str  # the arg-max
+    rival: str  # the best word other than the right one
+    lead: float  # logit of the right word minus that of the rival
+    sure: float  # probability of the word that was said
 
 def answer_words(
     tokenizer,
-    # [S,V]
-    logits: torch.Tensor,
-    # S ids
-    answer: list,
-) -> list: # of S Words
-    "The answer, word by word."
+    logits: torch.Tensor,  # [S,V]
+    answer: list,  # S ids
+) -> list:  # of S Words
+    """Take an answer apart, word by word."""
     words = []
     for row, right in zip(logits, answer):
         others = row.clone()
         others[right] = -math.inf
-        said, rival = int(row.argmax()), int(others.argmax())
-        right, said, rival, lead = *(tokenizer.decode([i]).strip() for i in (right, said, rival)), float(row[right] - others[rival])
-        words.append(Word(right, said, rival, lead, float(row.softmax(-1).max())))
+        rival = int(others.argmax())
+        texts = [tokenizer.decode([i]).strip() for i in (right, int(row.argmax()), rival)]
+        words.append(Word(*texts, lead=float(row[right] - others[rival]), sure=float(row.softmax(-1).max())))
     return words
 
 # %% ../../nbs/590_needle.bench.ipynb #660fc010
 @dataclass
 class Answer:
-    "What came of one trial."
-    # as `needle.vniah.run` would log it
-    trial: Trial
+    """What came of one trial."""
+    trial: Trial  # as `needle.vniah.run` would log it
     question: str
-    # a `Word` for each answer token
-    words: list
+    words: list  # a `Word` for each answer token
 
     @property
-    def said(self) -> str: return " ".join(w.said for w in self.words)
+    def said(self) -> str:
+        return " ".join(word.said for word in self.words)
 
     @property
-    def right(self) -> str: return " ".join(w.right for w in self.words)
+    def right(self) -> str:
+        return " ".join(word.right for word in self.words)
 
     @property
-    def closest(self) -> Word: # the word that decides the margin
-        return min(self.words, key=lambda w: w.lead)
+    def closest(self) -> Word:  # the word that decides the margin
+        return min(self.words, key=lambda word: word.lead)
 
     def __str__(self):
-        t = self.trial
-        verdict = f"{'✓ right' if t.correct else '✗ wrong'} by {abs(t.margin):.2f} (against {self.closest.rival})"
-        return f"{self.question}? {self.said}. {verdict}; {t.frames} frames, needle before frame {t.insert}"
+        trial = self.trial
+        verdict = "✓ right" if trial.correct else "✗ wrong"
+        margin = f"{abs(trial.margin):.2f} (against {self.closest.rival})"
+        place = f"{trial.frames} frames, needle before frame {trial.insert}"
+        return f"{self.question}? {self.said}. {verdict} by {margin}; {place}"
 
 # %% ../../nbs/590_needle.bench.ipynb #9117e811
 class NeedleBench:
-    "A model in front of a film that is encoded once, and needles to hide in it."
-    def __init__(self,
-        # a LongVA in evaluation mode
-        model,
+    """A model in front of a video that is encoded once, and needles to hide in it."""
+
+    def __init__(
+        self,
+        model,  # a LongVA in evaluation mode
         processor,
-        # the haystack [N,H,W,3] uint8
-        film: np.ndarray,
-        # list of `Needle`
-        needles: list,
-        # what the model is called in the results
-        name: str = "model",
-        # the seed that film and needles were made with; only recorded
-        seed: int = 0,
-        # how frames become square, as in `needle.vniah.run`
-        fit: str = "pad",
-        # the haystack as people look at it, where `film` is made small for the model [N,H,W,3] uint8
-        shown: np.ndarray = None,
+        film: np.ndarray,  # the haystack [N,H,W,3] uint8
+        needles: list,  # of `Needle`
+        name: str = "model",  # what the model is called in the results
+        seed: int = 0,  # that video and needles were made with; only recorded
+        fit: str = "pad",  # how frames become square, see `needle.haystack`
+        shown: np.ndarray = None,  # the haystack as people see it, where `film` is made small for the model
     ):
-        self.model, self.processor, self.film, self.needles, self.name, self.seed, self.fit = model, processor, film, list(needles), name, seed, fit
+        self.model = model
+        self.processor = processor
+        self.film = film
+        self.needles = list(needles)
+        self.name = name
+        self.seed = seed
+        self.fit = fit
         self.shown = film if shown is None else shown
-        self.prompts = [make_prompt(processor, n) for n in self.needles]
-        self.haystack = encode(model, processor, film, fit)
-        self.hidden = encode_needles(model, processor, self.needles, fit)
-        self.kept, self.versions = {}, versions()
+        reader = Reader(model, processor, name)
+        self.prompts = [reader.prompt(needle) for needle in self.needles]
+        self.reader = reader.seeing(reader.encode(film, fit), reader.encode_needles(self.needles, fit))
+        self.kept = {}
+        self.versions = versions()
 
-# %% ../../nbs/590_needle.bench.ipynb #9ffdb6e8
-@patch
-def spot(self: NeedleBench, needle: int, frames: int, depth: float) -> Spot:
-    "A place that exists, or a `NeedleError`."
-    (frames,), (depth,) = check_grid([frames], [depth])
-    if frames > len(self.film): raise NeedleError(f"The film holds {len(self.film)} frames, and {frames} are wanted: ask for fewer.")
-    if needle not in range(len(self.needles)): raise NeedleError(f"There are {len(self.needles)} needles, numbered from 0: there is no number {needle}.")
-    return Spot(int(needle), frames, depth)
+    def add(self, needle: Needle) -> int:  # its number
+        """Add a needle; benches that were copied from this one don't get it."""
+        prompt = self.reader.prompt(needle)
+        hidden = torch.cat([self.reader.needles, self.reader.encode_needles([needle], self.fit)])
+        self.needles = [*self.needles, needle]
+        self.prompts = [*self.prompts, prompt]
+        self.reader = self.reader.seeing(self.reader.haystack, hidden)
+        return len(self.needles) - 1
 
-@patch
-def trial(self: NeedleBench, spot: Spot, verdict: tuple, seconds: float) -> Trial:
-    "A verdict as a line of the log."
-    return Trial(self.name, self.needles[spot.needle].name, spot.frames, spot.depth, spot.insert, self.prompts[spot.needle].answer,
-                 *verdict, seconds, self.seed, self.versions)
+    def spot(self, needle: int, frames: int, depth: float) -> Spot:
+        """Give a place that exists; raise NeedleError if it doesn't."""
+        (frames,), (depth,) = check_grid([frames], [depth])
+        if frames > len(self.film):
+            raise NeedleError(f"The film holds {len(self.film)} frames, and {frames} are wanted: ask for fewer.")
+        if needle not in range(len(self.needles)):
+            raise NeedleError(
+                f"There are {len(self.needles)} needles, numbered from 0: there is no number {needle}."
+            )
+        return Spot(int(needle), frames, depth)
+
+    def trial(self, spot: Spot, verdict: tuple, seconds: float) -> Trial:
+        """Write a verdict as a line of the log."""
+        answer = self.prompts[spot.needle].answer
+        name = self.needles[spot.needle].name
+        where = (spot.frames, spot.depth, spot.insert)
+        return Trial(self.name, name, *where, answer, *verdict, seconds, self.seed, self.versions)
 
 # %% ../../nbs/590_needle.bench.ipynb #fba5e7c2
-one_pass = threading.RLock()  # a second pass at the same time is no faster on the same cores, and `look` changes the kind of attention
+# a second pass at the same time is no faster on the same cores, and `look` changes the kind of attention
+one_pass = threading.RLock()
 
 @patch
 def _answer(self: NeedleBench, spot: Spot, logits: torch.Tensor, seconds: float) -> Answer:
     answer = self.prompts[spot.needle].answer
-    return Answer(self.trial(spot, judge(logits, answer), seconds), self.needles[spot.needle].question, answer_words(self.processor.tokenizer, logits, answer))
+    trial = self.trial(spot, judge(logits, answer), seconds)
+    return Answer(trial, self.needles[spot.needle].question, answer_words(self.processor.tokenizer, logits, answer))
 
 @patch
 def ask(
     self: NeedleBench,
-    # its number
-    needle: int,
-    # haystack frames
-    frames: int,
-    # 0 (before the first frame) to 1 (behind the last)
-    depth: float,
+    needle: int,  # its number
+    frames: int,  # haystack frames
+    depth: float,  # 0 (before the first frame) to 1 (behind the last)
 ) -> Answer:
-    "Hide one needle at one place, and ask for it."
+    """Hide one needle at one place, and ask for it."""
     spot = self.spot(needle, frames, depth)
     with one_pass:
         start = time.perf_counter()
-        logits = answer_logits(self.model, self.haystack, self.hidden, self.prompts, [spot])[0]
+        logits = answer_logits(self.reader, self.prompts, [spot])[0]
     return self._answer(spot, logits, time.perf_counter() - start)
 
 # %% ../../nbs/590_needle.bench.ipynb #6489e89a
 @contextmanager
 def eager(
-    # a LongVA
-    model,
+    model,  # a LongVA
 ):
-    "The language model's attention with weights that can be returned; what was set before comes back."
+    """Let the language model's attention return its weights; afterwards the kind of attention is what it was."""
     before = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation({"text_config": "eager"})
-    try: yield
-    finally: model.set_attn_implementation({"text_config": before})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": before})
 
-# %% ../../nbs/590_needle.bench.ipynb #9c318da1
 @patch
 @torch.no_grad()
 def look(
@@ -171,50 +182,58 @@ def look(
     needle: int,
     frames: int,
     depth: float,
-) -> tuple: # (Answer, attention [layers,H,frames+1] on each frame in film order, the needle in its place)
-    "`ask`, and what the position that predicts the first answer token attends to; in one pass."
-    spot, prompt = self.spot(needle, frames, depth), self.prompts[needle]
+) -> tuple:  # (Answer, attention [layers,H,frames+1] on each frame in order, the needle in its place)
+    """Ask, and say what the position that predicts the first answer token attends to, in one pass."""
+    spot = self.spot(needle, frames, depth)
+    prompt = self.prompts[needle]
+    path = (*spot.path(prompt), ("ids", tuple(prompt.answer[:-1])))
     with one_pass:
         start = time.perf_counter()
-        rows = trial_embeddings(self.model, self.haystack, self.hidden[needle], prompt, spot)[None]
+        rows = self.reader.embed(path)["inputs_embeds"]
         last = rows.shape[1] - len(prompt.answer)
         _, cache = prefill(self.model, rows[:, :last])
         with eager(self.model):
-            out = self.model.model(inputs_embeds=rows[:, last:], past_key_values=cache, use_cache=True, output_attentions=True)
+            out = self.model.model(
+                inputs_embeds=rows[:, last:], past_key_values=cache, use_cache=True, output_attentions=True
+            )
         logits = self.model.lm_head(out.last_hidden_state)[0].float()
-        seconds, begin, tokens = time.perf_counter() - start, len(prompt.before), (frames + 1) * self.haystack.shape[1]
-    weights = [w[0, :, 0, begin : begin + tokens].float().cpu() for w in out.attentions]
-    return self._answer(spot, logits, seconds), torch.stack(weights).unflatten(-1, (frames + 1, -1)).sum(-1).numpy()
+        seconds = time.perf_counter() - start
+    begin = len(prompt.before)
+    end = begin + (frames + 1) * self.reader.haystack.shape[1]
+    weights = torch.stack([layer[0, :, 0, begin:end].float().cpu() for layer in out.attentions])
+    return self._answer(spot, logits, seconds), weights.unflatten(-1, (frames + 1, -1)).sum(-1).numpy()
 
 # %% ../../nbs/590_needle.bench.ipynb #5abdd5dc
+def _pick(weights, number, what):  # the mean over an axis, or one of its numbers
+    """Choose a layer or a head; raise NeedleError if there is none of that number."""
+    if number is None:
+        return weights.mean(0)
+    if number not in range(len(weights)):
+        raise NeedleError(
+            f"The model has {len(weights)} {what}s, numbered from 0: there is no {what} {number}."
+        )
+    return weights[number]
+
 @patch
 def attention(
     self: NeedleBench,
     needle: int,
     frames: int,
     depth: float,
-    # from 0; None is the mean of all
-    layer: int = None,
-    # from 0; None is the mean of all
-    head: int = None,
-) -> np.ndarray: # [frames+1], in film order, the needle in its place; what is missing to 1 falls on the text
-    "Attention on each frame from the position that predicts the first answer token."
+    layer: int = None,  # from 0; None is the mean of all
+    head: int = None,  # from 0; None is the mean of all
+) -> np.ndarray:  # [frames+1], in order, the needle in its place; what is missing to 1 falls on the text
+    """Measure the attention on each frame from the position that predicts the first answer token."""
     weights = self.look(needle, frames, depth)[1]
-    for what, number, have in (("layer", layer, weights.shape[0]), ("head", head, weights.shape[1])):
-        if number is not None and number not in range(have): raise NeedleError(f"The model has {have} {what}s, numbered from 0: there is no {what} {number}.")
-    weights = weights.mean(0) if layer is None else weights[layer]
-    return weights.mean(0) if head is None else weights[head]
+    return _pick(_pick(weights, layer, "layer"), head, "head")
 
 # %% ../../nbs/590_needle.bench.ipynb #09649490
 @dataclass
 class Place:
-    "One picture of the strip."
-    # the depth that puts the needle here
-    depth: float
-    # the needle would stand before this haystack frame
-    insert: int
-    # is this the needle?
-    here: bool
+    """One picture of the strip."""
+    depth: float  # that puts the needle here
+    insert: int  # the needle would stand before this haystack frame
+    here: bool  # is this the needle?
     picture: Image.Image
 
 def strip(
@@ -222,16 +241,19 @@ def strip(
     needle: int,
     frames: int,
     depth: float,
-    # at most so many places
-    most: int = 21,
-) -> list: # of Place
-    "The film with the needle in it, in a row of pictures."
-    spot, count = bench.spot(needle, frames, depth), min(most, frames + 1)
-    nearest, places = round(depth * (count - 1)), []
+    most: int = 21,  # places
+) -> list:  # of Place
+    """Show the video with the needle in it, as a row of pictures."""
+    spot = bench.spot(needle, frames, depth)
+    count = min(most, frames + 1)
+    nearest = round(depth * (count - 1))
+    places = []
     for k in range(count):
         at = Spot(needle, frames, k / (count - 1)).insert
-        shown = min(at if at < spot.insert else max(at - 1, 0), frames - 1) # behind the needle the film goes on one place later
-        picture = bench.needles[needle].image if k == nearest else Image.fromarray(bench.shown[shown])
+        shown = at if at < spot.insert else max(at - 1, 0)  # behind the needle the video is one place later
+        picture = bench.needles[needle].image
+        if k != nearest:
+            picture = Image.fromarray(bench.shown[min(shown, frames - 1)])
         places.append(Place(k / (count - 1), at, k == nearest, picture))
     return places
 
@@ -241,51 +263,49 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NEEDLES = 10  # in each cell of the small map
 
 def _next(work):
-    "Others may ask between two batches."
-    with one_pass: return next(work, None)
+    """Decide one batch; between two batches others may ask."""
+    with one_pass:
+        return next(work, None)
 
 def fill(
     bench: NeedleBench,
     frames: tuple = FRAMES,
     depths: tuple = DEPTHS,
-    # the first so many needles, or their numbers
-    needles=NEEDLES,
-): # yields, after each cell, the list of all trials that this bench has kept
-    "Decide a grid of trials, cell by cell, the short films first."
+    needles=NEEDLES,  # the first so many needles, or their numbers
+):  # yields, after each cell, the list of all trials that this bench has kept
+    """Decide a grid of trials, cell by cell, the short videos first."""
     numbers = range(needles) if isinstance(needles, int) else needles
-    for n, depth in ((n, d) for n in frames for d in depths):
+    for n, depth in [(n, depth) for n in frames for depth in depths]:
         spots = [bench.spot(j, n, depth) for j in numbers]
-        todo = [s for s in spots if (bench.needles[s.needle].name, n, depth) not in bench.kept]
-        work = decisions(bench.model, bench.haystack, bench.hidden, bench.prompts, todo)
+        todo = [spot for spot in spots if (bench.needles[spot.needle].name, n, depth) not in bench.kept]
+        work = decisions(bench.reader, bench.prompts, todo)
         while batch := _next(work):
             trials = [bench.trial(*decided) for decided in batch]
-            bench.kept |= {key(t): t for t in trials}
+            bench.kept |= {key(trial): trial for trial in trials}
         yield list(bench.kept.values())
 
 # %% ../../nbs/590_needle.bench.ipynb #fa69fd02
 def growing_map(
-    # those that are there
-    trials: list,
+    trials: list,  # those that are there
     title: str,
-    # lengths and depths that the finished map will have
-    frames: tuple = FRAMES,
-    depths: tuple = DEPTHS,
-    # text-training length in frames, for the dotted line
-    train_frames: int = None,
-    # (frames, depth) of the needle now
-    spot: tuple = None,
+    frames: tuple = FRAMES,  # lengths that the finished map will have
+    depths: tuple = DEPTHS,  # depths that the finished map will have
+    train_frames: int = None,  # text-training length in frames, for the dotted line
+    spot: tuple = None,  # (frames, depth) of the needle now
 ) -> go.Figure:
-    "A heat map with room for the cells that are still to come."
+    """Draw a heat map with room for the cells that are still to come."""
     return heat_map(trials, title, train_frames, grid=(frames, depths), spot=spot)
 
 # %% ../../nbs/590_needle.bench.ipynb #ad1a2161
 def recorded(
     bench: NeedleBench,
-    # results folder of `needle.vniah.run`
-    folder,
-) -> list: # of Trial; empty if the folder holds no sweep of this model
-    "The trials of an earlier sweep of this very model."
+    folder,  # results of `needle.vniah.run`
+) -> list:  # of Trial; empty if the folder holds no sweep of this model
+    """Read the trials of an earlier sweep of this very model."""
     try:
-        about = json.loads((Path(folder) / "settings.json").read_text())
-        return read_trials(Path(folder) / "trials.jsonl") if about["weights"] == fingerprint(bench.model) else []
-    except (OSError, ValueError, KeyError, TypeError): return []
+        settings = json.loads((Path(folder) / "settings.json").read_text())
+        if settings["weights"] != bench.reader.fingerprint():
+            return []
+        return read_trials(Path(folder) / "trials.jsonl")
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

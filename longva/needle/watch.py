@@ -90,7 +90,7 @@ def ask(self: NeedleWatch, model, name: str): # yields Trial
     "All questions of the grid."
     adapter = reader_for(model, self.processor)
     prompts = [adapter.prompt(n) for n in self.needles]
-    reader = adapter.reader(adapter.encode(self.film, self.fit), torch.cat([adapter.encode(np.asarray(n.image.convert("RGB"))[None], self.fit) for n in self.needles]))
+    reader = adapter.seeing(adapter.encode(self.film, self.fit), adapter.encode_needles(self.needles, self.fit))
     if any(hasattr(p, "ds_id") for p in model.parameters()): reader.cache = lambda room, host=False: kv_cache(model, room)  # ZeRO-3 wants every layer to end its pass
     paths = [(("ids", tuple(prompts[j].before)), ("hay", 0, i), ("needle", j), ("hay", i, n), ("ids", tuple(prompts[j].after))) for j, n, _, i in self.spots]
     answers = [prompts[j].answer for j, *_ in self.spots]

@@ -28,9 +28,11 @@ from ..mini import folder as weights_folder
 from ..needle.bench import DEPTHS, FRAMES
 from ..needle.heatmap import figure4, mean_score, save_figure4, save_html
 from ..needle.needles import Needle, load_needles
+from ..needle.reader import Reader
 from ..needle.statistics import newcombe
+from ..needle.sweep import check_grid
 from ..needle.trials import NeedleError, by_frames, key, read_trials, wilson
-from ..needle.vniah import Spot, check_grid, decisions, encode, encode_needles, make_prompt, run
+from ..needle.vniah import Control, Spot, decisions, run
 from ..processes import cores, in_processes
 
 # %% ../../nbs/700_study.demo.ipynb #02ef2811
@@ -108,15 +110,16 @@ def prepare_demo(
 
 # %% ../../nbs/700_study.demo.ipynb #3e679aae
 def _calibration(plan, model, processor, needles=6, depths=(0.0, 0.5, 1.0)):
-    """Give what bases are compared on: visual tokens of video and needles, prompts, trials."""
+    """Give what bases are compared on: a reader of video and needles, prompts, trials."""
     with tempfile.TemporaryDirectory() as beside:
         hidden = load_needles(world.write_needles(beside, needles, CALIBRATION_SEED))
     spots = []
     for n in plan.frames[-2:]:
         for depth in depths:
             spots += [Spot(j, n, depth) for j in range(needles)]
-    video = encode(model, processor, world.film_frames(plan.frames[-1], CALIBRATION_SEED))
-    return video, encode_needles(model, processor, hidden), [make_prompt(processor, n) for n in hidden], spots
+    reader = Reader(model, processor)
+    video = reader.encode(world.film_frames(plan.frames[-1], CALIBRATION_SEED))
+    return reader.seeing(video, reader.encode_needles(hidden)), [reader.prompt(n) for n in hidden], spots
 
 def try_bases(
     plan: DemoPlan,
@@ -133,7 +136,7 @@ def try_bases(
             continue
         extend_rope(model, theta=theta)
         verdicts = []
-        for batch in decisions(model, *asked):
+        for batch in decisions(*asked):
             verdicts += [right for _, (_, right, _), _ in batch]
         tried.append(dict(theta=theta, right=sum(verdicts), trials=len(verdicts)))
     extend_rope(model, theta=own)
@@ -181,11 +184,12 @@ def run_task(
     if task == BEST:
         extend_rope(model, theta=choose_base(plan, model, processor))
     out = plan.out / task
-    shared = dict(seed=plan.seed, name=task, progress=False, on_trial=on_trial, train_frames=TRAIN_FRAMES.get(task))
+    reader = Reader(model, processor, name=task)
+    shared = dict(seed=plan.seed, progress=False, on_trial=on_trial, train_length=TRAIN_FRAMES.get(task))
     if task == "control":
         needles = control_needles(plan.seed, plan.control)
-        return run(model, processor, plan.video, needles, [plan.middle], [0], out, with_needle=False, **shared)
-    return run(model, processor, plan.video, plan.images, plan.frames, plan.depths, out, **shared)
+        return run(reader, plan.video, needles, [plan.middle], [0], out, Control(), **shared)
+    return run(reader, plan.video, plan.images, plan.frames, plan.depths, out, **shared)
 
 # %% ../../nbs/700_study.demo.ipynb #047fc84c
 def count_trials(

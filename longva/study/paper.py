@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PEAK', 'SHARE', 'ASSUMED', 'FRAME', 'TEXT', 'RESULTS', 'MEASURES', 'COSTS', 'ROWS', 'PHRASES', 'NOTE', 'EVAL',
-           'NO_RECORD', 'COLOURS', 'Cost', 'reading', 'training', 'recorded', 'share', 'efficiency', 'cache_gb',
-           'measured', 'PaperRow', 'read_rows', 'as_dict', 'paper_table', 'card', 'curves', 'maps']
+           'NO_RECORD', 'Cost', 'reading', 'training', 'recorded', 'share', 'efficiency', 'cache_gb', 'measured',
+           'PaperRow', 'read_rows', 'as_dict', 'paper_table', 'card', 'curves', 'maps']
 
 # %% ../../nbs/715_study.paper.ipynb #981f49b4
 import json
@@ -391,62 +391,39 @@ def card(
     wrap = textwrap.TextWrapper(110, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
     return "\n".join(wrap.fill(f"{key:<10} {value}") for key, value in lines if value)
 
-# %% ../../nbs/715_study.paper.ipynb #8b84d946
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito's, for all eyes
-
+# %% ../../nbs/715_study.paper.ipynb #4ac43518
 def curves(
     series: dict,  # {name: {x: [right, trials]}}
     title: str,  # of the x axis
-    mark: float = None,  # a vertical line
-    said: str = "",  # what the line says
+    mark: float = None,  # where a vertical line stands
+    label: str = "",  # of that line
 ):
     """Draw accuracies with Wilson's intervals."""
     from plotly import graph_objects as go
+
+    from longva.needle.heatmap import OKABE_ITO, accuracy_curve  # loads plotly
+    colours = [OKABE_ITO[name] for name in ("blue", "red", "green", "pink", "orange", "sky")] + ["#999999"]
     figure = go.Figure()
-    for colour, (name, counts) in zip(COLOURS * 9, series.items()):
-        x = [float(n) for n in counts]
-        y = [k / n for k, n in counts.values()]
-        spans = [wilson(k, n) for k, n in counts.values()]
-        above = [high - value for value, (_, high) in zip(y, spans)]
-        below = [value - low for value, (low, _) in zip(y, spans)]
-        text = [f"{k} of {n}" for k, n in counts.values()]
-        bars = dict(type="data", symmetric=False, array=above, arrayminus=below, thickness=1)
-        figure.add_scatter(
-            x=x, y=y, error_y=bars, name=name, mode="lines+markers", line=dict(color=colour), text=text,
-            hovertemplate="%{x}: %{text}",
-        )
-    ticks = sorted({float(n) for counts in series.values() for n in counts})
+    for colour, (name, counts) in zip(colours * 9, series.items()):
+        figure.add_trace(accuracy_curve({float(x): count for x, count in counts.items()}, name, colour))
+    ticks = sorted({float(x) for counts in series.values() for x in counts})
     ticks = ticks[:: -(-len(ticks) // 10)]
     figure.update_xaxes(type="log", title=title, tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
     figure.update_yaxes(title="right", range=[-0.03, 1.05])
     if mark:
+        at = dict(x=math.log10(mark), y=1, yref="paper", xanchor="left", yanchor="bottom")  # plotly wants the logarithm
         figure.add_vline(x=mark, line=dict(color="black", dash="dot"))
-        figure.add_annotation(  # plotly wants the logarithm
-            x=math.log10(mark), y=1, yref="paper", text=said, showarrow=False, xanchor="left", yanchor="bottom",
-        )
+        figure.add_annotation(text=label, showarrow=False, **at)
     return figure.update_layout(template="plotly_white", height=360, width=720, margin=dict(l=60, r=20, t=30, b=50))
 
 # %% ../../nbs/715_study.paper.ipynb #d19d20d8
 def maps(
     panels: dict,  # {name: [[length, depth, right, trials], ...]}
-    title: str,  # of the x axis
+    unit: str = "frames",  # or "tokens"
 ):
     """Draw heat maps side by side, on one scale."""
-    from plotly import graph_objects as go
-    from plotly.subplots import make_subplots
-    figure = make_subplots(1, len(panels), subplot_titles=list(panels), shared_yaxes=True, horizontal_spacing=0.03)
-    for column, cells in enumerate(panels.values(), 1):
-        x = sorted({cell[0] for cell in cells})
-        y = sorted({cell[1] for cell in cells})
-        counts = {(n, depth): (k, of) for n, depth, k, of in cells}
-        score = [[counts[n, d][0] / counts[n, d][1] if (n, d) in counts else None for n in x] for d in y]
-        text = [["{:g} of {}".format(*counts[n, d]) if (n, d) in counts else None for n in x] for d in y]
-        heat = go.Heatmap(
-            z=score, text=text, x=[f"{n:,}" for n in x], y=[f"{d:g}" for d in y], zmin=0, zmax=1, xgap=1, ygap=1,
-            showscale=column == len(panels), colorscale=["#F0496E", "#EBB839", "#9AD5B3"],
-            hovertemplate="%{x}, depth %{y}: %{text}<extra></extra>",
-        )
-        figure.add_trace(heat, 1, column)
-    figure.update_xaxes(title=title, tickangle=-45)
-    figure.update_yaxes(autorange="reversed").update_yaxes(title="depth", col=1)
-    return figure.update_layout(template="plotly_white", height=330, margin=dict(l=60, r=20, t=40, b=70))
+    from longva.needle.heatmap import figure4  # loads plotly
+    counts = {}
+    for name, cells in panels.items():
+        counts[name] = {(length, depth): (right, trials) for length, depth, right, trials in cells}
+    return figure4(counts, unit=unit)

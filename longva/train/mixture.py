@@ -13,81 +13,119 @@ import numpy as np
 
 # %% ../../nbs/405_train.mixture.ipynb #a843bb12
 def taking_rates(
-    # tokens by (domain, octave of length, long or not)
-    tokens: dict,
-    # how much more often a long document is taken
-    weight: float = 5.0,
-    # share of the tokens to give; None: the most at which no document comes twice
-    share: float | None = None,
-) -> dict: # rate by (domain, long or not)
-    "How often documents are taken, so that long ones gain and domains stay."
-    short, long = Counter(), Counter()
-    for (domain, _, is_long), n in tokens.items(): (long if is_long else short)[domain] += n
+    tokens: dict,  # tokens by (domain, octave of length, long or not)
+    weight: float = 5.0,  # how much more often a long document is taken
+    share: float | None = None,  # of the tokens to give; None: the most at which no document comes twice
+) -> dict:  # rate by (domain, long or not)
+    """Compute how often documents are taken, so that long ones gain and domains keep their shares."""
+    short = Counter()
+    long = Counter()
+    for (domain, _, is_long), n in tokens.items():
+        (long if is_long else short)[domain] += n
     domains = sorted({*short, *long})
-    stretched = {d: (short[d] + weight * long[d]) / (short[d] + long[d]) for d in domains}
-    if share is None: share = min(1.0, *(stretched[d] / (weight if long[d] else 1.0) for d in domains))
-    return {(d, is_long): share / stretched[d] * (weight if is_long else 1.0) for d in domains for is_long in (False, True)}
+    # how much a domain would grow if its long documents were taken `weight` times
+    growth = {d: (short[d] + weight * long[d]) / (short[d] + long[d]) for d in domains}
+    if share is None:
+        share = min(1.0, *(growth[d] / (weight if long[d] else 1.0) for d in domains))
+    rates = {}
+    for domain in domains:
+        rates[domain, False] = share / growth[domain]
+        rates[domain, True] = share / growth[domain] * weight
+    return rates
 
-# %% ../../nbs/405_train.mixture.ipynb #d61e9ca0
+# %% ../../nbs/405_train.mixture.ipynb #3fb6d296
 class Taker:
-    "Decides how many times the next document goes into the corpus."
+    """Decide how many times the next document is taken into the corpus."""
     def __init__(self,
-        # from `taking_rates`
-        rates: dict,
-        # documents of more tokens are long
-        min_upsample: int = 4096,
+        rates: dict,  # from `taking_rates`
+        min_upsample: int = 4096,  # documents of more tokens are long
         seed: int = 0,
     ):
-        self.rates, self.min_upsample, self.seed, self.seen = rates, min_upsample, seed, Counter()
+        self.rates = rates
+        self.min_upsample = min_upsample
+        self.seed = seed
+        self.seen = Counter()  # documents so far, by cell
 
-    def cell(self, domain, length): return domain, int(length).bit_length(), length > self.min_upsample
+    def cell(self, domain: str, length: int) -> tuple:  # (domain, octave of length, long or not)
+        return domain, int(length).bit_length(), length > self.min_upsample
 
-    def __call__(self, domain: str, length: int) -> int: # 0, 1, ...
+    def __call__(self, domain: str, length: int) -> int:  # 0, 1, ...
         cell = self.cell(domain, length)
-        rate = self.rates.get((domain, cell[2]), 0.0)
-        key = [self.seed, cell[1], int(cell[2]), *domain.encode()]
-        first, n = np.random.default_rng(key).random(), self.seen[cell]
+        _, octave, is_long = cell
+        rate = self.rates.get((domain, is_long), 0.0)
+        first = np.random.default_rng([self.seed, octave, int(is_long), *domain.encode()]).random()
+        n = self.seen[cell]
         self.seen[cell] += 1
         return int(np.floor(rate * (n + 1) + first) - np.floor(rate * n + first))
 
-# %% ../../nbs/405_train.mixture.ipynb #f73b9a80
+# %% ../../nbs/405_train.mixture.ipynb #5a4f1157
+def _shares(cells: dict) -> dict:  # domain -> (share of all tokens, share of its tokens in long documents)
+    total = Counter()
+    long = Counter()
+    for (domain, _, is_long), (_, tokens) in cells.items():
+        total[domain] += tokens
+        long[domain] += tokens * is_long
+    whole = total.total() or 1
+    return {domain: (n / whole, long[domain] / max(n, 1)) for domain, n in total.items()}
+
+def _octaves(cells: dict) -> Counter:  # octave -> share of all tokens
+    total = Counter()
+    for (_, octave, _), (_, tokens) in cells.items():
+        total[octave] += tokens
+    whole = max(total.total(), 1)
+    return Counter({octave: n / whole for octave, n in total.items()})
+
 @dataclass
 class CorpusReport:
-    "What came in and what went out, by domain and by octave of length."
-    before: dict # (domain, octave, long or not) -> [documents, tokens]
-    after: dict
-    # documents of more tokens are long
-    min_upsample: int
-    # tokens that were asked for, and those at the end that fill no sample
-    wanted: int | None = None
-    dropped: int = 0
-    # kind -> files of the folder that are no text
-    left_out: dict = field(default_factory=dict)
+    """Documents before and after, by domain and by octave of length."""
+    before: dict  # (domain, octave, long or not) -> [documents, tokens]
+    after: dict  # the same of the corpus
+    min_upsample: int  # documents of more tokens are long
+    wanted: int | None = None  # tokens that were asked for
+    dropped: int = 0  # tokens at the end that fill no sample
+    left_out: dict = field(default_factory=dict)  # kind -> files of the folder that are no text
 
-    def domains(self) -> dict: # domain -> (share before, share after, long share before, long share after)
-        "Shares of the tokens."
-        def shares(cells):
-            total, by, long = sum(t for _, t in cells.values()) or 1, Counter(), Counter()
-            for (d, _, is_long), (_, t) in cells.items(): by[d] += t; long[d] += t * is_long
-            return {d: (by[d] / total, long[d] / max(by[d], 1)) for d in by}
-        a, b = shares(self.before), shares(self.after)
-        return {d: (a[d][0], b.get(d, (0, 0))[0], a[d][1], b.get(d, (0, 0))[1]) for d in sorted(a)}
+    def domains(self) -> dict:  # domain -> (share before, share after, long share before, long share after)
+        """Compare the domains' shares of the tokens."""
+        before = _shares(self.before)
+        after = _shares(self.after)
+        compared = {}
+        for domain in sorted(before):
+            share, long = after.get(domain, (0, 0))
+            compared[domain] = (before[domain][0], share, before[domain][1], long)
+        return compared
 
-    def lengths(self) -> dict: # first length of an octave -> (share of the tokens before, after)
-        "Where the tokens are."
-        share = lambda cells, o: sum(t for (_, b, _), (_, t) in cells.items() if b == o) / max(sum(t for _, t in cells.values()), 1)
-        return {2 ** (o - 1): (share(self.before, o), share(self.after, o)) for o in sorted({b for _, b, _ in self.before})}
+    def lengths(self) -> dict:  # first length of an octave -> (share of the tokens before, after)
+        """Compare where the tokens are."""
+        before = _octaves(self.before)
+        after = _octaves(self.after)
+        return {2 ** (octave - 1): (before[octave], after[octave]) for octave in sorted(before)}
 
-    def __repr__(self): return report_text(self)
+    def __repr__(self):
+        return report_text(self)
 
-# %% ../../nbs/405_train.mixture.ipynb #f8a1ea75
+# %% ../../nbs/405_train.mixture.ipynb #96ee675a
+def _total(cells: dict, i: int) -> int:
+    return sum(numbers[i] for numbers in cells.values())
+
 def report_text(report: CorpusReport) -> str:
-    "The report as a table."
-    total = lambda cells, i: sum(x[i] for x in cells.values())
-    lines = [f"{total(report.before, 0):,} documents with {total(report.before, 1):,} tokens in; {total(report.after, 0):,} with {total(report.after, 1):,} out",
-             f"{'domain':<20}{'share before':>13}{'after':>8}   {'over ' + format(report.min_upsample, ',') + ' before':>18}{'after':>8}"]
-    lines += [f"{d[:19]:<20}{a:>13.1%}{b:>8.1%}   {c:>18.1%}{e:>8.1%}" for d, (a, b, c, e) in report.domains().items()]
-    if report.wanted: lines.insert(1, f"{report.wanted:,} tokens were asked for, and {total(report.after, 0) + total(report.after, 1):,} came, separators among them")
-    lines.insert(1, f"{report.dropped:,} tokens at the end fill no sample and are dropped" + "".join(f"; left out: {n} files ({kind})" for kind, n in report.left_out.items()))
-    lines += [f"{'tokens':<20}{'share before':>13}{'after':>8}"] + [f"{f'{n:,} to {2 * n - 1:,}':<20}{a:>13.1%}{b:>8.1%}" for n, (a, b) in report.lengths().items()]
+    """Write the report as a table."""
+    before = [_total(report.before, i) for i in (0, 1)]
+    after = [_total(report.after, i) for i in (0, 1)]
+    left_out = "".join(f"; left out: {n} files ({kind})" for kind, n in report.left_out.items())
+    over = f"over {report.min_upsample:,} before"
+    lines = [
+        f"{before[0]:,} documents with {before[1]:,} tokens in; {after[0]:,} with {after[1]:,} out",
+        f"{report.dropped:,} tokens at the end fill no sample and are dropped{left_out}",
+    ]
+    if report.wanted:
+        came = sum(after)
+        lines.append(f"{report.wanted:,} tokens were asked for, and {came:,} came, separators among them")
+    lines.append(f"{'domain':<20}{'share before':>13}{'after':>8}   {over:>18}{'after':>8}")
+    for domain, (a, b, c, d) in report.domains().items():
+        lines.append(f"{domain[:19]:<20}{a:>13.1%}{b:>8.1%}   {c:>18.1%}{d:>8.1%}")
+    lines.append(f"{'tokens':<20}{'share before':>13}{'after':>8}")
+    for n, (a, b) in report.lengths().items():
+        octave = f"{n:,} to {2 * n - 1:,}"
+        lines.append(f"{octave:<20}{a:>13.1%}{b:>8.1%}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..files import whole_folder
-from .engines import trained
+from .engines import decay_groups, trained
 from .ranks import Ranks
 from .recipe import TrainError
 from .run import RECORD, checkpoints, trained_weights
@@ -45,7 +45,7 @@ def unused_tower_weights(
     model,  # a LongVA
 ) -> list:  # of parameters
     """List the tower's weights behind the layer whose features are used."""
-    tower = model.model.vision_tower["vision_tower"]["vision_model"]
+    tower = model.tower
     layer = model.config.vision_feature_layer
     if layer < 0:
         layer += len(tower.encoder.layers) + 1  # -1 is the output of the last layer, as in Hugging Face's hidden_states
@@ -65,11 +65,8 @@ def part_groups(
     groups = []
     for part, rate in rates.items():
         weights = [weight for name, weight in trained(loss) if part_of(name) == part]
-        matrices = [weight for weight in weights if weight.ndim >= 2]
-        others = [weight for weight in weights if weight.ndim < 2]
-        groups.append(dict(params=matrices, lr=rate))
-        groups.append(dict(params=others, lr=rate, weight_decay=0.0))
-    return [group for group in groups if group["params"]]
+        groups += decay_groups(weights, rate)
+    return groups
 
 # %% ../../nbs/447_train.parts.ipynb #32c0bc53
 def frozen_weights(

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 
 import torch
 
@@ -92,12 +93,14 @@ def step_operations(
     recipe: Recipe,
 ) -> tuple[float, float]:  # FLOPs the model needs, FLOPs that are done
     """Count the operations of some rows; 0 for an architecture that the planner doesn't know."""
+    def count(lengths, kind):
+        times = Counter(lengths).items()  # many rows have the same length
+        return sum(n * operations(config, length, recipe.checkpointing)[kind] for length, n in times)
+
     try:
-        model = sum(operations(config, length, recipe.checkpointing)["model"] for length in lengths)
-        hardware = sum(operations(config, length, recipe.checkpointing)["hardware"] for length in padded)
+        return count(lengths, "model"), count(padded, "hardware")
     except PlanError:
         return 0.0, 0.0
-    return model, hardware
 
 def utilisation(
     flops: tuple,  # of `step_operations`, added up over ranks

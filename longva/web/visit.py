@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from ..model.chat import ChatError, check_words
 from ..needle.bench import FRAMES, NEEDLES, NeedleBench, fill, one_pass
 from ..needle.needles import Needle
 from ..needle.trials import NeedleError, key
-from ..needle.vniah import encode_needles, make_prompt
 from ..vision.unires import fit_frames
 from ..vision.video import VideoError, iter_frames, video_info
 
@@ -83,9 +81,7 @@ def add_needle(
         if not said.strip(): raise NeedleError(f"The needle has no {what}: write one.")
         try: check_words(bench.processor, said)
         except ChatError as error: raise NeedleError(f"In the needle's {what}: {str(error)[0].lower()}{str(error)[1:]}") from None
-    prompt, hidden = make_prompt(bench.processor, needle), encode_needles(bench.model, bench.processor, [needle], bench.fit)
-    bench.needles, bench.prompts, bench.hidden = [*bench.needles, needle], [*bench.prompts, prompt], torch.cat([bench.hidden, hidden])
-    return len(bench.needles) - 1
+    return bench.add(needle)
 
 # %% ../../nbs/770_web.visit.ipynb #39e889b9
 def fork(

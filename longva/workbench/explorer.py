@@ -13,26 +13,10 @@ from functools import lru_cache
 import anywidget
 import ipywidgets as ipw
 import plotly.graph_objects as go
-from fastcore.basics import patch
 from IPython import get_ipython
 from IPython.display import display
 from plotly.offline import get_plotlyjs
 from traitlets import Bytes, Dict, Unicode
-
-# %% ../../nbs/735_workbench.explorer.ipynb #a09981a3
-class Library(ipw.Widget):
-    "plotly.js, for all figures of a page."
-    code = Bytes().tag(sync=True)
-
-@lru_cache
-def library() -> Library: return Library(code=get_plotlyjs().encode())
-
-class Shown(ipw.Widget):
-    "What a figure shows, and the last click on it."
-    # JSON, as plotly writes it
-    figure = Unicode().tag(sync=True)
-    # trace, x, y; and a count, so that a second click on the same point is heard
-    click = Dict().tag(sync=True)
 
 # %% ../../nbs/735_workbench.explorer.ipynb #42009947
 DRAW = """
@@ -60,74 +44,123 @@ async function render({model, el}) {
 export default {render};
 """
 
+class Library(ipw.Widget):
+    """plotly.js, for all figures of a page."""
+    code = Bytes().tag(sync=True)
+
+@lru_cache
+def library() -> Library:
+    """Load plotly.js once."""
+    return Library(code=get_plotlyjs().encode())
+
+class Shown(ipw.Widget):
+    """What a figure shows, and the last click on it."""
+    figure = Unicode().tag(sync=True)  # JSON, as plotly writes it
+    click = Dict().tag(sync=True)  # trace, x, y; and a count, so that a second click on the same point is noticed
+
 # %% ../../nbs/735_workbench.explorer.ipynb #75843131
 class Plot(anywidget.AnyWidget):
-    "A figure in a page, to be changed and clicked on."
+    """A figure in a page, to be changed and clicked on."""
     _esm = DRAW
-    # the models that DRAW looks for
-    library, shown = Unicode().tag(sync=True), Unicode().tag(sync=True)
+    library = Unicode().tag(sync=True)  # id of the Library
+    shown = Unicode().tag(sync=True)  # id of the Shown
 
     def __init__(self, figure: go.Figure):
         self.model = Shown(figure=figure.to_json())
         super().__init__(library=library().model_id, shown=self.model.model_id)
 
     def show(self, figure: go.Figure):
-        "Change it."
+        """Change the figure."""
         self.model.figure = figure.to_json()
 
-    def on_click(self,
-        # number of the trace
-        trace: int,
-        # called with x and y of the point
-        told,
+    def on_click(
+        self,
+        trace: int,  # number of the trace
+        call,  # called with x and y of the point
     ):
-        "Who is told of clicks on a trace."
-        self.model.observe(lambda change: change.new["trace"] == trace and told(change.new["x"], change.new["y"]), "click")
+        """Call a function when a point of a trace is clicked."""
+        def clicked(change):
+            point = change.new
+            if point["trace"] == trace:
+                call(point["x"], point["y"])
+
+        self.model.observe(clicked, "click")
 
 # %% ../../nbs/735_workbench.explorer.ipynb #ed278b79
-def slider(kind, name, label, value, *range_, **more):
-    "A slider with a class that a test or a style sheet can find it by."
+def slider(
+    kind,  # a class of ipywidgets
+    name,  # a test or a style sheet finds it by the class longva-NAME
+    label,
+    value,
+    *bounds,  # min, max, step; for a logarithmic slider its base first
+    **more,  # arguments of the class
+):
+    """Make a control."""
     names = ("base", "min", "max", "step") if kind is ipw.FloatLogSlider else ("min", "max", "step")
-    made = kind(value=value, **dict(zip(names, range_)), description=label, style=dict(description_width="95px"), layout=ipw.Layout(width="330px"), **more)
-    return made.add_class(f"longva-{name}")
+    look = dict(style=dict(description_width="95px"), layout=ipw.Layout(width="330px"))
+    control = kind(value=value, **dict(zip(names, bounds)), description=label, **look, **more)
+    return control.add_class(f"longva-{name}")
 
-# %% ../../nbs/735_workbench.explorer.ipynb #a5d3241b
 class Explorer:
-    "A box of sliders and figures. A subclass says in `figures_now` what they look like, and in `words` what stands above them, in HTML."
-    def __init__(self, controls: list, *more):
-        self.controls, self.still = controls, False
-        self.figures = self.figures_now()
-        self.plots = [Plot(f) for f in self.figures]
-        self.said = ipw.HTML(self.words()).add_class("longva-said")
-        for c in controls: c.observe(self.moved, "value")
-        rows = ipw.HBox(controls, layout=ipw.Layout(flex_flow="row wrap"))
-        self.box = ipw.VBox([rows, *more, self.said, *self.plots])
+    """A box of controls and figures. A subclass draws them in `figures_now` and explains them in `text_now`."""
 
-    def words(self): return ""
+    def __init__(
+        self,
+        controls: list,  # the subclass has set them already
+        *more,  # widgets below the controls
+    ):
+        self.paused = False
+        self.figures = self.figures_now()
+        self.plots = [Plot(figure) for figure in self.figures]
+        self.text = ipw.HTML(self.text_now()).add_class("longva-text")
+        for control in controls:
+            control.observe(self.redraw, "value")
+        rows = ipw.HBox(controls, layout=ipw.Layout(flex_flow="row wrap"))
+        self.box = ipw.VBox([rows, *more, self.text, *self.plots])
+
+    def figures_now(self) -> list:
+        """Draw the figures for the controls as they stand."""
+        raise NotImplementedError
+
+    def text_now(self) -> str:  # HTML
+        """Write what stands above the figures."""
+        return ""
 
     def show(self, number: int, figure: go.Figure):
-        "Change a figure."
+        """Change a figure."""
         self.figures[number] = figure
         self.plots[number].show(figure)
 
-    def moved(self, change=None):
-        "A slider was moved."
-        if self.still: return
+    def redraw(self, change=None):
+        """Draw again after a control was moved."""
+        if self.paused:
+            return
         try:
-            for number, figure in enumerate(self.figures_now()): self.show(number, figure)
-            self.said.value = self.words()
-        except (ValueError, OSError) as error: self.said.value = f"<b>This can't be shown:</b> {html.escape(str(error), quote=False)}"
+            for number, figure in enumerate(self.figures_now()):
+                self.show(number, figure)
+            self.text.value = self.text_now()
+        except (ValueError, OSError) as error:
+            self.text.value = f"<b>This can't be shown:</b> {html.escape(str(error), quote=False)}"
 
-# %% ../../nbs/735_workbench.explorer.ipynb #bfe10f5e
-@patch
-@contextmanager
-def at_once(self: Explorer):
-    "Move several sliders, and draw only once."
-    before, self.still = self.still, True
-    try: yield
-    finally: self.still = before
-    self.moved()
+    def instead(self, controls, call):
+        """Call another function than `redraw` when one of the controls is moved."""
+        for control in controls:
+            control.unobserve(self.redraw, "value")
+            control.observe(call, "value")
 
-@patch
-def _ipython_display_(self: Explorer):
-    display(self.box) if hasattr(get_ipython(), "kernel") else display(*self.figures)
+    @contextmanager
+    def at_once(self):
+        """Move several controls, and draw only once."""
+        before = self.paused
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = before
+        self.redraw()
+
+    def _ipython_display_(self):
+        if hasattr(get_ipython(), "kernel"):
+            display(self.box)
+        else:
+            display(*self.figures)
