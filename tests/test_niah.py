@@ -659,7 +659,7 @@ def test_the_command(saved, book, tmp_path):
     (dict(lengths=""), 2, "--lengths takes"),
     (dict(lengths="1,60", perplexity=True), 2, "--perplexity"),
     (dict(haystack=None), 2, "Say with --haystack"),
-    (dict(haystack=None, model="no/where"), 2, "No language model can be loaded"),
+    (dict(haystack=None, model="no/where"), 2, "No model can be loaded"),
     ({"rope-base": "0.5"}, 2, "--rope-base must be"),
     ({"rope-base": "inf"}, 2, "--rope-base must be"),
 ])
