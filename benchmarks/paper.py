@@ -128,12 +128,13 @@ def images():
 def text():
     """The text needle test with 0, 3 and 5 distractors, before and after the first step of the paper."""
     from longva.mini.reader import DIGITS, WORDING, extend_reader, write_book
+    from longva.model.open import open_language
     from longva.needle import niah
     from longva.needle.book import TextTest, TextWording
     from longva.needle.trials import cells
     trained, book, panels = extend_reader(WORK / "reader"), write_book(WORK / "book"), []
     for name, folder in zip(("unextended", "extended"), trained):
-        reader = niah.TextReader(*niah.load(folder), name)
+        reader = niah.TextReader(*open_language(folder), name)
         for k in (0, 3, 5):
             test = TextTest(book, 10, k, DIGITS, wording=TextWording(**WORDING))
             trials = niah.run(reader, test, [64, 128, 256, 384, 496], DEPTHS, WORK / f"text-{name}-{k}")
