@@ -159,7 +159,7 @@ def test_generated_needles_without_their_frames():
     from longva.needle.trials import wilson
     from longva.needle.variants import Blind
     tokenizer = byte_tokenizer("<video>")
-    config = mini_config(len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids(SPECIAL[-2]), video_token_id=tokenizer.convert_tokens_to_ids(SPECIAL[-1]), text={"num_hidden_layers": 2})
+    config = mini_config(len(tokenizer), image_token_id=tokenizer.convert_tokens_to_ids(SPECIAL[-2]), video_token_id=tokenizer.convert_tokens_to_ids(SPECIAL[-1]), text={"num_hidden_layers": 1})
     torch.manual_seed(0)
     model, processor = LongVA(config).eval(), LongVAProcessor.from_config(config, tokenizer)
     with torch.no_grad():
