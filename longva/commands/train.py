@@ -72,8 +72,9 @@ def extend_command(
     out = out or Path("runs") / "extend" / preset
     changes = given(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
     with one_sentence(out):
-        from longva.train.extend import extend, named_preset
-        named_preset(preset)
+        from longva.train.extend import PRESETS, extend
+        from longva.train.presets import find_preset
+        find_preset(preset, PRESETS)
         if preset == "mini" and text is None and model is None:
             from longva.mini.reader import extend_reader
             made = extend_reader(out, theta=theta, length=length, **changes)[1]
