@@ -1,18 +1,21 @@
-"""64 frames of a 60-minute film: read_frames beside decord's get_batch, time, wrong frames and memory.
+"""64 frames of a 60-minute video: read_frames beside decord's get_batch, time, wrong frames and memory.
 
     .venv/bin/python benchmarks/video.py --json video.json
 
-The film is made first, in a temporary folder: 320x180 at 30 frames per second, H.264 (x264's ultrafast, 2 B-frames), a keyframe every 250 frames,
-each frame's number burnt into the picture as 20 bars, so that a wrong frame shows. Then the readers take turns. Every turn opens
-the file anew, and nothing is remembered from the turn before. A ratio is the median over the turns. In the file:
+The video is made first, in a temporary folder: 320x180 at 30 frames per second, H.264 (x264's ultrafast, 2 B-frames),
+a keyframe every 250 frames, each frame's number burnt into the picture as 20 bars, so that a wrong frame shows. Then
+the readers take turns. Every turn opens the file anew, and nothing is remembered from the turn before. A ratio is the
+median over the turns. In the file:
 
 speedup_vs_decord     wall time of decord (open and get_batch, its own choice of threads) over read_frames's
 speedup_one_thread    the same for read_frames with one decoder
 speedup_remembered    the same for a second look at the same file, whose index of frames is remembered
 wrong_frames          frames of read_frames, over all turns, that carry another number than the one asked for
-memory_*_mb           what a fresh process holds at most, above what it holds before reading: 64 frames; the whole film at one frame per second, in parts
+memory_*_mb           what a fresh process holds at most, above what it holds before reading: 64 frames;
+                      the whole video at one frame per second, in parts
 
-processor_time_vs_decord  the same ratio in processor time of all threads: it hardly depends on what else the machine does
+processor_time_vs_decord  the same ratio in processor time of all threads, which other work on the machine hardly
+                          changes
 
 The speedups are wall time, because both readers use several threads. On a busy machine, look at `load` too.
 """
@@ -40,9 +43,21 @@ N, FPS, WIDTH, HEIGHT, BITS = 64, 30, 320, 180, 20
 
 def make_film(path, minutes, bframes):
     "A texture that wanders about, and the number of the frame in bars along the upper edge."
-    texture = np.random.default_rng(0).integers(30, 220, (HEIGHT // 4 + 2, WIDTH // 4 + 2), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    texture = (
+        np.random.default_rng(0)
+        .integers(30, 220, (HEIGHT // 4 + 2, WIDTH // 4 + 2), dtype=np.uint8)
+        .repeat(8, 0)
+        .repeat(8, 1)
+    )
     picture = np.full((HEIGHT * 3 // 2, WIDTH), 128, np.uint8)  # Y, then U and V: no colour
-    options = {"preset": "ultrafast", "g": "250", "keyint_min": "250", "sc_threshold": "0", "bf": str(bframes), "crf": "30"}
+    options = {
+        "preset": "ultrafast",
+        "g": "250",
+        "keyint_min": "250",
+        "sc_threshold": "0",
+        "bf": str(bframes),
+        "crf": "30",
+    }
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -90,14 +105,20 @@ def memory(path, call):
         "status = lambda name: int(re.search(name + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024\n"
         f"before = status('VmRSS'); {call}; print(status('VmHWM') - before)"
     )
-    return float(subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True).stdout
+    )
 
 
 def machine():
     "What it was measured on."
     import decord
 
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else platform.processor()
+    model = (
+        next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+        if Path("/proc/cpuinfo").exists()
+        else platform.processor()
+    )
     codec = ".".join(map(str, av.library_versions["libavcodec"]))
     return {
         "processor": model,
@@ -129,7 +150,10 @@ def main():
         start, work = perf_counter(), process_time()
         make_film(path, given.minutes, given.bframes)
         made, size = perf_counter() - start, path.stat().st_size / 1e6
-        print(f"a film of {given.minutes} min, {WIDTH}x{HEIGHT}, {size:.0f} MB, made in {made:.0f} s ({process_time() - work:.0f} s of processor time)")
+        print(
+            f"a video of {given.minutes} min, {WIDTH}x{HEIGHT}, {size:.0f} MB, made in {made:.0f} s "
+            f"({process_time() - work:.0f} s of processor time)"
+        )
         asked = np.linspace(0, given.minutes * 60 * FPS - 1, N, dtype=int)
         for _ in range(given.turns):
             for name, read in methods.items():
@@ -139,15 +163,28 @@ def main():
                 work_done[name].append(process_time() - work)
                 wrong[name] += int((numbers(frames) != asked).sum())
             loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else 0)
-        held = memory(path, f"read_frames(path, n={N})"), memory(path, "[len(part) for part in iter_frames(path, fps=1)]")
+        held = (
+            memory(path, f"read_frames(path, n={N})"),
+            memory(path, "[len(part) for part in iter_frames(path, fps=1)]"),
+        )
 
     ratio = {name: median(d / s for d, s in zip(seconds["decord"], seconds[name])) for name in methods}
     ratio_work = {name: median(d / s for d, s in zip(work_done["decord"], work_done[name])) for name in methods}
     table = Table("reader", "seconds", "times faster", "processor s", "times less", "wrong")
     for name in methods:
-        table.add_row(name, f"{median(seconds[name]):.2f}", f"{ratio[name]:.2f}", f"{median(work_done[name]):.2f}", f"{ratio_work[name]:.2f}", f"{wrong[name]}/{N * given.turns}")
+        table.add_row(
+            name,
+            f"{median(seconds[name]):.2f}",
+            f"{ratio[name]:.2f}",
+            f"{median(work_done[name]):.2f}",
+            f"{ratio_work[name]:.2f}",
+            f"{wrong[name]}/{N * given.turns}",
+        )
     Console().print(table)
-    print(f"memory: {held[0]:.0f} MB for {N} frames, {held[1]:.0f} MB for the whole film at one frame per second, in parts; load {min(loads):.1f} to {max(loads):.1f}")
+    print(
+        f"memory: {held[0]:.0f} MB for {N} frames, {held[1]:.0f} MB for the whole video at one frame per second, "
+        f"in parts; load {min(loads):.1f} to {max(loads):.1f}"
+    )
     result = {
         "speedup_vs_decord": ratio["read_frames"],
         "wrong_frames": wrong["read_frames"],
@@ -159,7 +196,8 @@ def main():
         "wrong_frames_decord": wrong["decord"],
         "memory_64_frames_mb": held[0],
         "memory_whole_film_in_parts_mb": held[1],
-        "film": f"{given.minutes} min, {WIDTH}x{HEIGHT}, {FPS} fps, H.264 ultrafast, GOP 250, {given.bframes} B-frames, {size:.0f} MB",
+        "film": f"{given.minutes} min, {WIDTH}x{HEIGHT}, {FPS} fps, H.264 ultrafast, GOP 250, "
+        f"{given.bframes} B-frames, {size:.0f} MB",
         "seconds_to_make_the_film": made,
         "turns": given.turns,
         "load": max(loads),

@@ -214,8 +214,9 @@ def _family_ids(family, tokenizer) -> dict:
 
 def small_family(
     family: str,  # one of SMALL_TEXT
+    processor,  # is called with tokenizer, image processor and video token: PlainProcessor of longva.model.open
     seed: int = 0,
-) -> tuple:  # (model, (tokenizer, image processor, video token)), the latter for a PlainProcessor
+) -> tuple:  # (model, what `processor` returns)
     """Make a small random model of a family; the global random state stays as it was."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -235,4 +236,4 @@ def small_family(
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(6 if p.ndim == 2 else 1)  # larger weights, so that what it says depends on what it sees
-    return model, (tokenizer, _family_images(family), video)
+    return model, processor(tokenizer, _family_images(family), video)

@@ -18,12 +18,13 @@ from transformers.video_utils import VideoMetadata
 from typer.testing import CliRunner
 
 from longva.cli import app
+from longva.model.open import FAMILIES, PlainProcessor, open_both
 from longva.needle.adapters import ADAPTERS, reader_for
-from longva.needle.families import FAMILIES, byte_tokenizer, load_family, small
 from longva.needle.needles import Needle, save_needles
 from longva.needle.sweep import judge
 from longva.needle.trials import NeedleError, key, read_trials
 from longva.needle.trie import Cost, atoms, decide_paths, join, measure
+from longva.testing import byte_tokenizer, small_family
 from longva.vision.video import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ RED = Needle("red", Image.new("RGB", (16, 16), "red"), "Which colour?", "red")
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    model, processor = small(request.param)
+    model, processor = small_family(request.param, PlainProcessor)
     adapter = reader_for(model, processor, side=16)
     return (
         request.param,
@@ -243,7 +244,7 @@ def test_saved_it_is_loaded_and_swept_by_the_command(family, tmp_path):
     kind, model, processor, reader, prompt = family
     for part in (model, processor):
         part.save_pretrained(tmp_path / "mine")
-    again = reader_for(*load_family(tmp_path / "mine"), side=16)
+    again = reader_for(*open_both(tmp_path / "mine", FAMILIES), side=16)
     assert again.prompt(RED) == prompt and torch.equal(again.encode(FILM), reader.haystack)
     write_video(FILM, tmp_path / "film.mp4", fps=1.0)
     save_needles([RED], tmp_path / "needles")
@@ -306,7 +307,7 @@ def test_a_name_of_the_hub(tmp_path):
     """Two models as the hub's cache keeps them, without a network; and names that are not there."""
     for kind, name in (("qwen3_vl", "mine"),):
         snapshot = tmp_path / f"home/hub/models--someone--{name}/snapshots/{'0' * 40}"
-        for part in small(kind):
+        for part in small_family(kind, PlainProcessor):
             part.save_pretrained(snapshot)
         (snapshot.parents[1] / "refs").mkdir()
         (snapshot.parents[1] / "refs/main").write_text("0" * 40)
@@ -349,13 +350,13 @@ def test_a_tokenizer_that_begins_with_a_token_of_its_own(family):
 
 
 def test_what_no_adapter_knows():
-    model, processor = small("qwen2_vl")
+    model, processor = small_family("qwen2_vl", PlainProcessor)
     with pytest.raises(NeedleError, match="squares of 8 pixels or a multiple, and not of 20"):
         reader_for(model, processor, side=20)
     model.config.model_type = "blip"
     with pytest.raises(NeedleError, match="no adapter for a model of type blip: known are longva, llava_onevision"):
         reader_for(model, processor)
     assert set(ADAPTERS) == {"longva", *FAMILIES}
-    model, processor = small("llava_onevision")
+    model, processor = small_family("llava_onevision", PlainProcessor)
     with pytest.raises(NeedleError, match="squares of 16 pixels, and not of 32"):
         reader_for(model, processor, side=32)

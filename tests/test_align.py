@@ -402,7 +402,8 @@ def test_each_part_follows_the_schedule_at_its_own_rate(model):
     loss = AlignLoss(model)
     preset = choose_preset("paper-2", {"steps": 100})
     recipe = recipe_for(preset, 3200)
-    engine = Plain(loss, part_groups(loss, preset.rates), replace(recipe, precision="fp32"), Ranks())
+    groups = [dict(group, top=group["lr"]) for group in part_groups(loss, preset.rates)]
+    engine = Plain(loss, groups, replace(recipe, precision="fp32"), Ranks())
     for step, share in (
         (0, 1 / 3),
         (2, 1.0),

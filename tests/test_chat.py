@@ -14,9 +14,10 @@ from PIL import Image
 
 from longva import mini
 from longva.mini.world import OBJECTS, draw_frame, film_scenes, needle_objects, scene_words, write_film
-from longva.model.chat import Chat, ChatError, TooLarge, load, next_token
+from longva.model.chat import Chat, ChatError, TooLarge, next_token
 from longva.model.checkpoint import save_original
 from longva.model.modeling import LongVA, longva_7b, mini_config
+from longva.model.open import open_model
 from longva.model.prefill import KVLayer, LiveBytes, estimate, kv_cache, prefill, reserve, say_bytes
 from longva.model.processing import LongVAProcessor
 from longva.vision.video import VideoError, read_frames
@@ -95,7 +96,7 @@ def test_weights_on_the_disk_and_the_originals_format(pair, film, tmp_path):
     assert "".join(Chat(away, processor).ask(f"find {thing}", videos=film)) == right
     save_original(model, tmp_path / "original")
     processor.tokenizer.save_pretrained(tmp_path / "original")
-    assert "".join(Chat(load(tmp_path / "original")[0], processor).ask(f"find {thing}", videos=film)) == right
+    assert "".join(Chat(open_model(tmp_path / "original"), processor).ask(f"find {thing}", videos=film)) == right
 
 
 def test_the_cache_takes_what_it_needs():

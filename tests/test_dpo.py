@@ -16,6 +16,7 @@ from PIL import Image
 
 from longva.mini import folder, load
 from longva.model.modeling import LongVA
+from longva.model.open import OpenError
 from longva.model.processing import LongVAProcessor
 from longva.train.clips import Clips
 from longva.train.dpo import dpo
@@ -531,7 +532,7 @@ def test_too_many_bad_rows_stop_the_run(data, tmp_path):
 
 
 def test_start_or_data_that_is_not_there(data, tmp_path):
-    with pytest.raises(TrainError, match="There is no folder nothing"):
+    with pytest.raises(OpenError, match="No model can be loaded from .*nothing: it is no folder here"):
         trainer(data, tmp_path / "run", model=str(tmp_path / "nothing"))
     with pytest.raises(DataError, match="cannot be read"):
         trainer(tmp_path / "nothing.jsonl", tmp_path / "run")

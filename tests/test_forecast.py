@@ -13,8 +13,8 @@ from longva import cli
 from longva.context.plan import per_token
 from longva.mini import load
 from longva.mini.world import write_film
+from longva.model.open import PlainProcessor
 from longva.model.prefill import LiveBytes
-from longva.needle.families import small
 from longva.needle.forecast import forecast_walks
 from longva.needle.haystack import Haystack
 from longva.needle.needles import save_needles
@@ -23,6 +23,7 @@ from longva.needle.trials import read_trials
 from longva.needle.trie import Cost, decide_paths, shares
 from longva.needle.vniah import Reading, Spot, decide_asks, plan, run
 from longva.study.variants import mini_scene
+from longva.testing import small_family
 
 sys.path.insert(0, str(Path(__file__).parent))
 from needle_toy import film, needles, toy
@@ -170,7 +171,7 @@ def test_workers_read_their_beginnings_each_for_itself():
 
 @pytest.mark.parametrize("words", [["--naive"], ["--kv", "host"]], ids=" ".join)
 def test_other_families_are_told_all_of_it(here, words, tmp_path, read):
-    for part in small("qwen2_vl"):
+    for part in small_family("qwen2_vl", PlainProcessor):
         part.save_pretrained(tmp_path / "mine")
     done = here("--model", "mine", *words, "--out", "out")
     assert done.exit_code == 0, done.output
@@ -229,10 +230,11 @@ def test_generated_needles_without_their_frames():
 
     from longva.model.modeling import LongVA, mini_config
     from longva.model.processing import LongVAProcessor
-    from longva.needle.families import SPECIAL, byte_tokenizer
     from longva.needle.generate import generate
     from longva.needle.trials import wilson
     from longva.needle.variants import Blind
+    from longva.testing import FAMILY_TOKENS as SPECIAL
+    from longva.testing import byte_tokenizer
 
     tokenizer = byte_tokenizer("<video>")
     config = mini_config(

@@ -45,7 +45,10 @@ def case(L=57, D=12, V=37, ignored=0.3, seed=0):
 
 
 @pytest.mark.parametrize("kernel", ["auto", "chunks", "torch"])
-@pytest.mark.parametrize("L, chunk, ignored", [(1, 16, 0), (15, 16, 0.3), (16, 16, 0), (57, 16, 0.05), (57, 16, 0.9), (57, 1, 0.3), (57, 1000, 0)])
+@pytest.mark.parametrize(
+    "L, chunk, ignored",
+    [(1, 16, 0), (15, 16, 0.3), (16, 16, 0), (57, 16, 0.05), (57, 16, 0.9), (57, 1, 0.3), (57, 1000, 0)],
+)
 def test_any_length_and_chunk(L, chunk, ignored, kernel):
     hidden, weight, labels, _ = case(L, ignored=ignored, seed=L + chunk)
     labels[0] = 3
@@ -56,7 +59,13 @@ def test_token_weights_and_float64():
     hidden, weight, labels, weights = case()
     weights[5:20] = 0
     assert apart(ours(hidden, weight, labels, weights, chunk=8), oracle(hidden, weight, labels, weights)) < 1e-5
-    assert apart(ours(hidden.double(), weight.double(), labels, weights.double(), chunk=8), oracle(hidden, weight, labels, weights.double())) < 1e-13
+    assert (
+        apart(
+            ours(hidden.double(), weight.double(), labels, weights.double(), chunk=8),
+            oracle(hidden, weight, labels, weights.double()),
+        )
+        < 1e-13
+    )
 
 
 def test_batch_dimensions_and_large_logits():
@@ -82,20 +91,27 @@ def test_only_one_gradient_or_none():
         assert abs(found - value) < 1e-5 and found.requires_grad == (wants_h or wants_w)
         if wants_h or wants_w:
             found.backward()
-            assert apart([x.grad for x in (h, w) if x.grad is not None], [g for g, on in ((grad_h, wants_h), (grad_w, wants_w)) if on]) < 1e-5
+            assert (
+                apart(
+                    [x.grad for x in (h, w) if x.grad is not None],
+                    [g for g, on in ((grad_h, wants_h), (grad_w, wants_w)) if on],
+                )
+                < 1e-5
+            )
 
 
 def test_nan_weights_give_a_nan_loss_and_no_error():
     "A training loop watches the loss: it must see the nan, and with the sum of the weights as normalizer too."
     hidden, weight, labels, weights = case(ignored=0)
     weights[3] = float("nan")
-    for normalizer in (None, weights.sum().item()): assert ours(hidden, weight, labels, weights, normalizer=normalizer)[0].isnan()
+    for normalizer in (None, weights.sum().item()):
+        assert ours(hidden, weight, labels, weights, normalizer=normalizer)[0].isnan()
 
 
 def test_gradient_accumulation_by_normalizer():
     hidden, weight, labels, _ = case(L=60, ignored=0.6)
     count = int((labels != -100).sum())
-    parts = [ours(hidden[a:a + 20], weight, labels[a:a + 20], normalizer=count, chunk=6) for a in (0, 20, 40)]
+    parts = [ours(hidden[a : a + 20], weight, labels[a : a + 20], normalizer=count, chunk=6) for a in (0, 20, 40)]
     wanted = oracle(hidden, weight, labels)
     assert apart([sum(p[0] for p in parts), torch.cat([p[1] for p in parts]), sum(p[2] for p in parts)], wanted) < 1e-5
 
@@ -142,7 +158,7 @@ def test_without_torchs_own(monkeypatch):
 
 
 def test_liger_is_called_as_it_wants_to_be(monkeypatch):
-    "There is no GPU in tests: a stand-in for Liger takes the same arguments, and the rule is asked about tensors that say they are on CUDA."
+    "Without a GPU: a stand-in for Liger takes the same arguments, and the rule is asked about tensors that claim CUDA."
     calls = {}
 
     class LigerFusedLinearCrossEntropyLoss:
@@ -150,7 +166,9 @@ def test_liger_is_called_as_it_wants_to_be(monkeypatch):
             calls.update(options)
 
         def __call__(self, lin_weight, _input, target):
-            return F.cross_entropy(_input @ lin_weight.T, target, ignore_index=calls["ignore_index"], reduction=calls["reduction"])
+            return F.cross_entropy(
+                _input @ lin_weight.T, target, ignore_index=calls["ignore_index"], reduction=calls["reduction"]
+            )
 
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     stand_in = types.ModuleType("liger_kernel.transformers")
@@ -168,7 +186,9 @@ def test_liger_is_called_as_it_wants_to_be(monkeypatch):
 
 def one_rank(rank, world, meeting, folder, uneven):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
     hidden, weight, labels, weights = case(L=60, ignored=0.4)
     edges = [0, 7, 20, 60] if uneven else [0, 20, 40, 60]
     if uneven:
@@ -183,7 +203,10 @@ def one_rank(rank, world, meeting, folder, uneven):
 
 @pytest.mark.parametrize("world, uneven", [(2, False), (3, True)])
 def test_ranks_weigh_by_token(tmp_path, world, uneven):
-    started, deadline = mp.spawn(one_rank, (world, tmp_path / "meeting", tmp_path, uneven), nprocs=world, join=False), time.monotonic() + 240
+    started, deadline = (
+        mp.spawn(one_rank, (world, tmp_path / "meeting", tmp_path, uneven), nprocs=world, join=False),
+        time.monotonic() + 240,
+    )
     while not started.join(timeout=2):
         if time.monotonic() > deadline:
             for process in started.processes:
@@ -202,6 +225,11 @@ def test_ranks_weigh_by_token(tmp_path, world, uneven):
 
 def test_requests_that_make_no_sense():
     hidden, weight, labels, weights = case()
-    for more, sentence in [(dict(weights=-weights.abs() - 1), "negative"), (dict(normalizer=0), "normalizer"), (dict(chunk=1.5), "whole number"), (dict(labels=labels.int()), "int64")]:
+    for more, sentence in [
+        (dict(weights=-weights.abs() - 1), "negative"),
+        (dict(normalizer=0), "normalizer"),
+        (dict(chunk=1.5), "whole number"),
+        (dict(labels=labels.int()), "int64"),
+    ]:
         with pytest.raises(ValueError, match=sentence):
             linear_cross_entropy(hidden, weight, **(dict(labels=labels) | more))

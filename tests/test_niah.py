@@ -448,7 +448,7 @@ def test_the_command(saved, book, tmp_path):
     (dict(model=""), 2, "--model is empty"),
     (dict(distractors="9"), 1, "from 0 to 6"), (dict(distractors="0,9"), 1, "from 0 to 6"), (dict(distractors="some"), 2, "--distractors takes"),
     (dict(model="mini-longva"), 1, "are unknown to the tokenizer"), (dict(numbers=0), 1, "not 0"), ({"train-length": -5}, 1, "not -5"), (dict(lengths="1000000000000", repeat=True), 1, "more than 100000000"),
-    (dict(lengths=""), 2, "--lengths takes"), (dict(lengths="1,60", perplexity=True), 2, "--perplexity"), (dict(haystack=None), 2, "Say with --haystack"), (dict(haystack=None, model="no/where"), 2, "No language model can be loaded"),
+    (dict(lengths=""), 2, "--lengths takes"), (dict(lengths="1,60", perplexity=True), 2, "--perplexity"), (dict(haystack=None), 2, "Say with --haystack"), (dict(haystack=None, model="no/where"), 2, "No model can be loaded"),
     ({"rope-base": "0.5"}, 2, "--rope-base must be"), ({"rope-base": "inf"}, 2, "--rope-base must be")])
 def test_one_sentence_and_nothing_written(saved, book, tmp_path, monkeypatch, change, code, said):
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,9 @@
-"""Context parallel attention over real ranks (gloo) against one process: attention alone, a whole model, and what is refused.
+"""Context parallel attention over real ranks (gloo) against one process: attention, a whole model, and refusals.
 
 All cases of one number of ranks run in one set of processes; each test looks up its own case.
 """
+
+import gc
 import traceback
 from functools import lru_cache
 from types import SimpleNamespace
@@ -11,7 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from longva.context import parallel
 from longva.context.parallel import (
@@ -44,14 +53,19 @@ def right_answer(q, k, v, dout, documents):
     which = torch.stack([torch.bucketize(torch.arange(L), torch.tensor(d[1:]), right=True) for d in documents])
     scores = torch.einsum("blhe,bshe->bhls", given[0], given[1].repeat_interleave(groups, 2)) / q.shape[-1] ** 0.5
     allowed = (which[:, :, None] == which[:, None]).tril()[:, None]
-    out = torch.einsum("bhls,bshe->blhe", scores.masked_fill(~allowed, -torch.inf).softmax(-1), given[2].repeat_interleave(groups, 2))
+    out = torch.einsum(
+        "bhls,bshe->blhe", scores.masked_fill(~allowed, -torch.inf).softmax(-1), given[2].repeat_interleave(groups, 2)
+    )
     return [out.detach(), *torch.autograd.grad(out, given, dout)]
 
 
 def attention(kind, heads, documents, dtype=torch.float32):
     "Largest relative difference over out, dq, dk, dv; documents has a row for each sequence of the batch."
     source, L = torch.Generator().manual_seed(5), documents[0][-1]
-    q, k, v, dout = (torch.randn(len(documents), L, h, 8, generator=source, dtype=torch.float64) for h in (heads[0], heads[1], heads[1], heads[0]))
+    q, k, v, dout = (
+        torch.randn(len(documents), L, h, 8, generator=source, dtype=torch.float64)
+        for h in (heads[0], heads[1], heads[1], heads[0])
+    )
     right = right_answer(q, k, v, dout, documents)
     with context_parallel(kind=kind) as cp:
         mine, padded = [shard(t).to(dtype).requires_grad_() for t in (q, k, v)], L + -L % cp.multiple
@@ -62,9 +76,20 @@ def attention(kind, heads, documents, dtype=torch.float32):
 
 def tiny(attention, heads, seed=1):
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=50, hidden_size=heads[0] * 4, intermediate_size=32, num_hidden_layers=2, num_attention_heads=heads[0], num_key_value_heads=heads[1],
-        initializer_range=0.1, attn_implementation=attention, tie_word_embeddings=False, use_cache=False))
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=50,
+            hidden_size=heads[0] * 4,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=heads[0],
+            num_key_value_heads=heads[1],
+            initializer_range=0.1,
+            attn_implementation=attention,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    )
 
 
 def batch_of(documents):
@@ -73,12 +98,19 @@ def batch_of(documents):
     labels[:, [d - 1 for d in documents[1:]]] = -100
     labels[:, 3:11] = -100  # ranks have different numbers of labels
     weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2))
-    return dict(input_ids=ids, labels=labels, weights=weights, position_ids=torch.cat([torch.arange(b - a) for a, b in zip(documents, documents[1:])])[None])
+    return dict(
+        input_ids=ids,
+        labels=labels,
+        weights=weights,
+        position_ids=torch.cat([torch.arange(b - a) for a, b in zip(documents, documents[1:])])[None],
+    )
 
 
 def weighted_loss(model, batch):
     "(weighted sum of the token losses, sum of the weights); the embeddings are given, as a model with pictures would."
-    logits = model(inputs_embeds=model.get_input_embeddings()(batch["input_ids"]), position_ids=batch["position_ids"]).logits.float()
+    logits = model(
+        inputs_embeds=model.get_input_embeddings()(batch["input_ids"]), position_ids=batch["position_ids"]
+    ).logits.float()
     each = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none", ignore_index=-100)
     return (each * batch["weights"].flatten()).sum(), (batch["weights"] * (batch["labels"] != -100)).sum()
 
@@ -95,15 +127,22 @@ def model(kind, heads, documents, checkpointing, late=False, group=None):
     "Largest relative difference of the loss and of every gradient."
     loss, grads = one_process(heads, documents)
     ours = tiny("longva_cp", heads).train()
-    if checkpointing: ours.activation_checkpointing_enable(**({} if checkpointing is True else {"activation_checkpointing_kwargs": {"use_reentrant": True}}))
+    if checkpointing:
+        ours.activation_checkpointing_enable(
+            **({} if checkpointing is True else {"activation_checkpointing_kwargs": {"use_reentrant": True}})
+        )
     with context_parallel(group, kind) as cp:
         total, weight = weighted_loss(ours, shard_batch(batch_of(documents)))
-        if dist.is_initialized(): dist.all_reduce(weight, group=cp.group)
-        if not late: (total / weight).backward()
-    if late: (total / weight).backward()
+        if dist.is_initialized():
+            dist.all_reduce(weight, group=cp.group)
+        if not late:
+            (total / weight).backward()
+    if late:
+        (total / weight).backward()
     shares = [(total / weight).detach(), *(p.grad for p in ours.parameters())]
     if dist.is_initialized():
-        for t in shares: dist.all_reduce(t, group=cp.group)
+        for t in shares:
+            dist.all_reduce(t, group=cp.group)
     return max(abs(shares[0].item() - loss) / loss, *(far(a, b) for a, b in zip(shares[1:], grads, strict=True)))
 
 
@@ -133,32 +172,49 @@ def sent(kind):
             forward, counted[0] = counted[0], 0
             out.sum().backward()
             return (forward, counted[0]), bytes_sent(cp, L, 2, 8)
-    finally: dist.batch_isend_irecv, parallel._all_gather, parallel._reduce_scatter = real, gather, scatter
+    finally:
+        dist.batch_isend_irecv, parallel._all_gather, parallel._reduce_scatter = real, gather, scatter
 
 
 def said(call, *args, **kwargs):
-    try: call(*args, **kwargs)
-    except ValueError as e: return str(e)
+    try:
+        call(*args, **kwargs)
+    except ValueError as e:
+        return str(e)
     return "nothing"
 
 
 def uncut():
     "A model whose positions nobody cut."
-    with context_parallel(): return said(tiny("longva_cp", (4, 4)), torch.arange(8)[None])
+    with context_parallel():
+        return said(tiny("longva_cp", (4, 4)), torch.arange(8)[None])
 
 
 def other_batch():
-    with context_parallel(): return said(shard_batch, dict(input_ids=torch.arange(9)[None] + dist.get_rank()))
+    with context_parallel():
+        return said(shard_batch, dict(input_ids=torch.arange(9)[None] + dist.get_rank()))
 
 
 def generating():
     "A text of eight tokens, and one of a single token."
     model = tiny("longva_cp", (4, 4)).eval()
-    with context_parallel(): return [said(model.generate, torch.arange(3, 3 + n)[None], max_new_tokens=2, do_sample=False, use_cache=True) for n in (8, 1)]
+    with context_parallel():
+        return [
+            said(model.generate, torch.arange(3, 3 + n)[None], max_new_tokens=2, do_sample=False, use_cache=True)
+            for n in (8, 1)
+        ]
 
 
 def with_cache():
-    with context_parallel(): return said(longva_cp, SimpleNamespace(is_causal=True), torch.randn(1, 4, 1, 8), torch.randn(1, 4, 5, 8), torch.randn(1, 4, 5, 8), None)
+    with context_parallel():
+        return said(
+            longva_cp,
+            SimpleNamespace(is_causal=True),
+            torch.randn(1, 4, 1, 8),
+            torch.randn(1, 4, 5, 8),
+            torch.randn(1, 4, 5, 8),
+            None,
+        )
 
 
 def autocast():
@@ -166,7 +222,8 @@ def autocast():
     with context_parallel(kind="ring"), torch.autocast("cpu", torch.bfloat16):
         total, weight = weighted_loss(tiny("longva_cp", (4, 4)), shard_batch(batch_of(DOCUMENTS[1])))
         (total / weight).backward()
-    for t in (total, weight): dist.all_reduce(t)
+    for t in (total, weight):
+        dist.all_reduce(t)
     return abs((total / weight).item() / one_process((4, 4), DOCUMENTS[1])[0] - 1)
 
 
@@ -178,47 +235,78 @@ def halves():
 
 def cases(W):
     "name -> what to do"
-    found = {(kind, heads, documents): (attention, kind, heads, [documents]) for kind in KINDS for heads in HEADS for documents in DOCUMENTS}
+    found = {
+        (kind, heads, documents): (attention, kind, heads, [documents])
+        for kind in KINDS
+        for heads in HEADS
+        for documents in DOCUMENTS
+    }
     found |= {("short", kind): (attention, kind, (4, 4), [(0, 3)]) for kind in KINDS}
     found |= {("rows", kind): (attention, kind, (14, 2), [(0, 13), (0, 4, 13), (0, 13)]) for kind in KINDS}
     found |= {("half", kind): (attention, kind, (28, 4), [(0, 9, 29)], torch.bfloat16) for kind in KINDS}
-    if W == 8: return found
-    found |= {("model", kind, heads, documents): (model, kind, heads, documents, True) for kind in KINDS for heads in HEADS for documents in DOCUMENTS}
+    if W == 8:
+        return found
+    found |= {
+        ("model", kind, heads, documents): (model, kind, heads, documents, True)
+        for kind in KINDS
+        for heads in HEADS
+        for documents in DOCUMENTS
+    }
     found |= {("plain", kind): (model, kind, (14, 2), DOCUMENTS[1], False) for kind in KINDS}
-    if W == 2: found |= {"late": (model, "ring", (14, 2), DOCUMENTS[1], True, True), "reentrant": (model, "ring", (14, 2), DOCUMENTS[1], "reentrant")}
-    if W == 2: found |= {f.__name__: (f,) for f in (uncut, generating, other_batch, with_cache, autocast)}
-    if W == 4: found["halves"] = (halves,)
-    if W > 1: found |= {("sent", kind): (sent, kind) for kind in KINDS}
+    if W == 2:
+        found |= {
+            "late": (model, "ring", (14, 2), DOCUMENTS[1], True, True),
+            "reentrant": (model, "ring", (14, 2), DOCUMENTS[1], "reentrant"),
+        }
+    if W == 2:
+        found |= {f.__name__: (f,) for f in (uncut, generating, other_batch, with_cache, autocast)}
+    if W == 4:
+        found["halves"] = (halves,)
+    if W > 1:
+        found |= {("sent", kind): (sent, kind) for kind in KINDS}
     return found
 
 
 def one_rank(rank, W, folder):
     torch.set_num_threads(1)
-    if W > 1: dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=W)
+    if W > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=W)
     results = {}
     for name, (work, *args) in cases(W).items():
-        try: results[name] = work(*args)
-        except Exception: results[name] = traceback.format_exc()  # on one rank only, this would leave the others waiting: the time limit ends them
+        try:
+            results[name] = work(*args)
+        except Exception:
+            results[name] = (
+                traceback.format_exc()
+            )  # on one rank only, this would leave the others waiting: the time limit ends them
     torch.save(results, f"{folder}/{rank}")
-    if W > 1: dist.destroy_process_group()
+    if W > 1:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     "W -> what each rank found, per case."
+
     @lru_cache(maxsize=None)
     def results(W, seconds=900):
         folder = tmp_path_factory.mktemp(f"ranks{W}")
-        if W == 1: one_rank(0, 1, folder)
+        if W == 1:
+            one_rank(0, 1, folder)
         else:
-            mp.get_context("forkserver").set_forkserver_preload(["transformers.models.qwen2.modeling_qwen2", "longva.context.parallel"])
+            mp.get_context("forkserver").set_forkserver_preload(
+                ["transformers.models.qwen2.modeling_qwen2", "longva.context.parallel"]
+            )
             started = mp.start_processes(one_rank, (W, folder), W, join=False, start_method="forkserver")
             for _ in range(seconds):
-                if started.join(timeout=1): break
+                if started.join(timeout=1):
+                    break
             else:
-                for p in started.processes: p.kill()
+                for p in started.processes:
+                    p.kill()
                 pytest.fail(f"{W} ranks were not done after {seconds} seconds")
         return [torch.load(folder / str(r)) for r in range(W)]
+
     return results
 
 
@@ -273,13 +361,18 @@ def test_autocast(ranks):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("W", [2, 3, 4])
 def test_bytes_sent(ranks, W, kind):
-    for rank in ranks(W): assert rank["sent", kind][0] == rank["sent", kind][1], rank["sent", kind]
+    for rank in ranks(W):
+        assert rank["sent", kind][0] == rank["sent", kind][1], rank["sent", kind]
 
 
 def test_silent_mistakes_are_sentences(ranks):
     for rank in ranks(2):
-        assert "Every rank holds the same positions, 0 to 7" in rank["uncut"] and "cut the batch with shard_batch" in rank["uncut"]
-        for sentence in (rank["uncut"], rank["with_cache"], *rank["generating"]): assert "leave context_parallel" in sentence and "can't be spread over ranks" in sentence
+        assert (
+            "Every rank holds the same positions, 0 to 7" in rank["uncut"]
+            and "cut the batch with shard_batch" in rank["uncut"]
+        )
+        for sentence in (rank["uncut"], rank["with_cache"], *rank["generating"]):
+            assert "leave context_parallel" in sentence and "can't be spread over ranks" in sentence
         assert "Ranks [1] hold another batch than rank 0" in rank["other_batch"]
 
 
@@ -304,7 +397,9 @@ def test_inference_mode_and_documents():
         ask = dict(input_ids=batch["input_ids"], position_ids=batch["position_ids"].clone())
         assert torch.allclose(ours(**ask).logits, theirs(**ask).logits, atol=1e-5)
     assert documents_of(batch["position_ids"]) == [DOCUMENTS[1]]
-    assert not [r for r in parallel._known.values() if r[0]() is None], "nothing is remembered of positions that are gone"
+    del ask
+    gc.collect()
+    assert not list(parallel._known.values()), "nothing is remembered of positions that are gone"
 
 
 def test_a_static_cache_is_refused():
@@ -348,13 +443,26 @@ def test_generation_after_packed_documents_is_refused():
             cache = model(ids, use_cache=True, **how).past_key_values
             for position in ({}, dict(position_ids=torch.tensor([[6]]))):
                 assert "several documents" in said(model, more, past_key_values=cache, use_cache=True, **position)
-        assert "several documents" in said(model.generate, ids, position_ids=packed, max_new_tokens=3, do_sample=False, use_cache=True)
-        assert "several documents" in said(model, more, past_key_values=model(ids, use_cache=True).past_key_values, cu_seq_lens_q=torch.tensor([0, 5, 12]))
-        assert torch.equal(*(m.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True) for m in (model, plain)))
+        assert "several documents" in said(
+            model.generate, ids, position_ids=packed, max_new_tokens=3, do_sample=False, use_cache=True
+        )
+        assert "several documents" in said(
+            model,
+            more,
+            past_key_values=model(ids, use_cache=True).past_key_values,
+            cu_seq_lens_q=torch.tensor([0, 5, 12]),
+        )
+        assert torch.equal(
+            *(m.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True) for m in (model, plain))
+        )
 
 
 def test_padding_in_a_batch_says_what_to_do():
-    model, ids, mask = tiny("longva_cp", (4, 2)).eval(), torch.arange(3, 19).view(2, 8), torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    model, ids, mask = (
+        tiny("longva_cp", (4, 2)).eval(),
+        torch.arange(3, 19).view(2, 8),
+        torch.tensor([[1] * 8, [1] * 5 + [0] * 3]),
+    )
     left = said(model, ids, attention_mask=mask.flip(1))
     assert "padding_side to right" in left and "to generate, give prompts of one length" in left
     right = said(model.generate, ids, attention_mask=mask, max_new_tokens=3, do_sample=False, use_cache=True)
@@ -362,13 +470,36 @@ def test_padding_in_a_batch_says_what_to_do():
     assert said(model, ids, attention_mask=mask) == "nothing"
 
 
-@pytest.mark.parametrize("Config, Model, settings, off", [
-    (Qwen2Config, Qwen2ForCausalLM, dict(use_sliding_window=True, max_window_layers=1), dict(use_sliding_window=False)),
-    (MistralConfig, MistralForCausalLM, {}, dict(sliding_window=None)), (Gemma3TextConfig, Gemma3ForCausalLM, {}, dict(layer_types=["full_attention"] * 2))])
+@pytest.mark.parametrize(
+    "Config, Model, settings, off",
+    [
+        (
+            Qwen2Config,
+            Qwen2ForCausalLM,
+            dict(use_sliding_window=True, max_window_layers=1),
+            dict(use_sliding_window=False),
+        ),
+        (MistralConfig, MistralForCausalLM, {}, dict(sliding_window=None)),
+        (Gemma3TextConfig, Gemma3ForCausalLM, {}, dict(layer_types=["full_attention"] * 2)),
+    ],
+)
 def test_a_sliding_window_is_refused_by_its_own_setting(Config, Model, settings, off):
     def build(**more):
-        return Model(Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
-                            attn_implementation="longva_cp", pad_token_id=0, **dict(sliding_window=4) | more)).eval()
+        return Model(
+            Config(
+                vocab_size=50,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=4,
+                attn_implementation="longva_cp",
+                pad_token_id=0,
+                **dict(sliding_window=4) | more,
+            )
+        ).eval()
+
     (name,), ids = off, torch.arange(8)[None]
     sentence = said(build(**settings), ids)
     assert f"set {name} to" in sentence and said(build(**settings), ids[:, :4]) == "nothing"
@@ -380,8 +511,14 @@ def test_odd_shapes_and_dtypes_are_sentences():
     assert "input_ids [5]" in said(shard_batch, dict(input_ids=torch.arange(5)))
     assert "labels [2, 7]" in said(shard_batch, dict(input_ids=ids, labels=ids[:, 1:]))
     first = shard_batch(dict(position_ids=torch.arange(8)[None], input_ids=ids), Context(ranks=2))
-    assert first["input_ids"].tolist() == [[0, 1, 6, 7], [8, 9, 14, 15]] and first["position_ids"].tolist() == [[0, 1, 6, 7]]
-    for length in (99, -1): assert f"not {length}" in said(unshard, ids, length=length)
-    assert "1 token per rank" in said(unshard, ids[:, :1], context=Context(ranks=2)) and "7 tokens per rank" in said(unshard, ids[:, :7], context=Context(ranks=2))
+    assert first["input_ids"].tolist() == [[0, 1, 6, 7], [8, 9, 14, 15]] and first["position_ids"].tolist() == [
+        [0, 1, 6, 7]
+    ]
+    for length in (99, -1):
+        assert f"not {length}" in said(unshard, ids, length=length)
+    assert "1 token per rank" in said(unshard, ids[:, :1], context=Context(ranks=2)) and "7 tokens per rank" in said(
+        unshard, ids[:, :7], context=Context(ranks=2)
+    )
     q, k = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 2, 8)
-    for given in ((q.half(), k, k), (q, k.half(), k), (q, k, k.half())): assert "one dtype" in said(parallel_attention, *given)
+    for given in ((q.half(), k, k), (q, k.half(), k), (q, k, k.half())):
+        assert "one dtype" in said(parallel_attention, *given)

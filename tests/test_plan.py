@@ -18,13 +18,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def longva(*words, cwd):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run([sys.executable, "-c", "from longva.cli import app; app()", "plan", *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", "from longva.cli import app; app()", "plan", *map(str, words)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_of_full_size_models(name):
     "Counted on models that hold no memory."
     from transformers import CONFIG_MAPPING
+
     given = dict(MODELS[name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[given.pop("model_type")](**given))
@@ -45,14 +53,30 @@ def test_operations_by_hand():
     layers, head = 28 * (3584 * 128 * 64 + 3 * 3584 * 18944), 152064 * 3584
     assert found["model"] == pytest.approx(3 * (2 * (layers + head) * 1e6 + 4 * 28 * 128 * 28 * 1e12 / 2))
     assert found["hardware"] == pytest.approx(8 * layers * 1e6 + 6 * head * 1e6 + 4.5 * 401_408 * 1e12 / 2)
-    assert operations("qwen2-7b", 1000, checkpoint=False)["hardware"] < operations("qwen2-7b", 1000, save_attention=True)["hardware"] < operations("qwen2-7b", 1000)["hardware"]
+    assert (
+        operations("qwen2-7b", 1000, checkpoint=False)["hardware"]
+        < operations("qwen2-7b", 1000, save_attention=True)["hardware"]
+        < operations("qwen2-7b", 1000)["hardware"]
+    )
 
 
 SETTINGS = dict(gpu_gib=139.8, host_gib=128, offload="optimizer", tiled_mlp=True)
 
 
-@pytest.mark.parametrize("change", [{}, dict(checkpoints="host"), dict(checkpoints="host", head_groups=True), dict(checkpoints="recurrent"), dict(checkpoints="recurrent-host"),
-                                    dict(checkpoints="none"), dict(gpus=8), dict(gpus=8, kind="ring", offload="all", host_gib=900), dict(save_attention=True)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(checkpoints="host"),
+        dict(checkpoints="host", head_groups=True),
+        dict(checkpoints="recurrent"),
+        dict(checkpoints="recurrent-host"),
+        dict(checkpoints="none"),
+        dict(gpus=8),
+        dict(gpus=8, kind="ring", offload="all", host_gib=900),
+        dict(save_attention=True),
+    ],
+)
 def test_longest_is_the_edge(change):
     p = plan("qwen2-7b", 1000, **SETTINGS | change)
     edge = longest(p)
@@ -60,7 +84,9 @@ def test_longest_is_the_edge(change):
 
 
 def test_parts_add_up_and_grow():
-    small, large = (plan("qwen2-7b", n, gpus=8, gpu_gib=80, host_gib=1000, offload="optimizer") for n in (100_000, 200_000))
+    small, large = (
+        plan("qwen2-7b", n, gpus=8, gpu_gib=80, host_gib=1000, offload="optimizer") for n in (100_000, 200_000)
+    )
     assert small.parts[0]["weights"] == 2 * 7_615_616_512 / 8 and small.parts[1]["optimizer"] == 12 * 7_615_616_512
     assert large.parts[0]["checkpoints"] == 2 * small.parts[0]["checkpoints"] == 2 * 12_500 * 200_704
     assert large.flops["model"] > 2 * small.flops["model"] and large.seconds > 2 * small.seconds
@@ -68,10 +94,17 @@ def test_parts_add_up_and_grow():
 
 def test_the_limiting_sentence():
     p = plan("qwen2-7b", 2_000_000, **SETTINGS)
-    with pytest.raises(PlanError, match=r"^2,000,000 tokens do not fit: the GPU has 150\.1 GB and would need .* of which checkpoints 401\.4 GB; the longest sequence that fits is 39\d,\d{3}; next: "):
+    with pytest.raises(
+        PlanError,
+        match=r"^2,000,000 tokens do not fit: the GPU has 150\.1 GB and would need .* of which checkpoints 401\.4 GB; "
+        r"the longest sequence that fits is 39\d,\d{3}; next: ",
+    ):
         check(p)
     host = plan("qwen2-7b", 1000, gpu_gib=139.8, host_gib=64, offload="optimizer")
-    with pytest.raises(PlanError, match="the host has 68.7 GB and would need 99.4 GB, of which optimizer 91.4 GB; not even one token fits"):
+    with pytest.raises(
+        PlanError,
+        match="the host has 68.7 GB and would need 99.4 GB, of which optimizer 91.4 GB; not even one token fits",
+    ):
         check(host)
     tiny = plan("qwen2-7b", 1000, gpu_gib=8)
     with pytest.raises(PlanError, match="not even one token fits"):
@@ -81,7 +114,9 @@ def test_the_limiting_sentence():
 
 def test_one_token_is_a_singular():
     p = plan("qwen2-7b", 1, gpu_gib=8)
-    assert p.limit.startswith("1 token does not fit: ") and p.table.startswith("1 token on 1 GPU of 8 GiB, host of 0 GiB; 1 token on each GPU\n")
+    assert p.limit.startswith("1 token does not fit: ") and p.table.startswith(
+        "1 token on 1 GPU of 8 GiB, host of 0 GiB; 1 token on each GPU\n"
+    )
     assert plan("qwen2-0.5b", 1, gpu_gib=80).limit.startswith("1 token fits; up to ")
 
 
@@ -93,45 +128,100 @@ def test_advice_is_true():
 
 
 def test_configurations_of_every_kind(tmp_path):
-    config = Qwen2Config(hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96)
+    config = Qwen2Config(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+    )
     config.save_pretrained(tmp_path)
     nested = {"model_type": "longva", "text_config": json.loads((tmp_path / "config.json").read_text())}
-    assert sizes(config) == sizes(tmp_path) == sizes(str(tmp_path)) == sizes(nested) == sizes(json.loads((tmp_path / "config.json").read_text()))
+    assert (
+        sizes(config)
+        == sizes(tmp_path)
+        == sizes(str(tmp_path))
+        == sizes(nested)
+        == sizes(json.loads((tmp_path / "config.json").read_text()))
+    )
     assert check(plan(config, 4096, gpu_gib=16)).fits
 
 
-@pytest.mark.parametrize("given, words", [
-    (dict(length=0), "length is 0"), (dict(gpus=0), "gpus is 0"), (dict(gpus=4, context=3), "4 GPUs cannot be divided into groups of 3"), (dict(gpu_gib=-1), "gpu_gib is -1"),
-    (dict(offload="disk"), "no offload 'disk'"), (dict(checkpoints="all"), "no checkpoints 'all'"), (dict(efficiency=1.5), "share of the peak"), (dict(b=1), "1 bytes"),
-])
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(length=0), "length is 0"),
+        (dict(gpus=0), "gpus is 0"),
+        (dict(gpus=4, context=3), "4 GPUs cannot be divided into groups of 3"),
+        (dict(gpu_gib=-1), "gpu_gib is -1"),
+        (dict(offload="disk"), "no offload 'disk'"),
+        (dict(checkpoints="all"), "no checkpoints 'all'"),
+        (dict(efficiency=1.5), "share of the peak"),
+        (dict(b=1), "1 bytes"),
+    ],
+)
 def test_impossible_settings(given, words):
     with pytest.raises(PlanError, match=words):
         plan("qwen2-7b", **dict(length=1000) | given)
 
 
 def test_command_that_fits(tmp_path):
-    done = longva("--model", "qwen2-7b", "--length", 224000, "--gpus", 8, "--gpu-gib", 80, "--host-gib", 1000, "--offload", "all", "--tflops", 312, "--efficiency", 0.45, cwd=tmp_path)
+    done = longva(
+        "--model",
+        "qwen2-7b",
+        "--length",
+        224000,
+        "--gpus",
+        8,
+        "--gpu-gib",
+        80,
+        "--host-gib",
+        1000,
+        "--offload",
+        "all",
+        "--tflops",
+        312,
+        "--efficiency",
+        0.45,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
-    assert "224,000 tokens fit" in done.stdout and "a step: 35 s" in done.stdout and not done.stderr and not list(tmp_path.iterdir())
+    assert (
+        "224,000 tokens fit" in done.stdout
+        and "a step: 35 s" in done.stdout
+        and not done.stderr
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_command_that_does_not_fit(tmp_path):
     done = longva("--model", "qwen2-7b", "--length", 224000, "--gpu-gib", 80, "--host-gib", 128, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("224,000 tokens do not fit: the GPU has 85.9 GB") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("224,000 tokens do not fit: the GPU has 85.9 GB")
+        and done.stderr.count("\n") == 1
+    )
     assert "optimizer" in done.stdout and "one more switch" in done.stdout
 
 
 def test_command_reads_a_folder_and_refuses(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MODELS["qwen2-0.5b"]))
     assert longva("--model", tmp_path, "--length", 32768, "--gpu-gib", 80, cwd=tmp_path).returncode == 0
-    for words, sentence in [(("--model", "qwen9", "--length", 10), "There is no model qwen9"), (("--model", "qwen2-7b", "--length", 0), "length is 0"),
-                            (("--model", "qwen2-7b", "--length", 10, "--checkpoints", "disk"), "There is no checkpoints 'disk'")]:
+    for words, sentence in [
+        (("--model", "qwen9", "--length", 10), "There is no model qwen9"),
+        (("--model", "qwen2-7b", "--length", 0), "length is 0"),
+        (("--model", "qwen2-7b", "--length", 10, "--checkpoints", "disk"), "There is no checkpoints 'disk'"),
+    ]:
         done = longva(*words, cwd=tmp_path)
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_plan_needs_no_torch():
-    code = "import sys; from longva.context.plan import plan; print(plan('qwen2-7b', 1000)); assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    code = (
+        "import sys; from longva.context.plan import plan; print(plan('qwen2-7b', 1000)); "
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "1,000 tokens" in done.stdout, done.stderr
 

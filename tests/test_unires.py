@@ -1,4 +1,5 @@
 """Grids, canvases, squares and frames, against numbers recorded from the original code."""
+
 import json
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from longva.vision.unires import (
 )
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
-parity = pytest.mark.skipif(not PARITY.is_dir(), reason="the recorded values of the original are not beside this repository (../shared/parity)")
+parity = pytest.mark.skipif(
+    not PARITY.is_dir(), reason="the recorded values of the original are not beside this repository (../shared/parity)"
+)
 SIDE = {"checkpoint": 28, "checkpoint_336": 336}
 
 
@@ -31,12 +34,14 @@ def stored(name):
 
 
 def grids_of(pinpoints, side):
-    if isinstance(pinpoints, str): return [(a, b) for a in range(1, 7) for b in range(1, 7)]     # "(1x1),...,(6x6)"
+    if isinstance(pinpoints, str):
+        return [(a, b) for a in range(1, 7) for b in range(1, 7)]  # "(1x1),...,(6x6)"
     return [(w // side, h // side) for w, h in pinpoints]
 
 
 def cases(name, kind):
-    if not PARITY.is_dir(): return []
+    if not PARITY.is_dir():
+        return []
     return [c for c in stored(name)["cases"] if kind(c)]
 
 
@@ -56,14 +61,19 @@ def test_every_recorded_grid(name):
     all_grids = stored("grids.json")
     side, part = all_grids["tile"], all_grids[name]
     choices = grids_of(part["image_grid_pinpoints"], side)
-    if name == "pinpoints_200": assert choices == grid_choices(49)
+    if name == "pinpoints_200":
+        assert choices == grid_choices(49)
     for entry in part["entries"]:
         width, height = entry["size"]
         grid = choose_grid(width, height, side, 49, None if name == "pinpoints_200" else choices)
         size, corner = place_image(width, height, side, *grid)
         tokens = token_count(*grid, grid=side, patch=side // all_grids["patches_per_side"], pool=all_grids["pool"])
-        assert (list(grid), list(size), list(corner), tokens) == tuple(entry[k] for k in ("grid", "resized", "offset", "n_visual_tokens")), entry["size"]
-        assert [grid[0] * side, grid[1] * side] == entry["canvas"] and grid[0] * grid[1] + 1 == entry["n_tiles_with_thumbnail"]
+        assert (list(grid), list(size), list(corner), tokens) == tuple(
+            entry[k] for k in ("grid", "resized", "offset", "n_visual_tokens")
+        ), entry["size"]
+        assert [grid[0] * side, grid[1] * side] == entry["canvas"] and grid[0] * grid[1] + 1 == entry[
+            "n_tiles_with_thumbnail"
+        ]
 
 
 def picture_cases():
@@ -71,7 +81,9 @@ def picture_cases():
 
 
 @parity
-@pytest.mark.parametrize("case, image", [pytest.param(c, i, id=f"{c['id']}-{Path(i['file']).stem}") for c, i in picture_cases()])
+@pytest.mark.parametrize(
+    "case, image", [pytest.param(c, i, id=f"{c['id']}-{Path(i['file']).stem}") for c, i in picture_cases()]
+)
 def test_squares_of_recorded_pictures(case, image):
     safetensors = pytest.importorskip("safetensors.torch")
     side = SIDE[case["checkpoint"]]
@@ -88,17 +100,25 @@ def test_squares_of_recorded_pictures(case, image):
 
 
 @parity
-@pytest.mark.parametrize("case", [pytest.param(c, id=c["id"]) for c in cases("cases.json", lambda c: c["id"].startswith("pad_single"))])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c["id"]) for c in cases("cases.json", lambda c: c["id"].startswith("pad_single"))]
+)
 def test_padded_single_squares(case):
     safetensors = pytest.importorskip("safetensors.torch")
     image = case["images"][0]
-    values = normalize(fit_frames(np.asarray(Image.open(PARITY / image["file"]).convert("RGB"))[None], SIDE[case["checkpoint"]], "pad"))
+    values = normalize(
+        fit_frames(np.asarray(Image.open(PARITY / image["file"]).convert("RGB"))[None], SIDE[case["checkpoint"]], "pad")
+    )
     assert_stats(values, image["tile_stats"], stored("cases.json")["probe_points_by_tile"]["28"])
-    torch.testing.assert_close(values[0], safetensors.load_file(PARITY / "image_cases.safetensors")[image["pixel_values"]], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        values[0], safetensors.load_file(PARITY / "image_cases.safetensors")[image["pixel_values"]], atol=1e-5, rtol=0
+    )
 
 
 @parity
-@pytest.mark.parametrize("case", [pytest.param(c, id=c["id"]) for c in cases("video_cases.json", lambda c: "frame_stats" in c)])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c["id"]) for c in cases("video_cases.json", lambda c: "frame_stats" in c)]
+)
 def test_both_video_front_ends(case):
     safetensors = pytest.importorskip("safetensors.torch")
     side = SIDE[case["checkpoint"]]
@@ -112,29 +132,52 @@ def test_both_video_front_ends(case):
 
 
 def test_parity_cases_are_not_empty_when_present():
-    if not PARITY.is_dir(): pytest.skip("the recorded values of the original are not beside this repository (../shared/parity)")
+    if not PARITY.is_dir():
+        pytest.skip("the recorded values of the original are not beside this repository (../shared/parity)")
     assert len(picture_cases()) >= 15 and len(cases("video_cases.json", lambda c: "frame_stats" in c)) >= 7
 
 
-@pytest.mark.parametrize("size, grid", [((100, 100), (1, 2)), ((336, 336), (1, 2)), ((640, 480), (2, 2)), ((1024, 768), (4, 3)), ((1280, 720), (4, 3)),
-                                        ((1920, 1080), (6, 4)), ((2352, 2352), (7, 7)), ((3840, 2160), (9, 5)), ((4000, 3000), (8, 6))])
+@pytest.mark.parametrize(
+    "size, grid",
+    [
+        ((100, 100), (1, 2)),
+        ((336, 336), (1, 2)),
+        ((640, 480), (2, 2)),
+        ((1024, 768), (4, 3)),
+        ((1280, 720), (4, 3)),
+        ((1920, 1080), (6, 4)),
+        ((2352, 2352), (7, 7)),
+        ((3840, 2160), (9, 5)),
+        ((4000, 3000), (8, 6)),
+    ],
+)
 def test_known_grids_without_any_data(size, grid):
     assert choose_grid(*size) == grid
-    assert choose_grid(np.int64(size[0]), np.int32(size[1])) == grid          # sizes often come out of arrays
+    assert choose_grid(np.int64(size[0]), np.int32(size[1])) == grid  # sizes often come out of arrays
 
 
 @pytest.mark.parametrize("columns, rows", [(1, 2), (3, 2), (7, 7), (1, 1)])
 def test_orders_hold_every_token_once(columns, rows):
     G, T, D = columns * rows, 9, 5
     features = torch.randn(1 + G, T, D)
-    for tokens, inside in [(unires_tokens(features[1:], columns, rows), features[1:]), (anyres_tokens(features, columns, rows), features)]:
+    for tokens, inside in [
+        (unires_tokens(features[1:], columns, rows), features[1:]),
+        (anyres_tokens(features, columns, rows), features),
+    ]:
         flat = inside.reshape(-1, D)
         assert tokens.shape == flat.shape
         assert torch.equal(tokens[tokens[:, 0].argsort()], flat[flat[:, 0].argsort()])
     # the raster, written the slow way
-    slow = [features[0]] + [features[1 + r * columns + c, y * 3:(y + 1) * 3] for r in range(rows) for y in range(3) for c in range(columns)]
+    slow = [features[0]] + [
+        features[1 + r * columns + c, y * 3 : (y + 1) * 3]
+        for r in range(rows)
+        for y in range(3)
+        for c in range(columns)
+    ]
     assert torch.equal(anyres_tokens(features, columns, rows), torch.cat(slow))
-    assert token_order(columns, rows, 3)[0, 0] == 0 and token_order(columns, rows, 3, "anyres")[-1, -1] == (1 + G) * T - 1
+    assert (
+        token_order(columns, rows, 3)[0, 0] == 0 and token_order(columns, rows, 3, "anyres")[-1, -1] == (1 + G) * T - 1
+    )
 
 
 def test_orders_keep_gradients_and_types():
@@ -149,7 +192,8 @@ def test_extreme_pictures_have_squares():
         tiles = tile_image(Image.new("RGB", size, (10, 200, 30)), 28, thumbnail=True)
         assert tiles.pixels.shape == (1 + tiles.columns * tiles.rows, 28, 28, 3) and tiles.pixels.dtype == np.uint8
     for size in [(1, 500), (500, 1), (1, 1)]:
-        for how in ("crop", "pad", "resize"): assert fit_frames(np.zeros((1, size[1], size[0], 3), np.uint8), 28, how).shape == (1, 28, 28, 3)
+        for how in ("crop", "pad", "resize"):
+            assert fit_frames(np.zeros((1, size[1], size[0], 3), np.uint8), 28, how).shape == (1, 28, 28, 3)
 
 
 def test_no_warning_about_arrays_that_cannot_be_written(recwarn):
@@ -157,7 +201,7 @@ def test_no_warning_about_arrays_that_cannot_be_written(recwarn):
         tiles = tile_image(Image.new("RGB", size, (10, 200, 30)), 28)
         normalize(tiles.pixels)
         assert tiles.pixels.flags.writeable
-    seen = np.asarray(Image.new("RGB", (4, 4), (9, 8, 7)))                   # Pillow lends its memory for reading only
+    seen = np.asarray(Image.new("RGB", (4, 4), (9, 8, 7)))  # Pillow lends its memory for reading only
     assert torch.equal(normalize(seen), normalize(seen.copy())) and torch.equal(normalize(seen[::-1]), normalize(seen))
     assert not recwarn.list, [str(w.message) for w in recwarn.list]
 
@@ -171,20 +215,43 @@ def test_array_and_picture_give_the_same():
 
 
 BAD = [
-    (choose_grid, (0, 5)), (choose_grid, (5, -1)), (choose_grid, (5, 5, 0)), (choose_grid, (5, 5, 336, 0)), (choose_grid, (5, 5, 336, 1)),
-    (choose_grid, (5.5, 5)), (choose_grid, (5, 5, 336, 49, [])), (place_image, (5, 5, 28, 0, 1)),
-    (tile_image, (Image.new("L", (5, 5)),)), (tile_image, (Image.new("RGBA", (5, 5)),)), (tile_image, (Image.new("RGB", (0, 5)),)),
-    (tile_image, (np.zeros((5, 5, 3)),)), (tile_image, (np.zeros((0, 5, 3), np.uint8),)), (tile_image, (None,)), (tile_image, (Image.new("RGB", (5, 5)), -3)),
-    (fit_frames, (np.zeros((5, 5, 3), np.uint8),)), (fit_frames, (np.zeros((0, 5, 5, 3), np.uint8),)), (fit_frames, (np.zeros((1, 5, 5, 3)),)),
-    (fit_frames, (np.zeros((1, 5, 5, 3), np.uint8), 0)), (fit_frames, (np.zeros((1, 5, 5, 3), np.uint8), 28, "zoom")),
-    (normalize, (np.zeros((5, 5, 3)),)), (normalize, (np.zeros((3, 5, 5), np.uint8),)),
-    (unires_tokens, (torch.zeros(3, 4, 5), 2, 2)), (anyres_tokens, (torch.zeros(4, 4, 5), 2, 2)), (anyres_tokens, (torch.zeros(5, 3, 5), 2, 2)),
-    (token_count, (0, 1)), (token_count, (1, 1, 336, 14, 2, "other")), (token_order, (1, 1, 2, "x")), (token_order, (0, 1, 2)), (token_order, (1, "1", 2)), (token_order, (1, 1, 0)),
+    (choose_grid, (0, 5)),
+    (choose_grid, (5, -1)),
+    (choose_grid, (5, 5, 0)),
+    (choose_grid, (5, 5, 336, 0)),
+    (choose_grid, (5, 5, 336, 1)),
+    (choose_grid, (5.5, 5)),
+    (choose_grid, (5, 5, 336, 49, [])),
+    (place_image, (5, 5, 28, 0, 1)),
+    (tile_image, (Image.new("L", (5, 5)),)),
+    (tile_image, (Image.new("RGBA", (5, 5)),)),
+    (tile_image, (Image.new("RGB", (0, 5)),)),
+    (tile_image, (np.zeros((5, 5, 3)),)),
+    (tile_image, (np.zeros((0, 5, 3), np.uint8),)),
+    (tile_image, (None,)),
+    (tile_image, (Image.new("RGB", (5, 5)), -3)),
+    (fit_frames, (np.zeros((5, 5, 3), np.uint8),)),
+    (fit_frames, (np.zeros((0, 5, 5, 3), np.uint8),)),
+    (fit_frames, (np.zeros((1, 5, 5, 3)),)),
+    (fit_frames, (np.zeros((1, 5, 5, 3), np.uint8), 0)),
+    (fit_frames, (np.zeros((1, 5, 5, 3), np.uint8), 28, "zoom")),
+    (normalize, (np.zeros((5, 5, 3)),)),
+    (normalize, (np.zeros((3, 5, 5), np.uint8),)),
+    (unires_tokens, (torch.zeros(3, 4, 5), 2, 2)),
+    (anyres_tokens, (torch.zeros(4, 4, 5), 2, 2)),
+    (anyres_tokens, (torch.zeros(5, 3, 5), 2, 2)),
+    (token_count, (0, 1)),
+    (token_count, (1, 1, 336, 14, 2, "other")),
+    (token_order, (1, 1, 2, "x")),
+    (token_order, (0, 1, 2)),
+    (token_order, (1, "1", 2)),
+    (token_order, (1, 1, 0)),
 ]
 
 
 @pytest.mark.parametrize("call, args", BAD, ids=[f"{c.__name__}-{i}" for i, (c, _) in enumerate(BAD)])
 def test_bad_input_is_one_sentence(call, args):
-    with pytest.raises(ValueError) as error: call(*args)
+    with pytest.raises(ValueError) as error:
+        call(*args)
     text = str(error.value)
     assert text.endswith(".") and "\n" not in text and 20 < len(text) < 250

@@ -1,4 +1,5 @@
 """Videos of many kinds, whole and broken. Every frame carries its number as a bar code, so that a wrong frame shows."""
+
 import io
 import itertools
 import json
@@ -28,24 +29,31 @@ def bars(n=N):
     "Frames [n,H,W,3] with their number as ten bars, white for 1, over a slope of greys."
     frames = np.zeros((n, H, W, 3), np.uint8) + np.linspace(0, 190, W).astype(np.uint8)[None, None, :, None]
     for i in range(n):
-        for bit in range(10): frames[i, :32, bit * 16:bit * 16 + 16] = 255 * (i >> bit & 1)
+        for bit in range(10):
+            frames[i, :32, bit * 16 : bit * 16 + 16] = 255 * (i >> bit & 1)
     return frames
 
 
 def numbers(frames):
     "The numbers back from the pixels."
-    return [sum(1 << bit for bit in range(10) if frame[8:24, bit * 16 + 4:bit * 16 + 12].mean() > 128) for frame in frames]
+    return [
+        sum(1 << bit for bit in range(10) if frame[8:24, bit * 16 + 4 : bit * 16 + 12].mean() > 128) for frame in frames
+    ]
 
 
 def encode(path, frames, format, codec="libx264", times=None, rate=30, **options):
     "Any container, any codec; `times` are pts in 1/600 s."
     with av.open(str(path), "w", format=format) as out:
-        stream = out.add_stream(codec, rate=rate, options={"g": "40", "bf": "2"} | options if codec == "libx264" else options)
+        stream = out.add_stream(
+            codec, rate=rate, options={"g": "40", "bf": "2"} | options if codec == "libx264" else options
+        )
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        if times is not None: stream.time_base = stream.codec_context.time_base = Fraction(1, 600)
+        if times is not None:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 600)
         for i, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            if times is not None: picture.pts, picture.time_base = times[i], stream.time_base
+            if times is not None:
+                picture.pts, picture.time_base = times[i], stream.time_base
             out.mux(stream.encode(picture))
         out.mux(stream.encode())
     return path
@@ -56,11 +64,14 @@ def remux(source, target, second=0, rotation=0, format="mp4"):
     with av.open(str(source)) as old, av.open(str(target), "w", format=format) as new:
         stream = old.streams.video[0]
         copy = new.add_stream_from_template(stream)
-        if rotation: copy.set_display_rotation(rotation)
+        if rotation:
+            copy.set_display_rotation(rotation)
         zero = round(second / stream.time_base)
-        if second: old.seek(zero, stream=stream)
+        if second:
+            old.seek(zero, stream=stream)
         for packet in old.demux(stream):
-            if packet.dts is None: continue
+            if packet.dts is None:
+                continue
             packet.pts, packet.dts, packet.stream = packet.pts - zero, packet.dts - zero, copy
             new.mux(packet)
     return target
@@ -79,10 +90,15 @@ def films(tmp_path_factory):
     encode(folder / "a.h264", frames, "h264")
     encode(folder / "a.webm", frames, "webm", "libvpx-vp9", cpu_used="8", deadline="realtime")
     encode(folder / "c.mov", frames, "mov", "mpeg4")
-    with av.open(str(folder / "front.mp4"), "w", format="mp4", options={"movflags": "faststart"}) as new, av.open(str(folder / "a.mp4")) as old:
+    with (
+        av.open(str(folder / "front.mp4"), "w", format="mp4", options={"movflags": "faststart"}) as new,
+        av.open(str(folder / "a.mp4")) as old,
+    ):
         copy = new.add_stream_from_template(old.streams.video[0])
         for packet in old.demux(video=0):
-            if packet.dts is not None: packet.stream = copy; new.mux(packet)
+            if packet.dts is not None:
+                packet.stream = copy
+                new.mux(packet)
     return folder
 
 
@@ -93,10 +109,12 @@ ORDINARY = ["a.mp4", "front.mp4", "a.mkv", "a.ts", "a.avi", "b.avi", "a.h264", "
 def test_every_frame_is_the_one_asked_for(films, name):
     path = films / name
     assert video_info(path)[0] == N and video_info(path)[3:] == (W, H)
-    assert video_info(path).fps == pytest.approx(30, rel=0.001) and video_info(path).seconds == pytest.approx(4, abs=0.01)
+    assert video_info(path).fps == pytest.approx(30, rel=0.001) and video_info(path).seconds == pytest.approx(
+        4, abs=0.01
+    )
     assert numbers(read_frames(path).array) == list(range(N))
     assert numbers(read_frames(path, n=16).array) == np.linspace(0, N - 1, 16, dtype=int).tolist()
-    assert numbers(read_frames(path, n=3).array) == [0, 59, 119]          # far jumps, back to keyframes
+    assert numbers(read_frames(path, n=3).array) == [0, 59, 119]  # far jumps, back to keyframes
     assert numbers(read_frames(path, fps=2).array) == [0, 15, 30, 45, 60, 75, 90, 105]
     assert numbers(read_frames(path, fps=30).array) == list(range(N))
     assert numbers(read_frames(path, n=4, start=1, end=2).array) == [30, 39, 49, 59]
@@ -108,48 +126,84 @@ def test_every_frame_is_the_one_asked_for(films, name):
 def test_decord_gives_the_same_frames(films, name):
     pytest.importorskip("decord", reason="decord is not installed")
     one, other = read_frames(films / name, n=17), read_frames(films / name, n=17, backend="decord")
-    assert np.array_equal(one.array, other.array) and np.array_equal(one.seconds, other.seconds) and one.fps == other.fps
+    assert (
+        np.array_equal(one.array, other.array) and np.array_equal(one.seconds, other.seconds) and one.fps == other.fps
+    )
 
 
 @pytest.mark.parametrize("name", ["a.ts", "a.avi", "b.avi", "a.h264"])
 def test_decord_is_refused_where_it_would_miscount(films, name):
-    with pytest.raises(VideoError, match="decord.*pyav"): read_frames(films / name, n=4, backend="decord")
+    with pytest.raises(VideoError, match="decord.*pyav"):
+        read_frames(films / name, n=4, backend="decord")
 
 
 def test_the_contents_of_an_mp4_are_what_its_packets_say(films, tmp_path):
     from longva.vision.index import _table, open_video, read_packets
+
     encode(tmp_path / "open.mp4", bars(), "mp4", g="30", bf="3", **{"x264-params": "open-gop=1"})
     encode(tmp_path / "uneven.mp4", bars(10), "mp4", times=[0, 20, 40, 60, 600, 620, 1200, 3000, 3020, 3600])
-    with av.open(str(films / "a.mp4")) as old, av.open(str(tmp_path / "parts.mp4"), "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}) as new:
+    with (
+        av.open(str(films / "a.mp4")) as old,
+        av.open(
+            str(tmp_path / "parts.mp4"), "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"}
+        ) as new,
+    ):
         copy = new.add_stream_from_template(old.streams.video[0])
         for packet in old.demux(video=0):
-            if packet.dts is not None: packet.stream = copy; new.mux(packet)
+            if packet.dts is not None:
+                packet.stream = copy
+                new.mux(packet)
     cut = [remux(films / "a.mp4", tmp_path / f"cut{i}.mp4", at / 30) for i, at in enumerate((0, 50, 80))]
     listed = {}
-    for path in [films / "a.mp4", films / "front.mp4", films / "c.mov", films / "a.mkv", *sorted(tmp_path.glob("*.mp4"))]:
+    for path in [
+        films / "a.mp4",
+        films / "front.mp4",
+        films / "c.mov",
+        films / "a.mkv",
+        *sorted(tmp_path.glob("*.mp4")),
+    ]:
         found = _table(path)
-        with open_video(path) as (container, stream): packets = read_packets(container, stream, path.stat().st_size)
+        with open_video(path) as (container, stream):
+            packets = read_packets(container, stream, path.stat().st_size)
         listed[path.name] = found is not None
-        if found: assert all(np.array_equal(x, y) for x, y in zip(found, packets)), path
+        if found:
+            assert all(np.array_equal(x, y) for x, y in zip(found, packets)), path
     assert {name for name, was in listed.items() if was} >= {"a.mp4", "front.mp4", "uneven.mp4"}, listed
-    assert not listed["parts.mp4"] and not listed["a.mkv"] and not listed["c.mov"] and not listed["cut1.mp4"] and len(cut) == 3
+    assert (
+        not listed["parts.mp4"]
+        and not listed["a.mkv"]
+        and not listed["c.mov"]
+        and not listed["cut1.mp4"]
+        and len(cut) == 3
+    )
 
 
 def test_a_damaged_table_is_no_traceback_and_no_other_film(films, tmp_path):
     "Bytes of the table are changed: what it says then is what the packets say, or there is no answer, or a sentence."
     from longva.vision.index import _table, open_video, read_packets
+
     whole, rng, seen = (films / "a.mp4").read_bytes(), np.random.default_rng(0), []
     path, table = tmp_path / "damaged.mp4", whole.index(b"moov") - 4
     for _ in range(400):
         data = bytearray(whole)
-        for at in rng.integers(table, len(data), rng.integers(1, 4)): data[at] = rng.integers(256)
+        for at in rng.integers(table, len(data), rng.integers(1, 4)):
+            data[at] = rng.integers(256)
         path.write_bytes(data)
-        try: found = _table(path)
-        except VideoError: continue
+        try:
+            found = _table(path)
+        except VideoError:
+            continue
         seen.append(found is not None)
-        if found is None: continue
-        with open_video(path) as (container, stream): packets = read_packets(container, stream, len(data))
-        assert np.array_equal(found.pts, packets.pts) and np.array_equal(found.dts, packets.dts) and found.closed and not packets.torn
+        if found is None:
+            continue
+        with open_video(path) as (container, stream):
+            packets = read_packets(container, stream, len(data))
+        assert (
+            np.array_equal(found.pts, packets.pts)
+            and np.array_equal(found.dts, packets.dts)
+            and found.closed
+            and not packets.torn
+        )
         assert not (found.keys & ~packets.keys).any()  # a keyframe that is not listed costs time alone
     assert any(seen) and not all(seen)
     for size in (8, 9, 14, 17):  # a box that ends in the middle of a number, or before its table
@@ -161,36 +215,58 @@ def test_a_lying_table_is_not_believed(films, tmp_path):
     "The first delays are changed behind FFmpeg's back: what the packets say is right."
     delays = video_index._mp4_delays
     with av.open(str(films / "a.mp4")) as container:
-        video_index._mp4_delays = lambda *given: (lambda steps, wait: (steps, wait + (np.arange(len(wait)) == 10)))(*delays(*given))
-        try: assert video_index.mp4_packets(films / "a.mp4", container, container.streams.video[0]) is None
-        finally: video_index._mp4_delays = delays
+        video_index._mp4_delays = lambda *given: (lambda steps, wait: (steps, wait + (np.arange(len(wait)) == 10)))(
+            *delays(*given)
+        )
+        try:
+            assert video_index.mp4_packets(films / "a.mp4", container, container.streams.video[0]) is None
+        finally:
+            video_index._mp4_delays = delays
 
 
 def test_film_cut_without_encoding(films, tmp_path):
     cut = remux(films / "a.mp4", tmp_path / "cut.mp4", 50 / 30)
-    with av.open(str(cut)) as container: assert container.streams.video[0].frames == 80      # what it declares
+    with av.open(str(cut)) as container:
+        assert container.streams.video[0].frames == 80  # what it declares
     assert video_info(cut).frames == 70 and numbers(read_frames(cut).array) == list(range(50, 120))
     assert numbers(read_frames(cut, n=5).array) == [50, 67, 84, 101, 119] and read_frames(cut, n=2).seconds[0] == 0
-    with pytest.raises(VideoError, match="decord"): read_frames(cut, n=5, backend="decord")
+    with pytest.raises(VideoError, match="decord"):
+        read_frames(cut, n=5, backend="decord")
 
 
-@pytest.mark.parametrize("options", [{"g": "40", "bf": "2"}, {"g": "30", "bf": "3", "x264-params": "open-gop=1"}, {"g": "250", "bf": "8", "x264-params": "b-pyramid=normal"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"g": "40", "bf": "2"},
+        {"g": "30", "bf": "3", "x264-params": "open-gop=1"},
+        {"g": "250", "bf": "8", "x264-params": "b-pyramid=normal"},
+    ],
+)
 def test_cuts_anywhere(tmp_path, options):
     "At keyframes and between, in films whose groups refer to each other and in others."
     film = encode(tmp_path / "film.mp4", bars(), "mp4", **options)
     for begin in (1, 17, 39, 40, 41, 61, 80, 100, 115):
         cut, want = remux(film, tmp_path / "cut.mp4", begin / 30), list(range(begin, N))
         assert numbers(read_frames(cut).array) == want, begin
-        for threads in (1, 3): assert numbers(read_frames(cut, n=5, threads=threads).array) == [want[i] for i in np.linspace(0, len(want) - 1, 5, dtype=int)], begin
+        for threads in (1, 3):
+            assert numbers(read_frames(cut, n=5, threads=threads).array) == [
+                want[i] for i in np.linspace(0, len(want) - 1, 5, dtype=int)
+            ], begin
 
 
 def test_the_first_jump_is_right(tmp_path, monkeypatch):
     "Right frames at the first attempt: trying again from earlier keyframes works, too, and is slow."
     attempts, true = [], video.decode_frames
-    monkeypatch.setattr(video, "decode_frames", lambda path, index, wanted, attempt=0: attempts.append(attempt) or true(path, index, wanted, attempt))
+    monkeypatch.setattr(
+        video,
+        "decode_frames",
+        lambda path, index, wanted, attempt=0: attempts.append(attempt) or true(path, index, wanted, attempt),
+    )
     for name in ("open.mkv", "open.ts", "refresh.ts", "hevc.ts", "pyramid.mp4", "fragments.mp4", "no length.mkv"):
-        try: path = odd_film(tmp_path / name, *ODD[name], bars())
-        except pytest.skip.Exception: continue
+        try:
+            path = odd_film(tmp_path / name, *ODD[name], bars())
+        except pytest.skip.Exception:
+            continue
         assert numbers(read_frames(path, n=9, threads=1).array) == np.linspace(0, N - 1, 9, dtype=int).tolist()
     assert len(attempts) >= 4 and set(attempts) == {0}, attempts
 
@@ -206,18 +282,35 @@ def test_turned_pictures_are_turned_back(films, tmp_path, angle, turns):
 
 @pytest.mark.parametrize("format", ["mp4", "matroska"])
 def test_changing_frame_rate(tmp_path, format):
-    times = [0, 20, 40, 60, 600, 620, 1200, 3000, 3020, 3600]          # in 1/600 s: 0, 0.03, 0.07, 0.1, 1, 1.03, 2, 5, 5.03, 6 s
+    times = [
+        0,
+        20,
+        40,
+        60,
+        600,
+        620,
+        1200,
+        3000,
+        3020,
+        3600,
+    ]  # in 1/600 s: 0, 0.03, 0.07, 0.1, 1, 1.03, 2, 5, 5.03, 6 s
     path = encode(tmp_path / "vfr", bars(len(times)), format, times=times, rate=30)
     everything = read_frames(path)
-    assert numbers(everything.array) == list(range(10)) and everything.seconds == pytest.approx(np.array(times) / 600, abs=1e-3)
+    assert numbers(everything.array) == list(range(10)) and everything.seconds == pytest.approx(
+        np.array(times) / 600, abs=1e-3
+    )
     assert numbers(read_frames(path, fps=1).array)[:7] == [0, 4, 6, 6, 6, 7, 9]
     assert numbers(read_frames(path, start=1, end=5).array) == [4, 5, 6]
 
 
 def test_one_frame(tmp_path):
     path = write_video(bars(1), tmp_path / "one.mp4")
-    assert video_info(path).frames == 1 and len(read_frames(path)) == len(read_frames(path, n=1)) == len(read_frames(path, fps=1)) == 1
-    with pytest.raises(VideoError, match="1 frame,"): read_frames(path, n=2)
+    assert (
+        video_info(path).frames == 1
+        and len(read_frames(path)) == len(read_frames(path, n=1)) == len(read_frames(path, fps=1)) == 1
+    )
+    with pytest.raises(VideoError, match="1 frame,"):
+        read_frames(path, n=2)
     assert numbers(read_frames(path, n=3, repeat=True).array) == [0, 0, 0]
 
 
@@ -229,15 +322,17 @@ def test_rates_and_parts_meet_without_gap(films):
 
 def test_count_rule_equals_the_original():
     stored = SHARED / "parity" / "video_cases.json"
-    if not stored.exists(): pytest.skip("the recorded values of the original are not beside this repository (../shared/parity)")
+    if not stored.exists():
+        pytest.skip("the recorded values of the original are not beside this repository (../shared/parity)")
     cases = json.loads(stored.read_text())["uniform_sampling"]
     assert len(cases) >= 5
-    for case in cases: assert pick_frames(np.arange(case["total_frames"]) / 25, n=case["n"]).tolist() == case["indices"]
+    for case in cases:
+        assert pick_frames(np.arange(case["total_frames"]) / 25, n=case["n"]).tolist() == case["indices"]
 
 
 @pytest.mark.parametrize("rate", [1.9999, 2, 23.976, 30])
 def test_a_request_counts_what_is_read(tmp_path, rate):
-    "By hand: a rate has a tick at 0 and at each step before the end, less a millisecond; 20 frames at 1.9999 per second last 10.0005 s."
+    "By hand: a tick at 0 and at each step before the end, less a millisecond; 20 frames at 1.9999 fps last 10.0005 s."
     path = write_video(bars(20), tmp_path / "a.mp4", fps=rate)
     info = video_info(path)
     for fps in (0.3 * info.fps, 0.5 * info.fps, info.fps, 1.0 if rate < 3 else 7.0):
@@ -249,10 +344,22 @@ def test_a_request_counts_what_is_read(tmp_path, rate):
     assert rate != 1.9999 or FrameRequest(fps=1).count(info) == 10
 
 
-@pytest.mark.parametrize("request_, count", [
-    (FrameRequest(), N), (FrameRequest(n=7), 7), (FrameRequest(n=200, repeat=True), 200), (FrameRequest(most=7), 7), (FrameRequest(most=500), N), (FrameRequest(fps=3), 12),
-    (FrameRequest(fps=3, most=12), 12), (FrameRequest(fps=3, most=11), 11), (FrameRequest(fps=60, most=500), N), (FrameRequest(fps=60, repeat=True), 2 * N),
-    (FrameRequest(fps=60, most=200, repeat=True), 200)])
+@pytest.mark.parametrize(
+    "request_, count",
+    [
+        (FrameRequest(), N),
+        (FrameRequest(n=7), 7),
+        (FrameRequest(n=200, repeat=True), 200),
+        (FrameRequest(most=7), 7),
+        (FrameRequest(most=500), N),
+        (FrameRequest(fps=3), 12),
+        (FrameRequest(fps=3, most=12), 12),
+        (FrameRequest(fps=3, most=11), 11),
+        (FrameRequest(fps=60, most=500), N),
+        (FrameRequest(fps=60, repeat=True), 2 * N),
+        (FrameRequest(fps=60, most=200, repeat=True), 200),
+    ],
+)
 def test_requests_with_a_limit(films, request_, count):
     info = video_info(films / "a.mp4")
     got = read_frames(films / "a.mp4", **request_.kwargs(info))
@@ -261,11 +368,21 @@ def test_requests_with_a_limit(films, request_, count):
     assert len(part) == request_.count(info, 1, 3) and part.seconds[0] >= 1 - 1e-3 and part.seconds[-1] < 3
 
 
-@pytest.mark.parametrize("request_, word", [
-    (dict(n=0), "n=0"), (dict(n=2, fps=1), "both n and fps"), (dict(n=2, most=1), "both n and most"), (dict(most=0), "most=0"), (dict(most=1.5), "most=1.5"), (dict(fps=0), "fps=0"),
-    (dict(fps="1"), "fps='1'")])
+@pytest.mark.parametrize(
+    "request_, word",
+    [
+        (dict(n=0), "n=0"),
+        (dict(n=2, fps=1), "both n and fps"),
+        (dict(n=2, most=1), "both n and most"),
+        (dict(most=0), "most=0"),
+        (dict(most=1.5), "most=1.5"),
+        (dict(fps=0), "fps=0"),
+        (dict(fps="1"), "fps='1'"),
+    ],
+)
 def test_requests_without_sense(request_, word):
-    with pytest.raises(VideoError, match=word): FrameRequest(**request_)
+    with pytest.raises(VideoError, match=word):
+        FrameRequest(**request_)
 
 
 def broken(films, folder):
@@ -276,25 +393,49 @@ def broken(films, folder):
     (folder / "notes.txt").write_text("a line of text\n" * 60)
     (folder / "notes.mp4").write_text("a line of text\n" * 60)
     (folder / "data.json").write_text('{"frames": [1, 2, 3]}')
-    (folder / "index.mp4").write_bytes(whole[:-len(whole) // 3])              # the table of contents is gone or points behind the end
-    (folder / "front.mp4").write_bytes(front[:-len(front) // 3])
-    (folder / "half.mkv").write_bytes(matroska[:len(matroska) // 2])
-    (folder / "zero.mp4").write_bytes(front[:len(front) // 2] + bytes(len(front) // 2))
-    with wave.open(str(folder / "song.wav"), "wb") as song: song.setparams((1, 2, 8000, 0, "NONE", "")); song.writeframes(bytes(16000))
+    (folder / "index.mp4").write_bytes(
+        whole[: -len(whole) // 3]
+    )  # the table of contents is gone or points behind the end
+    (folder / "front.mp4").write_bytes(front[: -len(front) // 3])
+    (folder / "half.mkv").write_bytes(matroska[: len(matroska) // 2])
+    (folder / "zero.mp4").write_bytes(front[: len(front) // 2] + bytes(len(front) // 2))
+    with wave.open(str(folder / "song.wav"), "wb") as song:
+        song.setparams((1, 2, 8000, 0, "NONE", ""))
+        song.writeframes(bytes(16000))
     with av.open(str(folder / "song.mp4"), "w") as out:
         stream = out.add_stream("aac", rate=16000, layout="mono")
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono"); sound.rate = 16000
-        out.mux(stream.encode(sound)); out.mux(stream.encode())
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        sound.rate = 16000
+        out.mux(stream.encode(sound))
+        out.mux(stream.encode())
     (folder / "folder.mp4").mkdir()
-    return {"empty.mp4": "empty", "noise.mp4": "cannot be read", "notes.txt": "text", "notes.mp4": "", "data.json": "", "index.mp4": "", "front.mp4": "truncated",
-            "half.mkv": "truncated", "zero.mp4": "", "song.wav": "audio", "song.mp4": "audio", "folder.mp4": "folder", "nowhere.mp4": "no file", "nul\0.mp4": "no file"}
+    return {
+        "empty.mp4": "empty",
+        "noise.mp4": "cannot be read",
+        "notes.txt": "text",
+        "notes.mp4": "",
+        "data.json": "",
+        "index.mp4": "",
+        "front.mp4": "truncated",
+        "half.mkv": "truncated",
+        "zero.mp4": "",
+        "song.wav": "audio",
+        "song.mp4": "audio",
+        "folder.mp4": "folder",
+        "nowhere.mp4": "no file",
+        "nul\0.mp4": "no file",
+    }
 
 
 @pytest.mark.parametrize("backend", ["pyav", "decord"])
 def test_unreadable_files_are_one_sentence(films, tmp_path, backend):
     for name, word in broken(films, tmp_path).items():
-        for call in (lambda: read_frames(tmp_path / name, n=4, backend=backend), lambda: read_frames(str(tmp_path / name), backend=backend)):
-            with pytest.raises(VideoError) as error: call()
+        for call in (
+            lambda: read_frames(tmp_path / name, n=4, backend=backend),
+            lambda: read_frames(str(tmp_path / name), backend=backend),
+        ):
+            with pytest.raises(VideoError) as error:
+                call()
             text = str(error.value)
             assert name in text and word in text and text.endswith(".") and "\n" not in text, (name, text)
             assert len(text) < 250 + 2 * len(str(tmp_path)), text
@@ -306,91 +447,154 @@ def test_truncated_at_any_place(films, tmp_path):
         data = (films / name).read_bytes()
         for share in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97):
             path = tmp_path / f"{share}-{name}"
-            path.write_bytes(data[:int(len(data) * share)])
-            try: got = numbers(read_frames(path, n=2).array)
-            except VideoError: continue
-            assert name in ("a.ts", "a.avi", "a.mkv", "a.webm") and (share >= 0.9 or name in ("a.ts", "a.avi")), (name, share, got)
+            path.write_bytes(data[: int(len(data) * share)])
+            try:
+                got = numbers(read_frames(path, n=2).array)
+            except VideoError:
+                continue
+            assert name in ("a.ts", "a.avi", "a.mkv", "a.webm") and (share >= 0.9 or name in ("a.ts", "a.avi")), (
+                name,
+                share,
+                got,
+            )
 
 
 def test_bit_errors_never_raise_anything_else(films, tmp_path):
     rng, data = np.random.default_rng(0), (films / "front.mp4").read_bytes()
     for k in range(12):
         damaged = bytearray(data)
-        for at in rng.integers(0, len(data), 6): damaged[at] ^= int(rng.integers(1, 256))
+        for at in rng.integers(0, len(data), 6):
+            damaged[at] ^= int(rng.integers(1, 256))
         path = tmp_path / f"{k}.mp4"
         path.write_bytes(damaged)
-        try: assert read_frames(path, n=4).array.shape[0] == 4
-        except VideoError as error: assert str(error).endswith(".")
+        try:
+            assert read_frames(path, n=4).array.shape[0] == 4
+        except VideoError as error:
+            assert str(error).endswith(".")
 
 
-@pytest.mark.parametrize("request_, word", [
-    (dict(n=0), "n=0"), (dict(n=-3), "n=-3"), (dict(n=2.5), "n=2.5"), (dict(fps=0), "fps=0"), (dict(fps=-1), "fps=-1"), (dict(n=2, fps=1), "both"), (dict(start=-1), "start"),
-    (dict(start=2, end=2), "end"), (dict(start=100), "lasts 4 s"), (dict(n=121), "120"), (dict(n=31, start=1, end=2), "30 frames"), (dict(backend="cv2"), "cv2"), (dict(fps=float("inf")), "fps"),
-    (dict(n=float("nan")), "n=nan"), (dict(n=float("inf")), "n=inf"), (dict(n="2"), "n='2'"), (dict(n=True), "n=True"), (dict(n=2.0), "whole"), (dict(n=10**30), "120"),
-    (dict(fps="2"), "fps='2'"), (dict(fps=float("nan")), "fps=nan"), (dict(fps=10**400), "fps=1000"), (dict(start="0"), "start='0'"), (dict(start=None), "start=None"),
-    (dict(start=float("nan")), "start=nan"), (dict(end="2"), "end='2'"), (dict(end=float("nan")), "end=nan"), (dict(fps=1e9), "30 frames per second"), (dict(fps=30.1), "30 frames per second"),
-    (dict(fps=1, start=3.9999), "lasts 4 s"), (dict(fps=60, start=1, end=2), "repeat=True"), (dict(fps=1e9, repeat=True), "at most"), (dict(n=10**12, repeat=True), "at most")])
+@pytest.mark.parametrize(
+    "request_, word",
+    [
+        (dict(n=0), "n=0"),
+        (dict(n=-3), "n=-3"),
+        (dict(n=2.5), "n=2.5"),
+        (dict(fps=0), "fps=0"),
+        (dict(fps=-1), "fps=-1"),
+        (dict(n=2, fps=1), "both"),
+        (dict(start=-1), "start"),
+        (dict(start=2, end=2), "end"),
+        (dict(start=100), "lasts 4 s"),
+        (dict(n=121), "120"),
+        (dict(n=31, start=1, end=2), "30 frames"),
+        (dict(backend="cv2"), "cv2"),
+        (dict(fps=float("inf")), "fps"),
+        (dict(n=float("nan")), "n=nan"),
+        (dict(n=float("inf")), "n=inf"),
+        (dict(n="2"), "n='2'"),
+        (dict(n=True), "n=True"),
+        (dict(n=2.0), "whole"),
+        (dict(n=10**30), "120"),
+        (dict(fps="2"), "fps='2'"),
+        (dict(fps=float("nan")), "fps=nan"),
+        (dict(fps=10**400), "fps=1000"),
+        (dict(start="0"), "start='0'"),
+        (dict(start=None), "start=None"),
+        (dict(start=float("nan")), "start=nan"),
+        (dict(end="2"), "end='2'"),
+        (dict(end=float("nan")), "end=nan"),
+        (dict(fps=1e9), "30 frames per second"),
+        (dict(fps=30.1), "30 frames per second"),
+        (dict(fps=1, start=3.9999), "lasts 4 s"),
+        (dict(fps=60, start=1, end=2), "repeat=True"),
+        (dict(fps=1e9, repeat=True), "at most"),
+        (dict(n=10**12, repeat=True), "at most"),
+    ],
+)
 def test_bad_requests_are_one_sentence(films, request_, word):
-    with pytest.raises(VideoError, match=word) as error: read_frames(films / "a.mp4", **request_)
+    with pytest.raises(VideoError, match=word) as error:
+        read_frames(films / "a.mp4", **request_)
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("path", [None, 5, b"film.mp4", ["film.mp4"]])
 def test_a_path_that_is_none(path):
     for call in (read_frames, video_info, lambda path: write_video(bars(1), path)):
-        with pytest.raises(VideoError, match="path"): call(path)
+        with pytest.raises(VideoError, match="path"):
+            call(path)
 
 
 def test_frames_that_do_not_fit_are_a_sentence(films, monkeypatch):
     empty = np.empty
+
     def full(shape, *args, **kwargs):
-        if np.size(shape) == 4: raise MemoryError
+        if np.size(shape) == 4:
+            raise MemoryError
         return empty(shape, *args, **kwargs)
+
     monkeypatch.setattr(np, "empty", full)
-    with pytest.raises(VideoError, match="memory.*fewer"): read_frames(films / "a.mp4", n=4)
+    with pytest.raises(VideoError, match="memory.*fewer"):
+        read_frames(films / "a.mp4", n=4)
 
 
 def test_rates_above_the_films_own(films, tmp_path):
-    "Refused like a count above what is there, unless repeating is wanted; its own rate, as files round it, is not above it."
+    "Refused like a count above what is there, unless repeating is wanted; its own rate, as files round it, is allowed."
     assert numbers(read_frames(films / "a.mp4", fps=60, repeat=True).array) == [i // 2 for i in range(2 * N)]
     for rate in (29.97, 23.976, 12.5, 1):
         for format in ("mp4", "matroska"):
             path = encode(tmp_path / "rate", bars(40), format, rate=Fraction(rate).limit_denominator(1001))
-            assert numbers(read_frames(path, fps=video_info(path).fps).array) == numbers(read_frames(path, fps=rate).array) == list(range(40))
+            assert (
+                numbers(read_frames(path, fps=video_info(path).fps).array)
+                == numbers(read_frames(path, fps=rate).array)
+                == list(range(40))
+            )
     path = encode(tmp_path / "ntsc.mp4", bars(40), "mp4", rate=Fraction(30000, 1001))
-    with pytest.raises(VideoError, match="29.97 frames per second.*fps=30 "): read_frames(path, fps=30)
+    with pytest.raises(VideoError, match="29.97 frames per second.*fps=30 "):
+        read_frames(path, fps=30)
 
 
 def test_jumps_that_land_late_are_mended(films, monkeypatch):
     "A container whose index is wrong: the keyframes we are told of are none."
     true = video_index.file_index(films / "a.mp4")
-    lying = true._replace(keys=np.stack([true.places, true.places], 1))                     # "decoding can begin anywhere"
+    lying = true._replace(keys=np.stack([true.places, true.places], 1))  # "decoding can begin anywhere"
     got = list(video.decode_frames(films / "a.mp4", lying, [5, 47, 99, 119]))
     assert numbers(got) == [5, 47, 99, 119]
 
 
 def test_memory_is_that_of_the_frames_asked_for(tmp_path):
-    path = write_video((np.full((240, 320, 3), i % 256, np.uint8) for i in range(400)), tmp_path / "long.mp4", fps=30, crf=40)
+    path = write_video(
+        (np.full((240, 320, 3), i % 256, np.uint8) for i in range(400)), tmp_path / "long.mp4", fps=30, crf=40
+    )
     tracemalloc.start()
     try:
         frames = read_frames(path, n=10)
         peak = tracemalloc.get_traced_memory()[1]
-    finally: tracemalloc.stop()
+    finally:
+        tracemalloc.stop()
     assert peak < 1.5 * frames.array.nbytes + 500_000
 
 
 # ---- odd files ----
 
 X264 = {"g": "40", "bf": "2"}
-OPEN, REFRESH = {"g": "30", "bf": "3", "x264-params": "open-gop=1"}, {"g": "30", "x264-params": "intra-refresh=1:bframes=0"}
+OPEN, REFRESH = (
+    {"g": "30", "bf": "3", "x264-params": "open-gop=1"},
+    {"g": "30", "x264-params": "intra-refresh=1:bframes=0"},
+)
 X265 = {"preset": "ultrafast", "x265-params": "keyint=40:bframes=3:log-level=none"}
 FAST_VP = {"cpu-used": "8", "deadline": "realtime"}
-ODD = {                               # name: (container, encoder, its options, the muxer's options, pixels)
+ODD = {  # name: (container, encoder, its options, the muxer's options, pixels)
     "av1.mp4": ("mp4", "libsvtav1", {"preset": "12", "svtav1-params": "keyint=40"}, {}, "yuv420p"),
     "av1.webm": ("webm", "libsvtav1", {"preset": "12"}, {}, "yuv420p"),
     "hevc.mp4": ("mp4", "libx265", X265, {}, "yuv420p"),
     "hevc.ts": ("mpegts", "libx265", X265, {}, "yuv420p"),
-    "no length.webm": ("webm", "libvpx", FAST_VP, {"live": "1"}, "yuv420p"),                    # as a browser records: no length, no index
+    "no length.webm": (
+        "webm",
+        "libvpx",
+        FAST_VP,
+        {"live": "1"},
+        "yuv420p",
+    ),  # as a browser records: no length, no index
     "no length.mkv": ("matroska", "libx264", X264, {"live": "1"}, "yuv420p"),
     "fragments.mp4": ("mp4", "libx264", X264, {"movflags": "frag_keyframe+empty_moov"}, "yuv420p"),
     "webcam.avi": ("avi", "mjpeg", {}, {}, "yuvj420p"),
@@ -406,19 +610,23 @@ ODD = {                               # name: (container, encoder, its options, 
     "flash.flv": ("flv", "libx264", X264, {}, "yuv420p"),
     "anim.gif": ("gif", "gif", {}, {}, "rgb8"),
     "anim.png": ("apng", "apng", {}, {}, "rgb24"),
-    "12:30.mp4": ("mp4", "libx264", X264, {}, "yuv420p"),                                        # no protocol of FFmpeg's
+    "12:30.mp4": ("mp4", "libx264", X264, {}, "yuv420p"),  # no protocol of FFmpeg's
 }
 
 
 def odd_film(path, format, codec, options, mux, pixels, frames):
     "Any encoder that this PyAV has, or the test is skipped."
-    if codec not in av.codecs_available: pytest.skip(f"this PyAV has no encoder {codec}")
-    try: av.Codec(codec, "w")
-    except ValueError: pytest.skip(f"this PyAV has no encoder {codec}")
+    if codec not in av.codecs_available:
+        pytest.skip(f"this PyAV has no encoder {codec}")
+    try:
+        av.Codec(codec, "w")
+    except ValueError:
+        pytest.skip(f"this PyAV has no encoder {codec}")
     with av.open(f"file:{path}", "w", format=format, options=mux) as out:
         stream = out.add_stream(codec, rate=30, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
-        for frame in frames: out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         out.mux(stream.encode())
     return path
 
@@ -427,14 +635,24 @@ def odd_film(path, format, codec, options, mux, pixels, frames):
 def test_odd_files_give_right_frames(tmp_path, name):
     path = odd_film(tmp_path / name, *ODD[name], bars())
     everything = read_frames(path, threads=1)
-    assert numbers(everything.array) == list(range(N)) and everything.seconds == pytest.approx(np.arange(N) / 30, abs=0.011)
+    assert numbers(everything.array) == list(range(N)) and everything.seconds == pytest.approx(
+        np.arange(N) / 30, abs=0.011
+    )
     for n in (2, 3, 7, 16):
         asked = np.linspace(0, N - 1, n, dtype=int)
-        for threads in (1, 3): assert np.array_equal(read_frames(path, n=n, threads=threads).array, everything.array[asked]), (n, threads)
-    for k in (29, 33, 39, 41, 71, 118):                                 # one frame alone, near keyframes: as if all had been decoded
-        assert np.array_equal(next(video.decode_frames(path, video_index.file_index(path), np.array([k]))), everything.array[k]), k
-    assert numbers(read_frames(path, fps=2, end=3.99).array) == list(range(0, N, 15)) and numbers(read_frames(path, n=4, start=1, end=2).array) == [30, 39, 49, 59]
-    assert sum((numbers(part.array) for part in video.iter_frames(path, n=50, batch=16)), []) == np.linspace(0, N - 1, 50, dtype=int).tolist()
+        for threads in (1, 3):
+            assert np.array_equal(read_frames(path, n=n, threads=threads).array, everything.array[asked]), (n, threads)
+    for k in (29, 33, 39, 41, 71, 118):  # one frame alone, near keyframes: as if all had been decoded
+        assert np.array_equal(
+            next(video.decode_frames(path, video_index.file_index(path), np.array([k]))), everything.array[k]
+        ), k
+    assert numbers(read_frames(path, fps=2, end=3.99).array) == list(range(0, N, 15)) and numbers(
+        read_frames(path, n=4, start=1, end=2).array
+    ) == [30, 39, 49, 59]
+    assert (
+        sum((numbers(part.array) for part in video.iter_frames(path, n=50, batch=16)), [])
+        == np.linspace(0, N - 1, 50, dtype=int).tolist()
+    )
 
 
 def stamped(path, format, codec, stamps, tick, pixels="yuv420p"):
@@ -460,10 +678,14 @@ def test_clocks_that_cannot_be_trusted(tmp_path):
     for path in (twins, still, late, leap, wait):
         assert numbers(read_frames(path).array) == list(range(N)), path
         assert numbers(read_frames(path, n=7).array) == np.linspace(0, N - 1, 7, dtype=int).tolist(), path
-        assert (np.diff(video_index.file_index(path).seconds) >= 0).all() and video_index.file_index(path).seconds[0] == 0
+        assert (np.diff(video_index.file_index(path).seconds) >= 0).all() and video_index.file_index(path).seconds[
+            0
+        ] == 0
     assert read_frames(twins, end=0.19).seconds == pytest.approx([0, 0.033, 0.066, 0.066, 0.132, 0.165])
-    assert video_info(still).seconds == pytest.approx(4, abs=0.01)                       # its declared rate, for its stamps say nothing
-    assert video_info(leap).seconds == pytest.approx(4, abs=0.1) and video_info(wait).seconds > 90     # broadcast clocks leap; a Matroska file means what it says
+    assert video_info(still).seconds == pytest.approx(4, abs=0.01)  # its declared rate, for its stamps say nothing
+    assert (
+        video_info(leap).seconds == pytest.approx(4, abs=0.1) and video_info(wait).seconds > 90
+    )  # broadcast clocks leap; a Matroska file means what it says
 
 
 def test_webcam_that_drops_frames(tmp_path):
@@ -477,23 +699,29 @@ def test_webcam_that_drops_frames(tmp_path):
 
 
 def test_recordings_glued_together(films, tmp_path):
-    parts = [encode(tmp_path / f"{k}.ts", bars()[60 * k:60 * k + 60], "mpegts").read_bytes() for k in (0, 1)]
+    parts = [encode(tmp_path / f"{k}.ts", bars()[60 * k : 60 * k + 60], "mpegts").read_bytes() for k in (0, 1)]
     (tmp_path / "both.ts").write_bytes(b"".join(parts))
     got = read_frames(tmp_path / "both.ts")
     assert numbers(got.array) == list(range(N)) and got.seconds == pytest.approx(np.arange(N) / 30, abs=0.001)
     stream = (films / "a.ts").read_bytes()
-    (tmp_path / "tuned in late.ts").write_bytes(stream[len(stream) // 4 // 188 * 188:])
-    assert numbers(read_frames(tmp_path / "tuned in late.ts").array) == list(range(40, N))        # from the first keyframe on
+    (tmp_path / "tuned in late.ts").write_bytes(stream[len(stream) // 4 // 188 * 188 :])
+    assert numbers(read_frames(tmp_path / "tuned in late.ts").array) == list(range(40, N))  # from the first keyframe on
 
 
 def test_mirrored_pictures_are_mirrored_back(films, tmp_path):
     "The matrix of an mp4's track header maps pixel (x, y) to (a x + c y, b x + d y)."
     plain, data = read_frames(films / "a.mp4", n=3).array, (films / "a.mp4").read_bytes()
-    at = data.index(b"tkhd") + 4 + 40                                       # version and flags, times, id, ..., then nine numbers
-    for a, b, c, d, want in [(-1, 0, 0, 1, plain[:, :, ::-1]), (1, 0, 0, -1, plain[:, ::-1]), (0, 1, 1, 0, plain.transpose(0, 2, 1, 3)),
-                             (0, -1, -1, 0, plain[:, ::-1, ::-1].transpose(0, 2, 1, 3)), (0, 1, -1, 0, np.rot90(plain, -1, (1, 2))), (-1, 0, 0, -1, plain[:, ::-1, ::-1])]:
+    at = data.index(b"tkhd") + 4 + 40  # version and flags, times, id, ..., then nine numbers
+    for a, b, c, d, want in [
+        (-1, 0, 0, 1, plain[:, :, ::-1]),
+        (1, 0, 0, -1, plain[:, ::-1]),
+        (0, 1, 1, 0, plain.transpose(0, 2, 1, 3)),
+        (0, -1, -1, 0, plain[:, ::-1, ::-1].transpose(0, 2, 1, 3)),
+        (0, 1, -1, 0, np.rot90(plain, -1, (1, 2))),
+        (-1, 0, 0, -1, plain[:, ::-1, ::-1]),
+    ]:
         numbers_ = np.array([a, b, 0, c, d, 0], np.int64) * 65536
-        (tmp_path / "m.mp4").write_bytes(data[:at] + numbers_.astype(">i4").tobytes() + data[at + 24:])
+        (tmp_path / "m.mp4").write_bytes(data[:at] + numbers_.astype(">i4").tobytes() + data[at + 24 :])
         assert np.array_equal(read_frames(tmp_path / "m.mp4", n=3).array, want), (a, b, c, d)
 
 
@@ -503,86 +731,107 @@ def test_a_file_that_changed_is_read_anew(tmp_path):
     write_video(bars(8), path)
     assert len(read_frames(path)) == 8
     path.unlink()
-    with pytest.raises(VideoError, match="no file"): read_frames(path)
+    with pytest.raises(VideoError, match="no file"):
+        read_frames(path)
 
 
 @pytest.mark.parametrize("path", ["", "  "])
 def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, path):
     from PIL import Image
-    for k in range(3): Image.fromarray(bars(1)[0]).save(tmp_path / f"{k}.png")
+
+    for k in range(3):
+        Image.fromarray(bars(1)[0]).save(tmp_path / f"{k}.png")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(VideoError, match="path of a video is empty"): read_frames(path, n=1)
+    with pytest.raises(VideoError, match="path of a video is empty"):
+        read_frames(path, n=1)
     assert len(read_frames(".", n=3)) == 3  # a name that was given
 
 
 def test_moving_webp_is_a_sentence(tmp_path):
     from PIL import Image
+
     first, *more = [Image.fromarray(frame) for frame in bars(3)]
     first.save(tmp_path / "moving.webp", save_all=True, append_images=more)
-    with pytest.raises(VideoError, match="WebP.*GIF"): read_frames(tmp_path / "moving.webp")
+    with pytest.raises(VideoError, match="WebP.*GIF"):
+        read_frames(tmp_path / "moving.webp")
 
 
 def test_truncated_gif_flash_and_fragments(tmp_path):
     for name in ("anim.gif", "flash.flv", "fragments.mp4", "webcam.avi"):
         data = odd_film(tmp_path / name, *ODD[name], bars()).read_bytes()
         for share in (0.3, 0.6, 0.9):
-            (tmp_path / f"torn-{name}").write_bytes(data[:int(len(data) * share)])
-            with pytest.raises(VideoError, match="truncated|cannot be read"): read_frames(tmp_path / f"torn-{name}", n=2)
+            (tmp_path / f"torn-{name}").write_bytes(data[: int(len(data) * share)])
+            with pytest.raises(VideoError, match="truncated|cannot be read"):
+                read_frames(tmp_path / f"torn-{name}", n=2)
 
 
 def test_damaged_pictures_are_not_guessed(tmp_path):
-    "Two wrong bytes somewhere in the pictures: right frames, or a sentence. (What the codec itself cannot notice is left.)"
+    "Two wrong bytes somewhere in the pictures: right frames, or a sentence, but for what the codec cannot notice."
     rng, told, wrong = np.random.default_rng(1), 0, 0
     for name in ("pyramid.mp4", "flash.flv"):
         path = odd_film(tmp_path / name, *ODD[name], bars())
         right, data = read_frames(path).array.astype(int), path.read_bytes()
         for k in range(12):
             damaged = bytearray(data)
-            for at in rng.integers(len(data) // 10, len(data) * 8 // 10, 2): damaged[at] ^= int(rng.integers(1, 256))
+            for at in rng.integers(len(data) // 10, len(data) * 8 // 10, 2):
+                damaged[at] ^= int(rng.integers(1, 256))
             (tmp_path / f"{k}-{name}").write_bytes(damaged)
-            try: got = read_frames(tmp_path / f"{k}-{name}", n=N).array
-            except VideoError: told += 1
-            else: wrong += bool(np.abs(got - right).max() > 40)
+            try:
+                got = read_frames(tmp_path / f"{k}-{name}", n=N).array
+            except VideoError:
+                told += 1
+            else:
+                wrong += bool(np.abs(got - right).max() > 40)
     assert told >= 12 and wrong <= 4, (told, wrong)
 
 
 # ---- folders, parts, back ends ----
 
+
 @pytest.fixture
 def stills(tmp_path):
     from PIL import Image
+
     folder = tmp_path / "stills"
     folder.mkdir()
-    for i, frame in enumerate(bars(12)): Image.fromarray(frame).save(folder / f"frame {i}.PNG")
+    for i, frame in enumerate(bars(12)):
+        Image.fromarray(frame).save(folder / f"frame {i}.PNG")
     (folder / "labels.json").write_text("{}")
     (folder / ".hidden.png").write_bytes(b"")
     return folder
 
 
 def test_folders_of_pictures(stills):
-    assert numbers(read_frames(stills).array) == list(range(12))               # 2 before 10
+    assert numbers(read_frames(stills).array) == list(range(12))  # 2 before 10
     assert np.array_equal(read_frames(stills).array, bars(12))
     got = read_frames(str(stills), n=4, folder_fps=2)
     assert numbers(got.array) == [0, 3, 7, 11] and got.seconds.tolist() == [0, 1.5, 3.5, 5.5] and got.fps == 2
     assert numbers(read_frames(stills, fps=1, start=2, end=4, folder_fps=2).array) == [4, 6]
     assert video_info(stills) == (12, 1, 12, W, H) and video.backends(stills)["pillow"] == ""
-    assert numbers(read_frames(stills, n=15, repeat=True, threads=3).array) == np.linspace(0, 11, 15, dtype=int).tolist()
+    assert (
+        numbers(read_frames(stills, n=15, repeat=True, threads=3).array) == np.linspace(0, 11, 15, dtype=int).tolist()
+    )
 
 
 def test_turned_stills(stills):
     from PIL import Image
+
     note = Image.Exif()
-    note[0x0112] = 6                                                              # turn by 90 degrees to the right
-    for file in stills.glob("*.PNG"): file.unlink()
+    note[0x0112] = 6  # turn by 90 degrees to the right
+    for file in stills.glob("*.PNG"):
+        file.unlink()
     Image.fromarray(bars(1)[0]).save(stills / "1.png", exif=note)
     assert np.array_equal(read_frames(stills).array[0], np.rot90(bars(1)[0], -1))
 
 
 def test_folders_that_cannot_be_read(stills, tmp_path):
     from PIL import Image
+
     def told(word, **request):
-        with pytest.raises(VideoError, match=word) as error: read_frames(stills, **request)
+        with pytest.raises(VideoError, match=word) as error:
+            read_frames(stills, **request)
         assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
     told("12 frames", n=13)
     told("folder_fps=0", folder_fps=0)
     told("folder_fps=nan", folder_fps=float("nan"))
@@ -596,22 +845,31 @@ def test_folders_that_cannot_be_read(stills, tmp_path):
     told("frame 12.png cannot be read as a picture")
     (stills / "frame 12.png").write_bytes(b"no picture")
     told("frame 12.png cannot be read as a picture")
-    assert len(read_frames(stills, end=12)) == 12                               # nobody asked for the broken one
+    assert len(read_frames(stills, end=12)) == 12  # nobody asked for the broken one
     (tmp_path / "nothing").mkdir()
     for call in (read_frames, video_info, video.backends):
-        with pytest.raises(VideoError, match="folder without pictures"): call(tmp_path / "nothing")
-    with pytest.raises(VideoError, match="pillow reads folders"): read_frames(stills / "frame 1.PNG", backend="pillow")
+        with pytest.raises(VideoError, match="folder without pictures"):
+            call(tmp_path / "nothing")
+    with pytest.raises(VideoError, match="pillow reads folders"):
+        read_frames(stills / "frame 1.PNG", backend="pillow")
 
 
 def test_parts_are_the_same_frames(films):
     for name in ("a.mp4", "a.avi"):
         for request in (dict(n=50), dict(fps=10), dict(start=1, end=3), dict(n=130, repeat=True), {}):
-            whole, parts = read_frames(films / name, **request), list(video.iter_frames(films / name, **request, batch=16))
+            whole, parts = (
+                read_frames(films / name, **request),
+                list(video.iter_frames(films / name, **request, batch=16)),
+            )
             assert max(map(len, parts)) <= 16 and np.array_equal(np.concatenate([p.array for p in parts]), whole.array)
-            assert np.array_equal(np.concatenate([p.seconds for p in parts]), whole.seconds) and parts[0].fps == whole.fps
+            assert (
+                np.array_equal(np.concatenate([p.seconds for p in parts]), whole.seconds) and parts[0].fps == whole.fps
+            )
     for batch in (0, 1.5, None):
-        with pytest.raises(VideoError, match="batch"): video.iter_frames(films / "a.mp4", batch=batch)        # at once, not at the first part
-    with pytest.raises(VideoError, match="121"): video.iter_frames(films / "a.mp4", n=121)
+        with pytest.raises(VideoError, match="batch"):
+            video.iter_frames(films / "a.mp4", batch=batch)  # at once, not at the first part
+    with pytest.raises(VideoError, match="121"):
+        video.iter_frames(films / "a.mp4", n=121)
 
 
 def test_parts_decode_once(films, monkeypatch):
@@ -623,7 +881,8 @@ def test_parts_decode_once(films, monkeypatch):
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
 def test_threads_that_make_no_sense(films, threads):
-    with pytest.raises(VideoError, match="threads="): read_frames(films / "a.mp4", n=2, threads=threads)
+    with pytest.raises(VideoError, match="threads="):
+        read_frames(films / "a.mp4", n=2, threads=threads)
 
 
 def test_threads_share_the_work(films):
@@ -640,11 +899,14 @@ def test_a_failure_in_one_thread_is_the_failure(tmp_path):
     data, index = bytearray(path.read_bytes()), video_index.file_index(path)
     with av.open(str(path)) as container:
         entry = [e for e in container.streams.video[0].index_entries][45]
-    data[entry.pos + 4:entry.pos + entry.size] = bytes(entry.size - 4)
+    data[entry.pos + 4 : entry.pos + entry.size] = bytes(entry.size - 4)
     path.write_bytes(data)
-    with pytest.raises(VideoError) as error: read_frames(path, threads=3)
+    with pytest.raises(VideoError) as error:
+        read_frames(path, threads=3)
     assert str(error.value).endswith(".") and len(index.keys) == 3
-    assert numbers(read_frames(path, end=1, threads=3).array) == list(range(30))             # what lies before the damage is as good as ever
+    assert numbers(read_frames(path, end=1, threads=3).array) == list(
+        range(30)
+    )  # what lies before the damage is as good as ever
 
 
 def test_which_back_end_is_right(films, tmp_path):
@@ -657,6 +919,7 @@ def test_which_back_end_is_right(films, tmp_path):
 
 # ---- writing ----
 
+
 def test_what_is_written_is_what_is_read(tmp_path):
     frames = bars(60)
     for fps in (1, 0.5, 29.97, 30, 12.5):
@@ -666,14 +929,22 @@ def test_what_is_written_is_what_is_read(tmp_path):
         assert back.seconds == pytest.approx(np.arange(60) / fps, rel=1e-3)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.codec_context.profile) == ("h264", "yuv420p", "High")
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt, stream.codec_context.profile) == (
+            "h264",
+            "yuv420p",
+            "High",
+        )
 
 
 def test_colours_survive_enlarged(tmp_path):
     rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (40, 28, 28, 3), dtype=np.uint8)                # the hardest picture there is
+    frames = rng.integers(0, 256, (40, 28, 28, 3), dtype=np.uint8)  # the hardest picture there is
     for scale, mean, most in [(2, 2, 14), (4, 2, 10)]:
-        back = read_frames(write_video(frames, tmp_path / "c.mp4", scale=scale)).array.reshape(40, 28, scale, 28, scale, 3).mean((2, 4))
+        back = (
+            read_frames(write_video(frames, tmp_path / "c.mp4", scale=scale))
+            .array.reshape(40, 28, scale, 28, scale, 3)
+            .mean((2, 4))
+        )
         error = np.abs(back - frames)
         assert error.mean() < mean and error.max() <= most, (scale, error.mean(), error.max())
 
@@ -687,35 +958,63 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
     def failing():
         yield from bars(10)
         raise KeyboardInterrupt
+
     old = write_video(bars(3), tmp_path / "x.mp4")
     before = old.read_bytes()
-    with pytest.raises(KeyboardInterrupt): write_video(failing(), tmp_path / "x.mp4")
+    with pytest.raises(KeyboardInterrupt):
+        write_video(failing(), tmp_path / "x.mp4")
     assert old.read_bytes() == before and os.listdir(tmp_path) == ["x.mp4"]
 
 
-@pytest.mark.parametrize("frames, options, word", [
-    (bars(2)[:, :95], {}, "even"), (bars(2)[:, :, :159], {}, "even"), ([], {}, "no frames"), (bars(2).astype(float), {}, "uint8"), (bars(2)[..., 0], {}, "shape"),
-    ([bars(1)[0], bars(1)[0, :64]], {}, "one size"), (bars(2), {"fps": 0}, "fps"), (bars(2), {"fps": float("inf")}, "fps"), (bars(2), {"fps": "2"}, "fps"), (bars(2), {"fps": 1e-9}, "fps"), (bars(2), {"fps": 1e9}, "fps"),
-    (bars(2), {"scale": None}, "scale"), (bars(2), {"scale": float("nan")}, "scale"), (bars(2), {"crf": None}, "crf"), (5, {}, "frames"), (None, {}, "frames"), (bars(2), {"scale": 0}, "scale"), (bars(2), {"scale": 1.5}, "scale"), (bars(2), {"crf": 0}, "crf")])
+@pytest.mark.parametrize(
+    "frames, options, word",
+    [
+        (bars(2)[:, :95], {}, "even"),
+        (bars(2)[:, :, :159], {}, "even"),
+        ([], {}, "no frames"),
+        (bars(2).astype(float), {}, "uint8"),
+        (bars(2)[..., 0], {}, "shape"),
+        ([bars(1)[0], bars(1)[0, :64]], {}, "one size"),
+        (bars(2), {"fps": 0}, "fps"),
+        (bars(2), {"fps": float("inf")}, "fps"),
+        (bars(2), {"fps": "2"}, "fps"),
+        (bars(2), {"fps": 1e-9}, "fps"),
+        (bars(2), {"fps": 1e9}, "fps"),
+        (bars(2), {"scale": None}, "scale"),
+        (bars(2), {"scale": float("nan")}, "scale"),
+        (bars(2), {"crf": None}, "crf"),
+        (5, {}, "frames"),
+        (None, {}, "frames"),
+        (bars(2), {"scale": 0}, "scale"),
+        (bars(2), {"scale": 1.5}, "scale"),
+        (bars(2), {"crf": 0}, "crf"),
+    ],
+)
 def test_what_cannot_be_written(tmp_path, frames, options, word):
-    with pytest.raises(VideoError, match=word) as error: write_video(frames, tmp_path / "x.mp4", **options)
+    with pytest.raises(VideoError, match=word) as error:
+        write_video(frames, tmp_path / "x.mp4", **options)
     assert str(error.value).endswith(".") and not os.listdir(tmp_path)
 
 
 def test_no_place_to_write(tmp_path):
     (tmp_path / "taken.mp4").mkdir()
     for path in (tmp_path / "nowhere" / "x.mp4", tmp_path / "taken.mp4"):
-        with pytest.raises(VideoError, match="cannot be written"): write_video(bars(2), path)
+        with pytest.raises(VideoError, match="cannot be written"):
+            write_video(bars(2), path)
     assert os.listdir(tmp_path) == ["taken.mp4"]
     assert write_video(bars(2)[:, :95], tmp_path / "odd.mp4", scale=2).exists()
 
 
 # ---- the rest ----
 
+
 def test_real_clip_with_both_back_ends():
-    if not JOBS.exists(): pytest.skip("the real clip is not beside this repository (../shared/data/media/jobs.mp4)")
+    if not JOBS.exists():
+        pytest.skip("the real clip is not beside this repository (../shared/data/media/jobs.mp4)")
     info = video_info(JOBS)
-    assert (info.frames, info.fps, info.width, info.height) == (524, 30, 576, 1024) and info.seconds == pytest.approx(524 / 30)
+    assert (info.frames, info.fps, info.width, info.height) == (524, 30, 576, 1024) and info.seconds == pytest.approx(
+        524 / 30
+    )
     one, other = read_frames(JOBS, n=8), read_frames(JOBS, n=8, backend="decord")
     assert one.array.shape == (8, 1024, 576, 3) and np.array_equal(one.array, other.array)
     assert len(read_frames(JOBS, fps=1)) == 18 and len(read_frames(JOBS, fps=1, start=2, end=5)) == 3
@@ -728,4 +1027,5 @@ def test_decord_is_loaded_only_when_asked_for():
 
 def test_decord_missing_is_a_sentence(films, monkeypatch):
     monkeypatch.setitem(sys.modules, "decord", None)
-    with pytest.raises(VideoError, match="decord is not installed"): read_frames(films / "a.mp4", n=2, backend="decord")
+    with pytest.raises(VideoError, match="decord is not installed"):
+        read_frames(films / "a.mp4", n=2, backend="decord")

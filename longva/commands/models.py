@@ -37,7 +37,7 @@ def _read_config(name) -> dict:
 def _check_kind(name, kind, families):
     """Refuse a model type that the command doesn't take."""
     from longva.mini import UnknownModel
-    from longva.needle.families import FAMILIES  # loads torch
+    from longva.model.open import FAMILIES  # loads torch
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UnknownModel(f"The folder {name} holds a model of type {kind}, not longva or one of {known}.")
@@ -83,22 +83,18 @@ def load_model(
     families: bool = False,  # whether the command takes other families, too
 ) -> tuple:  # (model, processor)
     """Load a model in the precision it was saved in; raise UnknownModel."""
-    import torch
     import transformers
 
     from longva.mini import UnknownModel
-    from longva.model.chat import ChatError, load
-    from longva.needle.families import FAMILIES, kind_of, load_family
-    from longva.needle.trials import NeedleError
+    from longva.model.open import FAMILIES, OpenError, kind_of, open_both
     transformers.utils.logging.disable_progress_bar()
     try:
         kind = kind_of(where)
-        if kind not in FAMILIES:
-            return load(where, device_map)
-    except (ChatError, NeedleError) as error:
+        if kind in FAMILIES and not families:
+            raise UnknownModel(_of_another_family(f"{where} is a {kind}"))
+        return open_both(where, ("longva", *FAMILIES), device=device_map)
+    except OpenError as error:
         raise UnknownModel(str(error)) from None
-    if not families: raise UnknownModel(_of_another_family(f"{where} is a {kind}"))
-    return load_family(where, device_map or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 def set_rope_base(model, theta: float):
     """Change the RoPE base of a loaded model; raise Usage."""

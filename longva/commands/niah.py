@@ -28,21 +28,19 @@ def load_language_model(
     """Load a language model; raise Usage."""
     import transformers
 
-    from longva.mini import NAMES, folder
-    from longva.needle.niah import load, load_tokenizer
-    from longva.needle.trials import NeedleError
+    from longva.mini import NAMES
+    from longva.model.open import OpenError, open_language, open_tokenizer
     transformers.utils.logging.disable_progress_bar()
     if not name.strip():
         raise Usage(
             "--model is empty: name a folder with a language model, a model of the Hugging Face hub, "
             f"or one of {', '.join(NAMES)}."
         )
-    where = folder(name) if name in NAMES else name
     try:
-        if not book and not mini_wording(load_tokenizer(where)):
+        if not book and not mini_wording(open_tokenizer(name)):
             raise Usage("Say with --haystack in which text to hide the numbers: only a miniature has a book of its own.")
-        model, tokenizer = load(where)
-    except NeedleError as error:
+        model, tokenizer = open_language(name)
+    except OpenError as error:
         raise Usage(str(error)) from None
     if rope_base is not None:
         set_rope_base(model, rope_base)

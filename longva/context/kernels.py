@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUERIES', 'plain', 'cpu_flash', 'aten_flash', 'cudnn', 'flash_attn', 'ELEMENTS', 'TOLERANCE', 'LONG', 'merge',
-           'Kernel', 'explain', 'block_attention', 'block_attention_backward']
+           'Kernel', 'kernel_error', 'explain', 'block_attention', 'block_attention_backward']
 
 # %% ../../nbs/210_context.kernels.ipynb #55cea936
 from collections.abc import Callable
@@ -16,26 +16,28 @@ from torch import Tensor
 
 # %% ../../nbs/210_context.kernels.ipynb #d9a63781
 def merge(
-    # [B,L,H,E]
-    out: Tensor,
-    # [B,H,L]; -inf where a query saw no key
-    lse: Tensor,
-    # the same queries over other keys, [B,L,H,E]
-    block_out: Tensor,
-    # [B,H,L]
-    block_lse: Tensor,
-) -> tuple: # (out, lse) over the keys of both, float32 or float64
-    "Join two pieces of attention over different keys."
+    out: Tensor,  # [B,L,H,E]
+    lse: Tensor,  # [B,H,L]; -inf where a query saw no key
+    block_out: Tensor,  # the same queries over other keys, [B,L,H,E]
+    block_lse: Tensor,  # [B,H,L]
+) -> tuple:  # (out, lse) over the keys of both, float32 or float64
+    """Join two pieces of attention over different keys."""
     total = torch.logaddexp(lse, block_lse)
-    share = lambda part: torch.exp(part - total.masked_fill(total == -torch.inf, 0)).transpose(1, 2).unsqueeze(-1)
+    finite = total.masked_fill(total == -torch.inf, 0)  # a query without any key has two pieces of weight 0
+
+    def share(part):  # [B,L,H,1]
+        return torch.exp(part - finite).transpose(1, 2).unsqueeze(-1)
+
     return out * share(lse) + block_out * share(block_lse), total
 
 # %% ../../nbs/210_context.kernels.ipynb #9efc7ad0
 QUERIES = 512  # rows of scores that the plain kernel holds at a time
 
-def _scores(q, k, start, causal, scale):
-    "Scores [B,K,H/K,rows,S] of the queries from `start`; causal lets the last query see all keys."
-    L, S = q.shape[1], k.shape[1]
+
+def _scores(q, k, start, causal, scale) -> Tensor:  # [B,K,H/K,rows,S]
+    "Scores of the queries from `start`; causal lets the last query see all keys."
+    L = q.shape[1]
+    S = k.shape[1]
     part = q[:, start : start + QUERIES]
     scores = torch.einsum("blkge,bske->bkgls", part.unflatten(2, (k.shape[2], -1)), k) * scale
     if causal:
@@ -48,8 +50,10 @@ def _wide(*tensors):
     return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 def _plain_forward(q, k, v, causal, scale):
-    dtype, (q, k, v) = q.dtype, _wide(q, k, v)
-    outs, lses = [], []
+    dtype = q.dtype
+    q, k, v = _wide(q, k, v)
+    outs = []
+    lses = []
     for start in range(0, q.shape[1], QUERIES):
         scores = _scores(q, k, start, causal, scale)
         lse = scores.logsumexp(-1, keepdim=True)
@@ -58,77 +62,96 @@ def _plain_forward(q, k, v, causal, scale):
     return torch.cat(outs, 1).to(dtype), torch.cat(lses, 2)
 
 def _plain_backward(dout, q, k, v, out, lse, causal, scale):
-    dtype, (dout, q, k, v, out, lse) = q.dtype, _wide(dout, q, k, v, out, lse)
+    dtype = q.dtype
+    dout, q, k, v, out, lse = _wide(dout, q, k, v, out, lse)
     heads = (k.shape[2], -1)
     delta = (dout * out).sum(-1).transpose(1, 2)  # [B,H,L]
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq = torch.empty_like(q)
+    dk = torch.zeros_like(k)
+    dv = torch.zeros_like(v)
     for start in range(0, q.shape[1], QUERIES):
         rows = slice(start, start + QUERIES)
         p = torch.exp(_scores(q, k, start, causal, scale) - lse[..., rows].unflatten(1, heads).unsqueeze(-1))
         g = dout[:, rows].unflatten(2, heads)
         dv += torch.einsum("bkgls,blkge->bske", p, g)
-        ds = p * (torch.einsum("blkge,bske->bkgls", g, v) - delta[..., rows].unflatten(1, heads).unsqueeze(-1)) * scale
+        dp = torch.einsum("blkge,bske->bkgls", g, v)
+        ds = p * (dp - delta[..., rows].unflatten(1, heads).unsqueeze(-1)) * scale
         dq[:, rows] = torch.einsum("bkgls,bske->blkge", ds, k).flatten(2, 3)
         dk += torch.einsum("bkgls,blkge->bske", ds, q[:, rows].unflatten(2, heads))
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
-# %% ../../nbs/210_context.kernels.ipynb #77dc4ee7
 @dataclass(frozen=True)
 class Kernel:
-    "A forward and a backward for one block."
-    # what explain() calls it
-    name: str
-    # (q, k, v, causal, scale) -> (out, lse)
-    forward: Callable
-    # (dout, q, k, v, out, lse, causal, scale) -> (dq, dk, dv)
-    backward: Callable
-    # causal lets the last query see all keys, also where there are more keys than queries
-    bottom_right: bool = True
-    # the same two for packed documents, with cu_q and cu_k at the end: one call for all
-    packed_forward: Callable = None
+    """A forward and a backward for one block."""
+    name: str  # what explain() calls it
+    forward: Callable  # (q, k, v, causal, scale) -> (out, lse)
+    backward: Callable  # (dout, q, k, v, out, lse, causal, scale) -> (dq, dk, dv)
+    bottom_right: bool = True  # causal lets the last query see all keys, also with more keys than queries
+    packed_forward: Callable = None  # the same for packed documents, with cu_q and cu_k at the end: one call for all
     packed_backward: Callable = None
 
 plain = Kernel("plain", _plain_forward, _plain_backward)
 
-def _heads_first(*tensors): return [t.transpose(1, 2) for t in tensors]
+# %% ../../nbs/210_context.kernels.ipynb #77dc4ee7
+_aten = torch.ops.aten
+
+
+def _heads_first(*tensors):
+    return [t.transpose(1, 2) for t in tensors]
 
 def _cpu_forward(q, k, v, causal, scale):
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(q, k, v), 0.0, causal, scale=scale)
+    q, k, v = _heads_first(q, k, v)
+    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return out.transpose(1, 2), lse
 
 def _cpu_backward(dout, q, k, v, out, lse, causal, scale):
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*_heads_first(dout, q, k, v, out), lse, 0.0, causal, scale=scale)
-    return tuple(_heads_first(*grads))
+    dout, q, k, v, out = _heads_first(dout, q, k, v, out)
+    backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return tuple(_heads_first(*backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)))
 
 cpu_flash = Kernel("cpu flash", _cpu_forward, _cpu_backward, bottom_right=False)
 
 # %% ../../nbs/210_context.kernels.ipynb #84945aab
-def _nothing(q): return torch.zeros(2, dtype=torch.uint64, device=q.device)  # the random state of a dropout that is never used
+def _no_dropout(q) -> Tensor:
+    "The random state of a dropout that is never used."
+    return torch.zeros(2, dtype=torch.uint64, device=q.device)
 
 def _aten_forward(q, k, v, causal, scale, cu_q=None, cu_k=None, longest_q=None, longest_k=None):
-    sizes = (q.shape[1], k.shape[1]) if cu_q is None else (longest_q, longest_k)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, *sizes, 0.0, causal, False, scale=scale)
+    if cu_q is None:
+        longest_q = q.shape[1]
+        longest_k = k.shape[1]
+    out, lse, *_ = _aten._flash_attention_forward(
+        q, k, v, cu_q, cu_k, longest_q, longest_k, 0.0, causal, False, scale=scale)
     return out, lse
 
 def _aten_backward(dout, q, k, v, out, lse, causal, scale, cu_q=None, cu_k=None, longest_q=None, longest_k=None):
-    sizes = (q.shape[1], k.shape[1]) if cu_q is None else (longest_q, longest_k)
-    return torch.ops.aten._flash_attention_backward(dout.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), cu_q, cu_k, *sizes, 0.0, causal,
-                                                    _nothing(q), _nothing(q), scale=scale)
+    if cu_q is None:
+        longest_q = q.shape[1]
+        longest_k = k.shape[1]
+    return _aten._flash_attention_backward(
+        dout.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), cu_q, cu_k, longest_q, longest_k, 0.0, causal,
+        _no_dropout(q), _no_dropout(q), scale=scale)
 
 def _cudnn_forward(q, k, v, causal, scale):
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True, 0.0, causal, False, scale=scale)
+    q, k, v = _heads_first(q, k, v)
+    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
     return out.transpose(1, 2), lse.reshape(lse.shape[:3])
 
 def _cudnn_backward(dout, q, k, v, out, lse, causal, scale):
     dout, q, k, v, out = _heads_first(dout, q, k, v, out)
-    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(dout, q, k, v, out, lse.contiguous().unsqueeze(-1), _nothing(q), _nothing(q), None, None, None,
-                                                                        q.shape[2], k.shape[2], 0.0, causal, scale=scale)
+    lse = lse.contiguous().unsqueeze(-1)
+    state = _no_dropout(q)
+    grads = _aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse, state, state, None, None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale)
     return tuple(_heads_first(*grads))
 
 aten_flash = Kernel("aten flash", _aten_forward, _aten_backward, True, _aten_forward, _aten_backward)
 cudnn = Kernel("cudnn", _cudnn_forward, _cudnn_backward, bottom_right=False)
 
 # %% ../../nbs/210_context.kernels.ipynb #252eed55
+def _contiguous_like(*tensors):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
 def _flash_forward(q, k, v, causal, scale):
     from flash_attn.flash_attn_interface import _flash_attn_forward
     out, lse, *_ = _flash_attn_forward(q, k, v, 0.0, scale, causal, -1, -1, 0.0, None, False)
@@ -136,8 +159,9 @@ def _flash_forward(q, k, v, causal, scale):
 
 def _flash_backward(dout, q, k, v, out, lse, causal, scale):
     from flash_attn.flash_attn_interface import _flash_attn_backward
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    _flash_attn_backward(dout, q, k, v, out, lse.contiguous(), *grads, 0.0, scale, causal, -1, -1, 0.0, None, False)
+    grads = _contiguous_like(q, k, v)
+    _flash_attn_backward(
+        dout, q, k, v, out, lse.contiguous(), *grads, 0.0, scale, causal, -1, -1, 0.0, None, False)
     return tuple(grads)
 
 def _flash_packed_forward(q, k, v, causal, scale, cu_q, cu_k, longest_q, longest_k):
@@ -147,44 +171,65 @@ def _flash_packed_forward(q, k, v, causal, scale, cu_q, cu_k, longest_q, longest
 
 def _flash_packed_backward(dout, q, k, v, out, lse, causal, scale, cu_q, cu_k, longest_q, longest_k):
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    _flash_attn_varlen_backward(dout, q, k, v, out, lse.contiguous(), *grads, cu_q, cu_k, longest_q, longest_k, 0.0, scale, causal, -1, -1, 0.0, None, False)
+    grads = _contiguous_like(q, k, v)
+    _flash_attn_varlen_backward(
+        dout, q, k, v, out, lse.contiguous(), *grads, cu_q, cu_k, longest_q, longest_k, 0.0, scale, causal, -1, -1, 0.0,
+        None, False)
     return tuple(grads)
 
-flash_attn = Kernel("flash-attn", _flash_forward, _flash_backward, True, _flash_packed_forward, _flash_packed_backward)
+flash_attn = Kernel(
+    "flash-attn", _flash_forward, _flash_backward, True, _flash_packed_forward, _flash_packed_backward)
 
 # %% ../../nbs/210_context.kernels.ipynb #e74e270d
 ELEMENTS = 2**31 - 1  # of one tensor in one call
 
-def _cut(cu): return list(zip(cu[:-1], cu[1:]))
 
-def _empty(q): return torch.zeros_like(q), q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+def _empty(q) -> tuple:
+    "(out, lse) of queries that see no key."
+    B, L, H, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.zeros_like(q), q.new_full((B, H, L), -torch.inf, dtype=wide)
 
-def _forward(kernel, q, k, v, causal, scale):
+def _by_heads(*tensors) -> list:
+    "The same tensors for each key/value head; heads are the third dimension, of an LSE [B,H,L] the second."
+    K = tensors[1].shape[2]
+    split = [t.chunk(K, 1 if t.ndim == 3 else 2) for t in tensors]
+    return [[t.contiguous() for t in head] for head in zip(*split)]
+
+def _forward(kernel, q, k, v, causal, scale) -> tuple:  # (out, lse)
     "One block on one kernel, with the traps taken care of."
-    L, S = q.shape[1], k.shape[1]
-    if L == 0 or S == 0: return _empty(q)
+    L = q.shape[1]
+    S = k.shape[1]
+    if L == 0 or S == 0:
+        return _empty(q)
     if max(q.numel(), k.numel()) > ELEMENTS and k.shape[2] > 1:
-        parts = [_forward(kernel, *(t.contiguous() for t in h), causal, scale) for h in zip(*(t.chunk(k.shape[2], 2) for t in (q, k, v)))]
+        parts = [_forward(kernel, *head, causal, scale) for head in _by_heads(q, k, v)]
         return torch.cat([o for o, _ in parts], 2), torch.cat([l for _, l in parts], 1)
-    if causal and L > S:
-        (blind, low), (out, lse) = _empty(q[:, : L - S]), _forward(kernel, q[:, L - S :], k, v, True, scale)
+    if causal and L > S:  # the first queries see nothing
+        blind, low = _empty(q[:, : L - S])
+        out, lse = _forward(kernel, q[:, L - S :], k, v, True, scale)
         return torch.cat([blind, out], 1), torch.cat([low, lse], 2)
     if causal and L < S and not kernel.bottom_right:
-        past, present = _forward(kernel, q, k[:, : S - L], v[:, : S - L], False, scale), _forward(kernel, q, k[:, S - L :], v[:, S - L :], True, scale)
+        past = _forward(kernel, q, k[:, : S - L], v[:, : S - L], False, scale)
+        present = _forward(kernel, q, k[:, S - L :], v[:, S - L :], True, scale)
         out, lse = merge(*past, *present)
         return out.to(q.dtype), lse
     return kernel.forward(q, k, v, causal, scale)
 
-def _backward(kernel, dout, q, k, v, out, lse, causal, scale):
-    L, S = q.shape[1], k.shape[1]
-    if L == 0 or S == 0: return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+def _backward(kernel, dout, q, k, v, out, lse, causal, scale) -> tuple:  # (dq, dk, dv)
+    "The same traps, backwards."
+    L = q.shape[1]
+    S = k.shape[1]
+    if L == 0 or S == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if max(q.numel(), k.numel()) > ELEMENTS and k.shape[2] > 1:
-        split = [t.chunk(k.shape[2], d) for t, d in zip((dout, q, k, v, out, lse), (2, 2, 2, 2, 2, 1))]
-        parts = [_backward(kernel, *(t.contiguous() for t in h), causal, scale) for h in zip(*split)]
+        heads = zip(_by_heads(q, k, v), _by_heads(dout, k, out, lse))
+        parts = [_backward(kernel, g, *qkv, o, l, causal, scale) for qkv, (g, _, o, l) in heads]
         return tuple(torch.cat(g, 2) for g in zip(*parts))
     if causal and L > S:
-        dq, dk, dv = _backward(kernel, *(t[:, L - S :] for t in (dout, q)), k, v, out[:, L - S :], lse[..., L - S :], True, scale)
+        seeing = slice(L - S, None)
+        dq, dk, dv = _backward(
+            kernel, dout[:, seeing], q[:, seeing], k, v, out[:, seeing], lse[..., seeing], True, scale)
         return torch.cat([torch.zeros_like(q[:, : L - S]), dq], 1), dk, dv
     if causal and L < S and not kernel.bottom_right:
         past = _backward(kernel, dout, q, k[:, : S - L], v[:, : S - L], out, lse, False, scale)
@@ -193,140 +238,199 @@ def _backward(kernel, dout, q, k, v, out, lse, causal, scale):
     return kernel.backward(dout, q, k, v, out, lse, causal, scale)
 
 # %% ../../nbs/210_context.kernels.ipynb #fbc84056
-def _flat(kernel, q, k, cu_q, cu_k):
-    "What a packed call wants: offsets on the device over the flattened batch, and the longest document."
-    offsets = lambda cu, n: torch.tensor([0] + [b * n + c for b in range(q.shape[0]) for c in cu[1:]], dtype=torch.int32).to(q.device, non_blocking=True)
-    longest = lambda cu: max(b - a for a, b in _cut(cu))
-    return offsets(cu_q, q.shape[1]), offsets(cu_k, k.shape[1]), longest(cu_q), longest(cu_k)
+def _cut(cu) -> list:
+    "(start, stop) of each document."
+    return list(zip(cu[:-1], cu[1:]))
 
-def _lse_flat(lse): return lse.transpose(0, 1).flatten(1)  # [B,H,L] -> [H,B*L], as packed kernels have it
+def _offsets(cu, rows, length, device) -> Tensor:
+    "Borders of the documents in a batch whose rows of this length stand one behind the other."
+    borders = [0]
+    for row in range(rows):
+        borders += [row * length + border for border in cu[1:]]
+    return torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True)
 
-def _packed(kernel, q, k, v, scale, cu_q, cu_k):
+def _flat_borders(q, k, cu_q, cu_k) -> tuple:
+    "What a packed call needs: offsets on the device over the flattened batch, and the longest document."
+    B = q.shape[0]
+    longest_q = max(b - a for a, b in _cut(cu_q))
+    longest_k = max(b - a for a, b in _cut(cu_k))
+    return _offsets(cu_q, B, q.shape[1], q.device), _offsets(cu_k, B, k.shape[1], q.device), longest_q, longest_k
+
+def _packed(kernel, q, k, v, scale, cu_q, cu_k) -> tuple:  # (out, lse)
     "Causal attention inside each document."
     if kernel.packed_forward and max(q.numel(), k.numel()) <= ELEMENTS:
-        out, lse = kernel.packed_forward(*(t.flatten(0, 1) for t in (q, k, v)), True, scale, *_flat(kernel, q, k, cu_q, cu_k))
+        flat = [t.flatten(0, 1) for t in (q, k, v)]
+        out, lse = kernel.packed_forward(*flat, True, scale, *_flat_borders(q, k, cu_q, cu_k))
         return out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
-    parts = [_forward(kernel, q[:, a:b], k[:, c:d], v[:, c:d], True, scale) for (a, b), (c, d) in zip(_cut(cu_q), _cut(cu_k), strict=True)]
+    parts = []
+    for (a, b), (c, d) in zip(_cut(cu_q), _cut(cu_k), strict=True):
+        parts.append(_forward(kernel, q[:, a:b], k[:, c:d], v[:, c:d], True, scale))
     return torch.cat([o for o, _ in parts], 1), torch.cat([l for _, l in parts], 2)
 
-def _packed_backward(kernel, dout, q, k, v, out, lse, scale, cu_q, cu_k):
+def _packed_backward(kernel, dout, q, k, v, out, lse, scale, cu_q, cu_k) -> tuple:  # (dq, dk, dv)
     if kernel.packed_backward and max(q.numel(), k.numel()) <= ELEMENTS:
         flat = [t.flatten(0, 1) for t in (dout, q, k, v, out)]
-        dq, dk, dv = kernel.packed_backward(*flat, _lse_flat(lse), True, scale, *_flat(kernel, q, k, cu_q, cu_k))
+        flat_lse = lse.transpose(0, 1).flatten(1)  # [B,H,L] -> [H,B*L], as packed kernels have it
+        dq, dk, dv = kernel.packed_backward(*flat, flat_lse, True, scale, *_flat_borders(q, k, cu_q, cu_k))
         return dq.unflatten(0, q.shape[:2]), dk.unflatten(0, k.shape[:2]), dv.unflatten(0, k.shape[:2])
-    parts = [_backward(kernel, dout[:, a:b], q[:, a:b], k[:, c:d], v[:, c:d], out[:, a:b], lse[..., a:b], True, scale)
-             for (a, b), (c, d) in zip(_cut(cu_q), _cut(cu_k), strict=True)]
+    parts = []
+    for (a, b), (c, d) in zip(_cut(cu_q), _cut(cu_k), strict=True):
+        given = dout[:, a:b], q[:, a:b], k[:, c:d], v[:, c:d], out[:, a:b], lse[..., a:b]
+        parts.append(_backward(kernel, *given, True, scale))
     return tuple(torch.cat(g, 1) for g in zip(*parts))
 
-# %% ../../nbs/210_context.kernels.ipynb #2041a689
-def _differs(kernel, device, dtype, E) -> float: # largest difference from float64, relative to the largest value
-    "Put a kernel to the test."
-    source = torch.Generator().manual_seed(0)  # its own: a test must not move anybody's random numbers
-    q, k, v, dout = (torch.randn(1, n, h, E, generator=source).to(device, dtype) for n, h in ((7, 4), (9, 2), (9, 2), (7, 4)))
-    exact = [t.double().cpu() for t in (q, k, v)]
-    worst = 0.0
-    for cu_q, cu_k in (((0, 7), (0, 9)), ((0, 3, 7), (0, 5, 9))):
-        right = _packed(plain, *exact, E**-0.5, cu_q, cu_k)
-        right_grads = _packed_backward(plain, dout.double().cpu(), *exact, *right, E**-0.5, cu_q, cu_k)
-        given = _forward(kernel, q, k, v, True, E**-0.5) if len(cu_q) == 2 else _packed(kernel, q, k, v, E**-0.5, cu_q, cu_k)
-        call = (dout, q, k, v, *given)
-        grads = _backward(kernel, *call, True, E**-0.5) if len(cu_q) == 2 else _packed_backward(kernel, *call, E**-0.5, cu_q, cu_k)
-        for a, b in zip((*given, *grads), (*right, *right_grads)): worst = max(worst, ((a.double().cpu() - b).abs().max() / b.abs().max()).item())
-    return worst if worst == worst else float("inf")
-
+# %% ../../nbs/210_context.kernels.ipynb #1bda137d
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
 LONG = 256  # queries from which on a plan for their shape is worth making
 
-def _order(device, long) -> tuple: # of Kernel
-    "The fastest first. cuDNN makes a plan for each new shape (50 ms on an H200): too dear for single queries, but long ones it computes nearly twice as fast as torch's flash."
-    if device == "cpu": return cpu_flash, plain
-    if not device.startswith("cuda"): return (plain,)
-    return (cudnn, flash_attn, aten_flash, plain) if long and torch.cuda.get_device_capability(device)[0] >= 9 else (flash_attn, aten_flash, cudnn, plain)
+
+def _both(kernel, dout, q, k, v, cu_q, cu_k) -> tuple:
+    "(out, lse, dq, dk, dv) of one document or of several."
+    scale = q.shape[-1] ** -0.5
+    if len(cu_q) == 2:
+        out, lse = _forward(kernel, q, k, v, True, scale)
+        return out, lse, *_backward(kernel, dout, q, k, v, out, lse, True, scale)
+    out, lse = _packed(kernel, q, k, v, scale, cu_q, cu_k)
+    return out, lse, *_packed_backward(kernel, dout, q, k, v, out, lse, scale, cu_q, cu_k)
+
+def kernel_error(
+    kernel,
+    device,
+    dtype,
+    E,  # head dimension
+) -> float:  # largest difference from float64, relative to the largest value
+    """Put a kernel to the test; it raises what the kernel raises."""
+    source = torch.Generator().manual_seed(0)  # its own: a test must not change the global random state
+    tokens_heads = (7, 4), (9, 2), (9, 2), (7, 4)
+    q, k, v, dout = (torch.randn(1, n, h, E, generator=source).to(device, dtype) for n, h in tokens_heads)
+    exact = [t.double().cpu() for t in (dout, q, k, v)]
+    worst = 0.0
+    for cu_q, cu_k in (((0, 7), (0, 9)), ((0, 3, 7), (0, 5, 9))):
+        found = _both(kernel, dout, q, k, v, cu_q, cu_k)
+        right = _both(plain, *exact, cu_q, cu_k)
+        for a, b in zip(found, right):
+            worst = max(worst, ((a.double().cpu() - b).abs().max() / b.abs().max()).item())
+    return worst if worst == worst else float("inf")
+
+# %% ../../nbs/210_context.kernels.ipynb #3a8474fa
+def _order(device, long) -> tuple:  # of Kernel
+    """The fastest first. cuDNN makes a plan for each new shape (50 ms on an H200): too much for single queries.
+
+    Long ones it computes nearly twice as fast as torch's flash.
+    """
+    if device == "cpu":
+        return cpu_flash, plain
+    if not device.startswith("cuda"):
+        return (plain,)
+    if long and torch.cuda.get_device_capability(device)[0] >= 9:
+        return cudnn, flash_attn, aten_flash, plain
+    return flash_attn, aten_flash, cudnn, plain
+
+def _verdict(kernel, device, dtype, E) -> tuple:
+    "(None or why not, difference)."
+    try:
+        error = kernel_error(kernel, device, dtype, E)
+    except Exception as e:
+        return f"{type(e).__name__}: {(str(e) or 'no reason given').splitlines()[0][:160]}", None
+    allowed = TOLERANCE.get(dtype, 0)
+    if error <= allowed:
+        return None, error
+    return f"wrong by {error:.1e} on the test, {allowed:.0e} is allowed", error
 
 @lru_cache(maxsize=None)
-def _verdicts(device: str, dtype: torch.dtype, E: int, long: bool = False) -> tuple: # of (Kernel, None or why not, difference)
-    "Try the kernels in their order, down to the first that is right."
+def _verdicts(device: str, dtype: torch.dtype, E: int, long: bool = False) -> tuple:
+    "(Kernel, None or why not, difference) for each kernel in their order, down to the first that is right."
     found = []
     for kernel in _order(device, long):
-        try: error, why = _differs(kernel, device, dtype, E), None
-        except Exception as e: error, why = None, f"{type(e).__name__}: {(str(e) or 'no reason given').splitlines()[0][:160]}"
-        if error is not None and not error <= TOLERANCE.get(dtype, 0): why = f"wrong by {error:.1e} on the test, {TOLERANCE.get(dtype, 0):.0e} is allowed"
+        why, error = _verdict(kernel, device, dtype, E)
         found.append((kernel, why, error))
-        if why is None: return tuple(found)
-    raise ValueError(f"No attention kernel works on {device} in {dtype}: {'; '.join(f'{k.name}: {w}' for k, w, _ in found)}.")
+        if why is None:
+            return tuple(found)
+    reasons = "; ".join(f"{kernel.name}: {why}" for kernel, why, _ in found)
+    raise ValueError(f"No attention kernel works on {device} in {dtype}: {reasons}.")
 
-def _kernel(q, k, packed=False): return _verdicts(str(q.device), q.dtype, q.shape[-1], q.shape[1] >= LONG and not packed)[-1][0]
+def _kernel(q, packed=False) -> Kernel:
+    "The kernel for these queries."
+    long = q.shape[1] >= LONG and not packed
+    return _verdicts(str(q.device), q.dtype, q.shape[-1], long)[-1][0]
 
-# %% ../../nbs/210_context.kernels.ipynb #1379251a
 def explain(
-    # "cpu", "cuda", "cuda:1"; by default CUDA where there is one
-    device: str = None,
-    # of q, k and v; by default bfloat16 on CUDA and float32 elsewhere
-    dtype: torch.dtype = None,
-    # E
-    head_dim: int = 128,
-) -> str: # one line per kernel that was considered
-    "Which kernel computes attention here, and why not another one."
+    device: str = None,  # "cpu", "cuda", "cuda:1"; by default CUDA where there is one
+    dtype: torch.dtype = None,  # of q, k and v; by default bfloat16 on CUDA and float32 elsewhere
+    head_dim: int = 128,  # E
+) -> str:  # one line per kernel that was considered
+    """Say which kernel computes attention here, and why not another one."""
     device = str(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    if device == "cuda": device = f"cuda:{torch.cuda.current_device()}"
+    if device == "cuda":
+        device = f"cuda:{torch.cuda.current_device()}"
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     lines = [f"attention on {device} in {str(dtype).removeprefix('torch.')}, head dimension {head_dim}"]
-    for long in (False, True):
-        tried = _verdicts(device, dtype, head_dim, long)
-        if long and tried[-1][0] is not _verdicts(device, dtype, head_dim)[-1][0]: lines.append(f"from {LONG} queries on:")
-        elif long: break
-        for kernel, why, error in tried: lines.append(f"  {kernel.name}: " + (f"not used, {why}" if why else f"used; differs from float64 by {error:.0e} on a small test"))
+    short = _verdicts(device, dtype, head_dim)
+    long = _verdicts(device, dtype, head_dim, True)
+    for title, tried in (("", short), (f"from {LONG} queries on:", long)):
+        if title and tried[-1][0] is short[-1][0]:
+            break
+        if title:
+            lines.append(title)
+        for kernel, why, error in tried:
+            verdict = f"not used, {why}" if why else f"used; differs from float64 by {error:.0e} on a small test"
+            lines.append(f"  {kernel.name}: {verdict}")
     return "\n".join(lines)
 
 # %% ../../nbs/210_context.kernels.ipynb #e2227a3f
 def _check(q, k, v, cu_q, cu_k):
+    "Refuse tensors that are no block of attention."
+    shapes = ", ".join(str(list(t.shape)) for t in (q, k)) + f" and {list(v.shape)}"
     if q.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"Attention wants q [B,L,H,E] and k, v [B,S,K,E], and got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}.")
-    if not q.dtype == k.dtype == v.dtype: raise ValueError(f"q, k and v must be of one dtype, not {', '.join(str(t.dtype).removeprefix('torch.') for t in (q, k, v))}.")
-    if q.shape[2] % k.shape[2]: raise ValueError(f"{q.shape[2]} query heads can't share {k.shape[2]} key/value heads: the first must be a multiple of the second.")
-    if cu_q is not None and (cu_k is None or len(cu_q) != len(cu_k) or (cu_q[0], cu_q[-1], cu_k[0], cu_k[-1]) != (0, q.shape[1], 0, k.shape[1])):
-        raise ValueError(f"The borders of the documents must run from 0 to {q.shape[1]} in cu_q and from 0 to {k.shape[1]} in cu_k, as many in both.")
+        raise ValueError(f"Attention wants q [B,L,H,E] and k, v [B,S,K,E], and got {shapes}.")
+    if not q.dtype == k.dtype == v.dtype:
+        dtypes = ", ".join(str(t.dtype).removeprefix("torch.") for t in (q, k, v))
+        raise ValueError(f"q, k and v must be of one dtype, not {dtypes}.")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads can't share {k.shape[2]} key/value heads: the first must be a "
+                         "multiple "
+                         "of the second.")
+    if cu_q is None:
+        return
+    L = q.shape[1]
+    S = k.shape[1]
+    if cu_k is None or len(cu_q) != len(cu_k) or (cu_q[0], cu_q[-1], cu_k[0], cu_k[-1]) != (0, L, 0, S):
+        raise ValueError(f"The borders of the documents must run from 0 to {L} in cu_q and from 0 to {S} in cu_k, as "
+                         "many "
+                         "in both.")
 
 def block_attention(
-    # queries [B,L,H,E]
-    q: Tensor,
-    # keys [B,S,K,E]; H must be a multiple of K
-    k: Tensor,
-    # values [B,S,K,E]
-    v: Tensor,
-    # True: the last query sees all keys, the one before it all but one, and so on. False: every query sees every key
-    causal: bool,
-    # of the scores; E**-0.5 by default
-    scale: float = None,
-    # borders of packed documents among the queries, (0, ..., L), on the host; causal only
-    cu_q: tuple = None,
-    # and among the keys, (0, ..., S)
-    cu_k: tuple = None,
-) -> tuple: # (out [B,L,H,E] in q's dtype, lse [B,H,L] in float32, or float64 for float64)
-    "Attention of a block of queries over a block of keys, with the log-sum-exp to merge it with others."
+    q: Tensor,  # queries [B,L,H,E]
+    k: Tensor,  # keys [B,S,K,E]; H must be a multiple of K
+    v: Tensor,  # values [B,S,K,E]
+    causal: bool,  # True: the last query sees all keys, the one before it all but one, ...; False: all see all
+    scale: float = None,  # of the scores; E**-0.5 by default
+    cu_q: tuple = None,  # borders of packed documents among the queries, (0, ..., L), on the host; causal only
+    cu_k: tuple = None,  # and among the keys, (0, ..., S)
+) -> tuple:  # (out [B,L,H,E] in q's dtype, lse [B,H,L] in float32, or float64 for float64)
+    """Compute attention of a block of queries over a block of keys, with the log-sum-exp to merge it with others."""
     _check(q, k, v, cu_q, cu_k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if cu_q is not None and len(cu_q) > 2: return _packed(_kernel(q, k, True), q, k, v, scale, cu_q, cu_k)
-    return _forward(_kernel(q, k), q, k, v, causal, scale)
+    if cu_q is not None and len(cu_q) > 2:
+        return _packed(_kernel(q, True), q, k, v, scale, cu_q, cu_k)
+    return _forward(_kernel(q), q, k, v, causal, scale)
 
 def block_attention_backward(
-    # gradient of the final out, [B,L,H,E]
-    dout: Tensor,
+    dout: Tensor,  # gradient of the final out, [B,L,H,E]
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    # FINAL out of these queries, after all merging, [B,L,H,E]
-    out: Tensor,
-    # FINAL log-sum-exp, [B,H,L]
-    lse: Tensor,
+    out: Tensor,  # FINAL out of these queries, after all merging, [B,L,H,E]
+    lse: Tensor,  # FINAL log-sum-exp, [B,H,L]
     causal: bool,
     scale: float = None,
     cu_q: tuple = None,
     cu_k: tuple = None,
-) -> tuple: # (dq [B,L,H,E], dk [B,S,K,E], dv [B,S,K,E]): what this block adds to the gradients
-    "Gradients of one block; over all blocks of a query or a key they add up."
+) -> tuple:  # (dq [B,L,H,E], dk [B,S,K,E], dv [B,S,K,E]): what this block adds to the gradients
+    """Compute the gradients of one block; over all blocks of a query or a key they add up."""
     _check(q, k, v, cu_q, cu_k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if cu_q is not None and len(cu_q) > 2: return _packed_backward(_kernel(q, k, True), dout, q, k, v, out, lse, scale, cu_q, cu_k)
-    return _backward(_kernel(q, k), dout, q, k, v, out, lse, causal, scale)
+    saved = dout, q, k, v, out, lse
+    if cu_q is not None and len(cu_q) > 2:
+        return _packed_backward(_kernel(q, True), *saved, scale, cu_q, cu_k)
+    return _backward(_kernel(q), *saved, causal, scale)

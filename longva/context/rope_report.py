@@ -56,12 +56,15 @@ def _run(model, ids, length) -> torch.Tensor:
 
 def _other_settings(text, against) -> dict:
     "The rope_parameters to compare with: as given, from a base, or those of the class when nothing is set."
-    if isinstance(against, dict): return against
+    if isinstance(against, dict):
+        return against
     own = text.rope_parameters
     kinds = text.nested_rope_parameter_keys(own)
     unset = type(text)().rope_parameters
-    if not kinds: return plain_settings(own, against or unset["rope_theta"])
-    if against is not None: return own | {"full_attention": plain_settings(own["full_attention"], against)}
+    if not kinds:
+        return plain_settings(own, against or unset["rope_theta"])
+    if against is not None:
+        return own | {"full_attention": plain_settings(own["full_attention"], against)}
     return {kind: plain_settings(own[kind], unset[kind]["rope_theta"]) for kind in kinds}
 
 def _random_ids(config, text) -> torch.Tensor:
@@ -69,7 +72,8 @@ def _random_ids(config, text) -> torch.Tensor:
     ids = torch.randint(text.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
     for name in ("image_token_id", "video_token_id"):
         placeholder = getattr(config, name, None)
-        if placeholder is not None: ids[ids == placeholder] = 0
+        if placeholder is not None:
+            ids[ids == placeholder] = 0
     return ids
 
 # %% ../../nbs/205_context.rope_report.ipynb #7375041b
@@ -118,8 +122,10 @@ class NotedDict(dict):
     def unread(self, before=""):
         """Yield the name, with those of the dicts around it, and the value of every setting that was not looked up."""
         for key, value in self.items():
-            if key not in self.read: yield before + key, value
-            elif isinstance(value, NotedDict): yield from value.unread(f"{before}{key}.")
+            if key not in self.read:
+                yield before + key, value
+            elif isinstance(value, NotedDict):
+                yield from value.unread(f"{before}{key}.")
 
 # %% ../../nbs/205_context.rope_report.ipynb #866e85ac
 _KNOWN = set(RopeParameters.__annotations__)
@@ -134,8 +140,10 @@ def unread_settings(
     noted = NotedDict(deepcopy(dict(text.rope_parameters)))
     draft.rope_parameters = noted
     kinds = type(rotary)(config=draft).rope_type
-    if isinstance(kinds, dict): what = ", ".join(f"{k}: {v}" for k, v in kinds.items())
-    else: what = f"RoPE of type {kinds}"
+    if isinstance(kinds, dict):
+        what = ", ".join(f"{k}: {v}" for k, v in kinds.items())
+    else:
+        what = f"RoPE of type {kinds}"
     try:
         source = inspect.getsource(sys.modules[type(rotary).__module__])
     except (OSError, TypeError):
@@ -213,8 +221,10 @@ def stray_settings(
         declared = {f.name for f in fields(place)} - {"rope_theta"} | {"ignore_keys_at_rope_validation"}
         home = "rope_parameters" if place is text else "text_config.rope_parameters"
         for name, value in vars(place).items():
-            if name[0] == "_" or value is None or name in declared or not _SUSPECTS.search(name): continue
-            if place is text and _is_read(name, value, text, rope_type): continue
+            if name[0] == "_" or value is None or name in declared or not _SUSPECTS.search(name):
+                continue
+            if place is text and _is_read(name, value, text, rope_type):
+                continue
             faults.append(f"{name} = {value} on {type(place).__name__} is not read; the settings are those in {home}.")
     return faults
 
@@ -261,8 +271,10 @@ def _frequency_fault(where, kind, outer, rotary, text) -> str:
         return (f"rope_parameters ({_wish(p)}) is not in force in {where}: it computes with {live}. It was changed "
                 "after the model was built, or the frequencies were changed by hand; extend_rope changes both.")
     back = live_frequencies(rotary, "original_inv_freq").get(kind)
-    if p["rope_type"] not in ("dynamic", "longrope") or back is None: return ""
-    if _same(back.detach().cpu().double(), asked, 1e-2): return ""
+    if p["rope_type"] not in ("dynamic", "longrope") or back is None:
+        return ""
+    if _same(back.detach().cpu().double(), asked, 1e-2):
+        return ""
     return (f"original_inv_freq of {where} is of another setting; the type {p['rope_type']} goes back to it after a "
             "long call.")
 
@@ -302,7 +314,8 @@ def live_faults(
         for kind in live_frequencies(rotary):
             where = site if kind is None else f"{site} ({kind})"
             fault = _frequency_fault(where, kind, model.get_submodule(site), rotary, text)
-            if fault: faults.append(fault)
+            if fault:
+                faults.append(fault)
             faults += _other_faults(where, kind, rotary, text)
     return faults
 
@@ -343,9 +356,11 @@ def survives_save(
     for _, rotary in rotary_modules(model):
         again = type(rotary)(config=deepcopy(text))
         for kind, f in live_frequencies(rotary).items():
-            if not _same(f.detach().cpu().double(), possible_frequencies(rotary, text, kind)): return False
+            if not _same(f.detach().cpu().double(), possible_frequencies(rotary, text, kind)):
+                return False
             scaling = [_attribute(module, kind, "attention_scaling", 1.0) for module in (again, rotary)]
-            if scaling[0] != scaling[1]: return False
+            if scaling[0] != scaling[1]:
+                return False
     return True
 
 # %% ../../nbs/205_context.rope_report.ipynb #3bea535d

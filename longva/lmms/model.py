@@ -18,8 +18,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .visuals import read_video, user_turn
-from ..mini import NAMES, folder
-from ..model.chat import load
+from ..model.open import open_both
 from ..model.prefill import prefill
 
 # %% ../../nbs/782_lmms.model.ipynb #2b5fee64
@@ -99,10 +98,11 @@ def load_model(
     attn_implementation: str = None,  # "sdpa", "flash_attention_2", ...; None lets transformers choose
 ) -> tuple:  # (LongVA in evaluation mode, LongVAProcessor)
     """Load model and processor: bfloat16 on a GPU, float32 on a CPU."""
-    where = folder(pretrained) if pretrained in NAMES else pretrained
     on_gpu = device_map is not None or torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    return load(where, device_map or {"": device}, dtype, attn_implementation)
+    return open_both(
+        pretrained, device=device_map or {"": device}, dtype=dtype, attn_implementation=attn_implementation
+    )
 
 class Answerer:
     """A LongVA behind lmms-eval's requests."""

@@ -31,8 +31,7 @@ def load(
     """Load a miniature and its processor."""
     from transformers.utils import logging
 
-    from longva.model.modeling import LongVA  # here, so that naming the miniatures does not load torch
-    from longva.model.processing import LongVAProcessor
+    from longva.model.open import open_both  # here, so that naming the miniatures does not load torch
     is_folder = name not in NAMES and (Path(name) / "config.json").exists()
     where = Path(name) if is_folder else folder(name)
     if not (where / "model.safetensors").exists():
@@ -43,8 +42,7 @@ def load(
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # two megabytes need no bar
     try:
-        model = LongVA.from_pretrained(where, local_files_only=True).eval()
-        return model, LongVAProcessor.from_pretrained(where, local_files_only=True)
+        return open_both(where, device="cpu")
     finally:
         if shown:
             logging.enable_progress_bar()

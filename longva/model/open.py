@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'LANGUAGE', 'OpenError', 'find_model', 'kind_of', 'open_tokenizer', 'PlainProcessor', 'open_processor',
-           'open_model', 'open_both']
+           'open_model', 'open_both', 'open_language']
 
 # %% ../../nbs/345_model.open.ipynb #7e31d273
 from contextlib import contextmanager
@@ -72,7 +72,10 @@ def kind_of(
         else:
             config = PreTrainedConfig.get_config_dict(str(where))[0]
     except (OSError, ValueError):
-        raise OpenError(f"The folder {name} holds no model, for it has no readable config.json.") from None
+        raise OpenError(
+            f"The folder {name} holds no model, for it has no readable config.json: "
+            "give a folder with a saved model, or a name on the hub."
+        ) from None
     return "longva" if is_original(config) else config.get("model_type")
 
 # %% ../../nbs/345_model.open.ipynb #dcd92230
@@ -198,3 +201,13 @@ def open_both(
     _check_kind(name, kind_of(name), kinds)
     processor = open_processor(name)
     return open_model(name, kinds, **options), processor
+
+def open_language(
+    name,  # a LongVA gives the model whose text side is asked
+    **options,  # of `open_model`
+) -> tuple:  # (model, tokenizer)
+    """Open a language model and its tokenizer; raise OpenError."""
+    find_model(name, "language model")
+    _check_kind(name, kind_of(name), ("longva", LANGUAGE))
+    tokenizer = open_tokenizer(name)
+    return open_model(name, ("longva", LANGUAGE), **options), tokenizer

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hide', 'Spot', 'answer_logits', 'decide', 'batches', 'decisions', 'Ask', 'Scene', 'Variant', 'Control', 'Reading',
-           'decide_asks', 'describe', 'plan', 'see', 'run']
+           'decide_asks', 'describe', 'plan', 'run']
 
 # %% ../../nbs/555_needle.vniah.ipynb #0ed67767
 import random
@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from ..files import check_folder, versions
+from ..files import versions
 from ..model.prefill import CHUNK
 from .adapters import reader_for
-from .features import cached_features, feature_key, pictures_key
+from .features import check_cache, see
 from .haystack import Haystack
 from .needles import as_needles
 from .reader import Prompt, Reader
@@ -231,8 +231,6 @@ class Reading:
     def __post_init__(self):
         if self.kv not in ("device", "host"):
             raise NeedleError(f"Keys and values can lie on the device or on the host, not on {self.kv}.")
-        if self.features is not None:
-            check_folder(self.features)
 
     def walk(self) -> dict:
         """Give the arguments for `needle.trie.decide_paths`."""
@@ -314,30 +312,6 @@ def plan(
     scene = Scene(reader, needles, haystack.rate, seed)
     return scene, variant.asks(scene, frames, depths)
 
-def see(
-    reader: Reader,
-    haystack: Haystack,
-    n: int,  # frames
-    pictures: list,  # of Needle
-    features=None,  # a folder where visual tokens are kept
-) -> Reader:  # that has seen both
-    """Encode n frames and the pictures, or take their tokens from the cache."""
-    def encode_frames():
-        return reader.encode(haystack.frames(n, reader.side).array, haystack.fit)
-
-    def encode_pictures():
-        return reader.encode_needles(pictures, haystack.fit)
-
-    if features is None:
-        return reader.seeing(encode_frames(), encode_pictures() if pictures else None)
-    device = reader.model.device
-    keys = feature_key(reader, haystack)
-    tokens = cached_features(features, keys, n, encode_frames).to(device)
-    if not pictures:
-        return reader.seeing(tokens)
-    keys = pictures_key(keys, pictures)
-    return reader.seeing(tokens, cached_features(features, keys, len(pictures), encode_pictures).to(device))
-
 # %% ../../nbs/555_needle.vniah.ipynb #9cec461d
 def _trial(reader, variant, seed, one, verdict, seconds) -> Trial:
     """Write down a decided trial."""
@@ -368,16 +342,17 @@ def run(
     reader = reader_for(*reader) if isinstance(reader, tuple) else reader
     haystack = Haystack.of(haystack)
     if reading.features is not None:
-        reader.tower_weights()  # refuses a model whose tokens the cache doesn't know
+        check_cache(reading.features, reader)
     scene, asks = plan(reader, haystack, needles, frames, depths, variant, seed)
     pictures = [*scene.needles, *variant.pictures] if variant.with_needle else []
-    ready = []  # an adaptive run comes back for more, to videos that are no longer than the first time
+    ready = None
 
     def decide_open(todo):
-        if not ready:
+        nonlocal ready
+        if ready is None:  # an adaptive run comes back for more, to videos that are no longer than the first time
             longest = max(one.frames for one in todo)
-            ready.append(see(reader, haystack, longest, pictures, reading.features))
-        for decided in decide_asks(ready[0], todo, variant, reading):
+            ready = see(reader, haystack, longest, pictures, reading.features)
+        for decided in decide_asks(ready, todo, variant, reading):
             yield [_trial(reader, variant, seed, *decided)]
 
     def choose(trials):

@@ -34,7 +34,7 @@ class AlignLoss(TokenLoss):
 
     def collate(self, samples: list) -> dict:
         """Pad the text of a micro batch to one length; put its pixels one after the other."""
-        batch = collate([{name: sample[name] for name in ("input_ids", "labels")} for sample in samples])
+        batch = collate([dict(input_ids=sample["input_ids"], labels=sample["labels"]) for sample in samples])
         for name in (*PIXELS, "image_layouts"):
             parts = [sample[name] for sample in samples if name in sample]
             if parts:

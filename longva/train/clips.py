@@ -82,7 +82,8 @@ class FeatureCache:
                 part.unlink()
             why = getattr(e, "strerror", None) or e
             raise TrainError(
-                f"The features of {path} cannot be saved in {self.folder} ({why}): make room, and the same call resumes."
+                f"The features of {path} cannot be saved in {self.folder} ({why}): "
+                "make room, and the same call resumes."
             ) from None
 
 # %% ../../nbs/466_train.clips.ipynb #8c9c273f
@@ -96,7 +97,7 @@ def autocast(
 def tower_features(
     model,  # a LongVA
     pixels: torch.Tensor,  # [n,3,S,S]
-    precision: str = "fp32",  # "bf16": under autocast, and kept in bfloat16, to which the projector would round them anyway
+    precision: str = "fp32",  # "bf16": under autocast, and kept in bfloat16, to which the projector would round
     chunk: int = 64,  # frames at a time
 ) -> torch.Tensor:  # [n,P*P,E]
     """Compute the tower's features as the projector takes them, without gradients."""
@@ -134,7 +135,7 @@ class Clips:
         kind: str,  # "image" or "video"
         path,
     ) -> dict:  # as of `preprocess`; with a folder, features [n,P*P,E] instead of pixels
-        """Read a clip from its file, or its features from the folder, where they are put first if they are not there."""
+        """Read a clip from its file; or its features from the folder, where they are put if they are not there."""
         if self.cache is None:
             return self.preprocess(kind, path)
         kept = self.cache.load(kind, path)

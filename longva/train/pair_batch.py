@@ -86,7 +86,7 @@ def collate_pairs(
     labels = []
     for prompt, answer in rows:
         ids.append(_padded(torch.cat([prompt, answer]), length, "input_ids"))
-        unlearned = prompt.new_full((len(prompt) - 1,), -100)  # labels are shifted: the prompt's last token has the first
+        unlearned = prompt.new_full((len(prompt) - 1,), -100)  # labels are shifted: the prompt's last token has one
         labels.append(_padded(torch.cat([unlearned, answer]), length, "labels"))
     positions = torch.arange(length).expand(len(rows), length).contiguous()
     batch = dict(input_ids=torch.stack(ids), labels=torch.stack(labels), position_ids=positions)

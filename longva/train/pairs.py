@@ -20,7 +20,7 @@ def split_content(
     content,  # of a message: a text, or a list of parts
 ) -> list:  # of {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}
     """Split a message into text, images and videos, in order."""
-    if isinstance(content, list) and all(_is_part(part) for part in content):
+    if _are_objects(content) and all(part.get("type") in ("text", "image", "video") for part in content):
         return [dict(part) for part in content]
     if not isinstance(content, str):
         raise BadRow("the content of a message must be a text, or a list of parts of type text, image or video")
@@ -32,8 +32,8 @@ def split_content(
             parts.append(dict(type="text", text=found))
     return parts
 
-def _is_part(part):
-    return isinstance(part, dict) and part.get("type") in ("text", "image", "video")
+def _are_objects(value):
+    return isinstance(value, list) and all(isinstance(part, dict) for part in value)
 
 # %% ../../nbs/465_train.pairs.ipynb #902234d4
 def fill_places(
@@ -63,7 +63,8 @@ def read_prompt(
     files = []
     for kind in ("image", "video"):
         files += [(kind, name) for name in file_names(data, f"{kind}s") or file_names(data, kind)]
-    shown = [part for message in messages for part in message["content"] if part["type"] != "text"]
+    parts = [part for message in messages for part in message["content"]]
+    shown = [part for part in parts if part["type"] != "text"]
     places = [part for part in shown if not isinstance(part.get(part["type"]), str)]
     first = next(message["content"] for message in messages if message["role"] == "user")
     if files and not places:
@@ -82,8 +83,7 @@ def read_prompt(
 
 def _messages(messages):
     """Check the messages of a prompt, and split their contents."""
-    known = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
-    roles = [message.get("role") for message in messages] if known else [None]
+    roles = [message.get("role") for message in messages] if _are_objects(messages) else [None]
     if not all(isinstance(role, str) for role in roles):
         raise BadRow("prompt must be a text, or messages with role and content")
     for role in roles:
@@ -129,9 +129,9 @@ def read_pair(
 def _answer(data, key):
     """Read an answer: a text, or the text of one assistant message."""
     value = data[key]
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == "assistant":
+    if _are_objects(value) and len(value) == 1 and value[0].get("role") == "assistant":
         value = value[0].get("content")
-    if isinstance(value, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in value):
+    if _are_objects(value) and all(isinstance(part.get("text"), str) for part in value):
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"{key} must be a text, or one message of the assistant")

@@ -21,7 +21,8 @@ from .recipe import TrainError
 from .run import RECORD, checkpoints, trained_weights
 
 # %% ../../nbs/447_train.parts.ipynb #d361ff19
-PARTS = {"tower": "model.vision_tower.", "projector": "model.mm_projector.", "language": ""}  # how their weights' names start
+# part -> how its weights' names start
+PARTS = {"tower": "model.vision_tower.", "projector": "model.mm_projector.", "language": ""}
 
 def part_of(
     name: str,  # of a weight
@@ -50,7 +51,11 @@ def unused_tower_weights(
     if layer < 0:
         layer += len(tower.encoder.layers) + 1  # -1 is the output of the last layer, as in Hugging Face's hidden_states
     unused = [*tower.encoder.layers[layer:], tower.post_layernorm, getattr(tower, "head", None)]
-    return [weight for module in unused if module is not None for weight in module.parameters()]
+    weights = []
+    for module in unused:
+        if module is not None:
+            weights += module.parameters()
+    return weights
 
 # %% ../../nbs/447_train.parts.ipynb #99746302
 def part_groups(
@@ -99,7 +104,7 @@ def save_model(
     out: Path,  # folder; it appears when it is whole
     frozen: dict,  # from `frozen_weights`
 ) -> Path:  # `out`
-    """Save a trained model in the precision that it was loaded in, and the record of its training; TrainError if there is no room."""
+    """Save a trained model in the precision that it was loaded in, and the record of its training; raise TrainError."""
     dtype = next(model.parameters()).dtype
     weights = frozen | {name: weight.to(dtype) for name, weight in trained_weights(checkpoint).items()}
     if model.config.get_text_config().tie_word_embeddings:
@@ -111,7 +116,9 @@ def save_model(
             shutil.copy(checkpoint / "state.json", part / RECORD)
     except (OSError, SafetensorError) as e:
         why = getattr(e, "strerror", None) or e
-        raise TrainError(f"The model cannot be saved in {out} ({why}). Make room, and the same call saves it.") from None
+        raise TrainError(
+            f"The model cannot be saved in {out} ({why}). Make room, and the same call saves it."
+        ) from None
     return out
 
 def save_trained(

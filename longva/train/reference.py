@@ -52,11 +52,13 @@ def check_reference(
         write_whole(file, json.dumps(identity, indent=1))
         return
     before = json.loads(file.read_text())
-    words = dict(model="another model", pairs="other pairs", settings="other settings of frames, processor or precision")
+    words = dict(model="another model", pairs="other pairs")
+    words["settings"] = "other settings of frames, processor or precision"
     other = [word for name, word in words.items() if before.get(name) != identity[name]]
     if other:
         raise TrainError(
-            f"The log-probabilities in {folder} belong to {' and '.join(other)}: take another folder, or remove this one."
+            f"The log-probabilities in {folder} belong to {' and '.join(other)}: "
+            "take another folder, or remove this one."
         )
 
 # %% ../../nbs/469_train.reference.ipynb #f739e663

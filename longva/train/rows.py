@@ -109,7 +109,9 @@ def open_data(
         rows = _mixed_rows(Path(name), seed)
     elif braces := re.fullmatch(r"(.*)\{([^{}]*)\}(.*)", name):
         start, parts, end = braces.groups()
-        rows = [row for part in parts.split(",") for row in read_file(start + part.strip() + end)]
+        rows = []
+        for part in parts.split(","):
+            rows += read_file(start + part.strip() + end)
     elif name.endswith((".json", ".jsonl")):
         rows = read_file(name)
     else:

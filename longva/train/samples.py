@@ -44,7 +44,7 @@ def preprocessing(
     config: LongVAConfig,
     processor: LongVAProcessor,
 ) -> dict:  # plain values
-    """List all that decides what text, images and videos become, except the weights; TrainError if the two don't fit."""
+    """List what decides, besides weights, what text, images and videos become; TrainError if the two don't fit."""
     _check_fit(config, processor)
     images = processor.image_processor
     names = (

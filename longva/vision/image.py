@@ -17,21 +17,32 @@ from PIL import Image, ImageOps
 from transformers.image_utils import load_image
 
 # %% ../../nbs/260_vision.image.ipynb #12a00005
+def _check_image(image, name):
+    "Refuse what can't be converted rightly."
+    wrong = ""
+    several = getattr(image, "n_frames", 1) > 1 and image.format != "MPO"  # an MPO is a photo with a preview beside it
+    if not image.width * image.height:
+        wrong = f"has no pixels, its size is {image.width} x {image.height}."
+    elif image.mode in ("I", "F"):
+        wrong = (f"holds 32-bit numbers (mode {image.mode}), and nothing says which of them is white: convert it to 8 "
+                 "bits "
+                 "first.")
+    elif several and image.tell() == 0:
+        wrong = f"holds {image.n_frames} pictures: give it as a video, or save the one you want as a picture."
+    if wrong: raise ValueError(f"{name} {wrong}")
+
 def to_rgb(
     image: Image.Image,
-    # for the message
-    name: str = "The image",
-) -> Image.Image: # mode RGB
-    "Turned as its EXIF says, scaled to 8 bits, laid on white where it is transparent."
-    if not image.width * image.height: raise ValueError(f"{name} has no pixels, its size is {image.width} x {image.height}.")
-    if image.mode in ("I", "F"): raise ValueError(f"{name} holds 32-bit numbers (mode {image.mode}), and nothing says which of them is white: convert it to 8 bits first.")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO" and image.tell() == 0:  # an MPO is a photo with a preview beside it
-        raise ValueError(f"{name} holds {image.n_frames} pictures: give it as a video, or save the one that is meant as a picture of its own.")
+    name: str = "The image",  # for the message
+) -> Image.Image:  # mode RGB
+    """Turn a picture as its EXIF says, scale it to 8 bits, and lay it on white where it is transparent."""
+    _check_image(image, name)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data: return image if image.mode == "RGB" else image.convert("RGB")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
@@ -42,19 +53,22 @@ def _short(name: str) -> str:
     return name if len(name) <= 80 else f"{name[:20]}...{name[-57:]}"
 
 def _read(name: str) -> Image.Image:
-    "A file, an address or base64, as transformers takes them; or a sentence."
+    "The picture of a file, an address or base64, as transformers takes them; or a ValueError in one sentence."
     short = _short(name)
     if not name: raise ValueError("The path of an image is empty: name a file.")
-    if os.path.isdir(name): raise ValueError(f"{short} is a folder, not an image: name one file in it.")
+    if os.path.isdir(name):
+        raise ValueError(f"{short} is a folder, not an image: name one file in it.")
     try:
         image = Image.open(name) if os.path.isfile(name) else load_image(name)
         image.load()
         return image
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{short} has more pixels than are unpacked here ({2 * Image.MAX_IMAGE_PIXELS:,}): make it smaller first.") from error
+        most = f"{2 * Image.MAX_IMAGE_PIXELS:,}"
+        raise ValueError(f"{short} has more pixels than are unpacked here ({most}): make it smaller first.") from error
     except Exception as error:  # Pillow, the network and base64 raise whatever comes to hand
         if os.path.isfile(name) or name.startswith(("http://", "https://", "data:")):
-            raise ValueError(f"{short} cannot be read as an image: give a whole file in a format such as PNG or JPEG.") from error
+            advice = "give a whole file in a format such as PNG or JPEG"
+            raise ValueError(f"{short} cannot be read as an image: {advice}.") from error
         raise ValueError(f"There is no file {short} to read as an image: check the name and the folder.") from error
 
 # %% ../../nbs/260_vision.image.ipynb #12a00008
@@ -64,23 +78,33 @@ def _of_bytes(
     pixels: np.ndarray,  # uint8
 ) -> Image.Image:  # of the mode that so many channels have in Pillow; None if they are none
     "Pixels [H,W], [H,W,1 to 4] or [3,H,W] as a picture."
-    if pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] not in _MODES: pixels = pixels.transpose(1, 2, 0)
-    if pixels.ndim == 2: pixels = pixels[..., None]
-    if pixels.ndim != 3 or pixels.shape[2] not in _MODES or not pixels.size: return None
+    channels_first = pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] not in _MODES
+    if channels_first:
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in _MODES or not pixels.size:
+        return None
     return Image.frombytes(_MODES[pixels.shape[2]], pixels.shape[1::-1], pixels.tobytes())
 
 def open_image(
-    # a PIL image, a path, or uint8 pixels of NumPy or torch: [H,W] grey, [H,W,3] colour, [H,W,2 or 4] with transparency, or [3,H,W]
-    image,
-) -> Image.Image: # mode RGB
-    "A picture from whatever shows one."
-    if isinstance(image, (str, Path)): return to_rgb(_read(str(image)), ascii(Path(image).name)[1:-1][:80] or "The image")
-    if isinstance(image, Image.Image): return to_rgb(image)
-    eight_bits = isinstance(image, (np.ndarray, torch.Tensor)) and image.dtype in (np.uint8, torch.uint8)
-    made = _of_bytes(image if isinstance(image, np.ndarray) else image.cpu().numpy()) if eight_bits else None
-    if made is not None: return to_rgb(made)
+    image,  # a PIL image, a path, or uint8 pixels of NumPy or torch: [H,W], [H,W,1 to 4] or [3,H,W]
+) -> Image.Image:  # mode RGB
+    """Open a picture as people see it; a ValueError says what is wrong with it."""
+    if isinstance(image, (str, Path)):
+        name = ascii(Path(image).name)[1:-1][:80]
+        return to_rgb(_read(str(image)), name or "The image")
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    made = None
+    if isinstance(image, (np.ndarray, torch.Tensor)) and image.dtype in (np.uint8, torch.uint8):
+        made = _of_bytes(image if isinstance(image, np.ndarray) else image.cpu().numpy())
+    if made is not None:
+        return to_rgb(made)
     shape = f" {image.dtype} {list(image.shape)}" if hasattr(image, "shape") else ""
-    raise ValueError(f"An image must be a PIL image, a path or uint8 pixels [H, W, 3], [H, W], [H, W, 4] or [3, H, W], not {type(image).__name__}{shape}.")
+    raise ValueError("An image must be a PIL image, a path or uint8 pixels [H, W, 3], [H, W], [H, W, 4] or [3, H, W], "
+                     "not "
+                     f"{type(image).__name__}{shape}.")
 
 # %% ../../nbs/260_vision.image.ipynb #13e77b36
 def data_url(

@@ -52,7 +52,8 @@ def video_path(path) -> Path:
 
 def as_number(value) -> float:  # nan for what is no number
     """Turn any real number into a float, so that one comparison refuses texts, None, nan and what is too large."""
-    if not isinstance(value, Real) or isinstance(value, bool): return float("nan")
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return float("nan")
     try:
         return float(value)
     except OverflowError:
@@ -100,7 +101,8 @@ def open_video(
             fault = _track_fault(container, stream)
             if fault: raise VideoError(f"{path} {fault}")
             stream.thread_type = "SLICE"  # AUTO can hang beside other libraries that bring their own FFmpeg
-            if strict: stream.codec_context.options = {"err_detect": "explode"}
+            if strict:
+                stream.codec_context.options = {"err_detect": "explode"}
             yield container, stream
 
 # %% ../../nbs/250_vision.index.ipynb #efae766b
@@ -125,7 +127,8 @@ def begins_anew(
     width = (header[4] & 3) + 1
     at = 0
     while at + width < len(packet):
-        if packet[at + width] & 31 == 5: return True
+        if packet[at + width] & 31 == 5:
+            return True
         at += width + int.from_bytes(packet[at : at + width], "big")
     return False
 
@@ -136,9 +139,12 @@ def _shown_before(pts, keys) -> bool:
 
 def _is_torn(container, stream, size, dts, corrupt, ends) -> bool:
     "Whether a file of so many bytes breaks off; `ends`: each track's last tick, where the header promises a length."
-    if corrupt.any() or any(entry.pos + entry.size > size for entry in stream.index_entries): return True
-    if container.format.name == "avi": return bool(dts.max(initial=0) < 0.95 * stream.frames - 2)
-    if container.format.name not in _PROMISES or not container.duration: return False
+    if corrupt.any() or any(entry.pos + entry.size > size for entry in stream.index_entries):
+        return True
+    if container.format.name == "avi":
+        return bool(dts.max(initial=0) < 0.95 * stream.frames - 2)
+    if container.format.name not in _PROMISES or not container.duration:
+        return False
     end = max((ticks * container.streams[i].time_base for i, ticks in ends.items()), default=0)
     return end < 0.95 * container.duration / av.time_base - 1
 
@@ -158,15 +164,18 @@ def read_packets(
     marks = bytearray()
     ends = {}
     for packet in container.demux() if promises else container.demux(stream):
-        if not packet.size: continue
+        if not packet.size:
+            continue
         if promises and packet.pts is not None:
             end = packet.pts + (packet.duration or 0)
             ends[packet.stream_index] = max(ends.get(packet.stream_index, 0), end)
-        if packet.stream_index != stream.index: continue
+        if packet.stream_index != stream.index:
+            continue
         pts.append(_NO_TIME if packet.pts is None else packet.pts)
         dts.append(_NO_TIME if packet.dts is None else packet.dts)
         marks.append(packet.is_keyframe | packet.is_discard << 1 | packet.is_corrupt << 2)
-        if closed and h264 and packet.is_keyframe: closed = begins_anew(bytes(packet), header)
+        if closed and h264 and packet.is_keyframe:
+            closed = begins_anew(bytes(packet), header)
     pts = np.frombuffer(pts, np.int64)
     dts = np.frombuffer(dts, np.int64)
     keys, hidden, corrupt = (np.frombuffer(marks, np.uint8) >> bit & 1 == 1 for bit in range(3))
@@ -190,15 +199,19 @@ def mp4_boxes(
     while begin + 8 <= end:
         file.seek(begin)
         head = file.read(16)
-        if len(head) < 16: return
+        if len(head) < 16:
+            return
         size, name = unpack(">I4s", head[:8])
         skip = 8
         if size == 1:
             size = unpack(">Q", head[8:])[0]
             skip = 16
-        if size == 0: size = end - begin
-        if size < skip or begin + size > end: return
-        if name == names[0]: yield from mp4_boxes(file, names[1:], begin + skip, begin + size)
+        if size == 0:
+            size = end - begin
+        if size < skip or begin + size > end:
+            return
+        if name == names[0]:
+            yield from mp4_boxes(file, names[1:], begin + skip, begin + size)
         begin += size
 
 def mp4_runs(
@@ -211,9 +224,11 @@ def mp4_runs(
     file.seek(begin + 4)  # past version and flags
     table = file.read(max(end - begin - 4, 0))
     rows = np.frombuffer(table[: len(table) // 4 * 4], ">i4").astype(np.int64)
-    if len(rows) < 3 or len(table) != 4 * (1 + 2 * rows[0]): return nothing
+    if len(rows) < 3 or len(table) != 4 * (1 + 2 * rows[0]):
+        return nothing
     counts, values = rows[1:].reshape(-1, 2).T
-    if counts.min() <= 0 or counts.sum() > 1 << 26: return nothing
+    if counts.min() <= 0 or counts.sum() > 1 << 26:
+        return nothing
     return np.repeat(values, counts)
 
 # %% ../../nbs/250_vision.index.ipynb #c4e60e5a
@@ -224,18 +239,23 @@ def _mp4_table(file, name, begin, end):
 
 def _mp4_delays(file, size, track):
     "Ticks from a frame's decoding to (the next one's, its own showing); None if the file doesn't say."
-    if next(mp4_boxes(file, [b"moov", b"mvex"], 0, size), None): return None  # fragments are not in the table
+    if next(mp4_boxes(file, [b"moov", b"mvex"], 0, size), None):
+        return None  # fragments are not in the table
     for begin, end in mp4_boxes(file, [b"moov", b"trak"], 0, size):
         head = next(mp4_boxes(file, [b"tkhd"], begin, end), None)
-        if head is None: return None
+        if head is None:
+            return None
         file.seek(head[0])
         tkhd = file.read(24)
-        if len(tkhd) < 24: return None
+        if len(tkhd) < 24:
+            return None
         number = tkhd[20:24] if tkhd[0] == 1 else tkhd[12:16]
-        if unpack(">I", number)[0] != track: continue
+        if unpack(">I", number)[0] != track:
+            continue
         steps = _mp4_table(file, b"stts", begin, end)
         delays = _mp4_table(file, b"ctts", begin, end)
-        if steps is None: return None
+        if steps is None:
+            return None
         return steps, np.zeros_like(steps) if delays is None else delays
 
 def _first_labels(container, stream, number) -> list:
@@ -254,25 +274,32 @@ def mp4_packets(
     """Read an mp4's table of contents, if all signs agree that it is right."""
     header = stream.codec_context.extradata or b""
     h264 = stream.codec_context.name == "h264" and header[:1] == b"\1" and len(header) >= 5
-    if not h264 or not container.format.name.startswith("mov,mp4"): return None
+    if not h264 or not container.format.name.startswith("mov,mp4"):
+        return None
     with open(path, "rb") as file:
         length = file.seek(0, 2)
         table = _mp4_delays(file, length, stream.id)
-    if table is None: return None
+    if table is None:
+        return None
     steps, delays = table
     entries = [(e.timestamp, e.pos, e.size, e.is_keyframe, e.is_discard) for e in stream.index_entries]
     dts, begin, size, keys, hidden = np.array(entries, np.int64).reshape(-1, 5).T
-    if not 0 < len(steps) == len(delays) == len(dts) or (np.diff(dts) != steps[:-1]).any(): return None
-    if delays.min() < 0 or hidden.any(): return None
-    if size.min() < 1 or begin.min() < 0 or (begin + size).max() > length: return None
+    if not 0 < len(steps) == len(delays) == len(dts) or (np.diff(dts) != steps[:-1]).any():
+        return None
+    if delays.min() < 0 or hidden.any():
+        return None
+    if size.min() < 1 or begin.min() < 0 or (begin + size).max() > length:
+        return None
     pts = dts + delays
     labels = np.stack([pts, dts, begin, size, keys], 1)[:checked].tolist()
-    if _first_labels(container, stream, checked) != [*map(tuple, labels)]: return None
+    if _first_labels(container, stream, checked) != [*map(tuple, labels)]:
+        return None
     keys = keys == 1
     with open(path, "rb") as file:
         for at, n in zip(begin[keys].tolist(), size[keys].tolist()):
             file.seek(at)
-            if not begins_anew(file.read(n), header): return None
+            if not begins_anew(file.read(n), header):
+                return None
     return Packets(pts, dts, keys, np.zeros(len(pts), bool), False, not _shown_before(pts, keys))
 
 # %% ../../nbs/250_vision.index.ipynb #5c7841b7
@@ -294,8 +321,10 @@ def steady_times(
     """Fill gaps, and let a clock that was set back or forth continue."""
     N = len(times)
     known = np.flatnonzero(~np.isnan(times))
-    if N > 1 and len(np.unique(times[known])) <= N // 2: return np.arange(N) / rate  # they say nothing
-    if not len(known): return np.zeros(N)
+    if N > 1 and len(np.unique(times[known])) <= N // 2:
+        return np.arange(N) / rate  # they say nothing
+    if not len(known):
+        return np.zeros(N)
     after = np.maximum(np.arange(N) - known[-1], 0) / rate
     times = np.interp(np.arange(N), known, times[known]) + after
     steps = np.diff(times)
@@ -315,7 +344,8 @@ def _is_label(ticks, packets) -> bool:
 def _label(kind, codec, packets) -> str:
     "By what frames can be known, as in `VideoIndex`."
     in_order = (np.diff(packets.dts[packets.dts > _NO_TIME]) >= 0).all()
-    if kind != "avi" and in_order and _is_label(packets.pts, packets): return "pts"
+    if kind != "avi" and in_order and _is_label(packets.pts, packets):
+        return "pts"
     return "dts" if codec.intra_only and _is_label(packets.dts, packets) else "count"
 
 def _ends_with(path, sign) -> bool:
@@ -326,8 +356,10 @@ def _ends_with(path, sign) -> bool:
 
 def _breaks_off(path, container, stream, packets) -> bool:
     "Whether a GIF has no end, or a Flash video ends more than two frames before its declared length."
-    if container.format.name == "gif": return not _ends_with(path, b";")
-    if container.format.name != "flv" or not container.duration or not len(packets.pts): return False
+    if container.format.name == "gif":
+        return not _ends_with(path, b";")
+    if container.format.name != "flv" or not container.duration or not len(packets.pts):
+        return False
     rate = float(stream.guessed_rate or stream.average_rate or 25)
     return float(packets.pts.max() * stream.time_base) + 2 / rate < container.duration / 1e6 - 1 / rate
 
@@ -343,11 +375,13 @@ def _timed(packets, label, kind, tick, rate) -> tuple:
     "(seconds, places, keys) from the packets."
     places = packets.pts if label == "pts" else packets.dts
     keys = np.stack([places, np.where(packets.dts > _NO_TIME, packets.dts, places)], 1)[packets.keys]
-    if not len(keys) or kind in ONE_PASS: keys = np.stack([places, places], 1)[:1]
+    if not len(keys) or kind in ONE_PASS:
+        keys = np.stack([places, places], 1)[:1]
     # nothing before the first keyframe can be decoded
     places = np.unique(places[~packets.hidden & (places >= keys[0, 0])])
     seconds = (places - places[:1]) * tick.numerator / tick.denominator
-    if kind == "mpegts": seconds = steady_times(seconds, rate, longest=10)
+    if kind == "mpegts":
+        seconds = steady_times(seconds, rate, longest=10)
     return seconds, places, keys
 
 # %% ../../nbs/250_vision.index.ipynb #648f1aff

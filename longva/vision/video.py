@@ -129,7 +129,8 @@ def pick_frames(
         return np.maximum(np.searchsorted(seconds, ticks + SLACK, "right") - 1, 0)
     first = np.searchsorted(seconds, start - SLACK)
     last = len(seconds) if end is None else np.searchsorted(seconds, end - SLACK)
-    if n is None or last <= first: return np.arange(first, last)
+    if n is None or last <= first:
+        return np.arange(first, last)
     return first + np.linspace(0, last - first - 1, n, dtype=int)
 
 # %% ../../nbs/255_vision.video.ipynb #92b10cd8
@@ -144,9 +145,12 @@ class VideoInfo(NamedTuple):
 def _check_choice(n, fps, most=None):
     "Refuse a choice of frames without sense."
     wrong = ""
-    if n is not None and fps is not None: wrong = "both n and fps: give a number of frames or a rate"
-    elif n is not None and most is not None: wrong = "both n and most: n is exact already"
-    elif fps is not None and not 0 < as_number(fps) < np.inf: wrong = f"fps={fps!r}: it must be a number above 0"
+    if n is not None and fps is not None:
+        wrong = "both n and fps: give a number of frames or a rate"
+    elif n is not None and most is not None:
+        wrong = "both n and most: n is exact already"
+    elif fps is not None and not 0 < as_number(fps) < np.inf:
+        wrong = f"fps={fps!r}: it must be a number above 0"
     for name, value in (("n", n), ("most", most)):
         if value is not None and not (is_whole(value) and value >= 1):
             wrong = wrong or f"{name}={value!r}: it must be a whole number from 1"
@@ -154,11 +158,12 @@ def _check_choice(n, fps, most=None):
 
 def _count(info, n, fps, start, end) -> int:
     "How many frames `pick_frames` picks of a video whose frames come at a steady rate."
-    if fps is None: return len(pick_frames(np.arange(info.frames) / info.fps, n, None, start, end))
+    if fps is None:
+        return len(pick_frames(np.arange(info.frames) / info.fps, n, None, start, end))
     stop = info.seconds if end is None else min(end, info.seconds)
     return _tick_count(stop - start, fps)
 
-# %% ../../nbs/255_vision.video.ipynb #47fd372a
+# %% ../../nbs/255_vision.video.ipynb #d800e360
 @dataclass(frozen=True)
 class FrameRequest:
     """Which frames of a video are wanted: `n` equally spaced, `fps` per second, or all; else a `VideoError`."""
@@ -180,7 +185,8 @@ class FrameRequest:
         n = self.n
         fps = self.fps
         if self.most is not None:
-            if fps is not None and fps > info.fps and not self.repeat: fps = None  # every frame
+            if fps is not None and fps > info.fps and not self.repeat:
+                fps = None  # every frame
             if _count(info, None, fps, start, end) > self.most:
                 n = self.most
                 fps = None
@@ -204,7 +210,8 @@ def _upright(
     "A frame as people see it: converted to RGB, and mirrored and turned as its display matrix says."
     picture = frame.to_ndarray(format="rgb24")
     note = frame.side_data.get(SideData.DISPLAYMATRIX)
-    if note is None: return picture
+    if note is None:
+        return picture
     # pixel (x, y) is shown at (a x + c y, b x + d y)
     a, b, _, c, d = np.frombuffer(note, np.int32)[:5].astype(float)
     if a * d < b * c:
@@ -225,12 +232,15 @@ def _decode(
     context = stream.codec_context
     count = -1
     for packet in container.demux(stream):
-        if packet.size and index.label == "dts": packet.pts = packet.dts
+        if packet.size and index.label == "dts":
+            packet.pts = packet.dts
         if key and not (packet.is_keyframe and packet.pts == key[0]):
-            if packet.dts is not None and packet.dts > key[1]: return  # the jump landed behind it
+            if packet.dts is not None and packet.dts > key[1]:
+                return  # the jump landed behind it
             continue
         key = None
-        if lean: context.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
+        if lean:
+            context.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
         for count, frame in enumerate(packet.decode(), count + 1):
             yield count if index.label == "count" else frame.pts, frame
 
@@ -240,10 +250,13 @@ def _find(frames, place, needed, early):
     frame = early.pop(place, None)
     while frame is None and later <= 16:
         found, frame = next(frames, (None, None))
-        if frame is None: return None
-        if found == place: break
+        if frame is None:
+            return None
+        if found == place:
+            break
         later += found is not None and found > place
-        if found in needed and found > place: early[found] = frame
+        if found in needed and found > place:
+            early[found] = frame
         frame = None
     return frame if frame is not None and not frame.is_corrupt else None
 
@@ -260,7 +273,8 @@ def _begin(container, stream, index, place, needed, attempt):
     k = max(int(_keyframe(index, place)) - _EARLIER[attempt], 0)
     key = tuple(index.keys[k].tolist())
     to = key[0]
-    if attempt or index.kind == "mpegts": to = key[1] - round(attempt * attempt / 4 / stream.time_base)
+    if attempt or index.kind == "mpegts":
+        to = key[1] - round(attempt * attempt / 4 / stream.time_base)
     try:
         container.seek(to, stream=stream)
     except av.error.FFmpegError:
@@ -357,8 +371,10 @@ def _decord(path, index) -> tuple:
         import decord
     except ImportError:
         return None, "decord is not installed: pip install decord"
-    if index.label == "picture": return None, "it is a folder, and decord reads files"
-    if index.label != "pts": return None, "decord cannot be trusted to number frames without times of showing"
+    if index.label == "picture":
+        return None, "it is a folder, and decord reads files"
+    if index.label != "pts":
+        return None, "decord cannot be trusted to number frames without times of showing"
     if index.kind == "mpegts" or index.kind in ONE_PASS:
         return None, f"decord cannot be trusted with the format {index.kind}"
     try:
@@ -432,7 +448,8 @@ def _choose(path, index, n, fps, start, end, repeat) -> np.ndarray:
         have = f"{here} frame{'s' * (here != 1)}{' there' if start or end else ''}"
         raise VideoError(f"{path} has {have}, and {n} were asked for: ask for at most {here}, {advice}.")
     asked = n or 0
-    if fps is not None: asked = (min(length, length if end is None else end) - start) * fps
+    if fps is not None:
+        asked = (min(length, length if end is None else end) - start) * fps
     if asked > _MOST:
         what = f"n={n}" if n else f"fps={fps:.6g}"
         raise VideoError(f"{path} cannot give that many frames at once, with {what}: ask for at most {_MOST:,} in one "
@@ -482,7 +499,8 @@ class _Shelf:
     def put(self, a, b, picture):
         "Put a picture on places a to b."
         with self.lock:
-            if self.array is None: self.array = _empty(self.path, self.N, *picture.shape)
+            if self.array is None:
+                self.array = _empty(self.path, self.N, *picture.shape)
         if picture.shape != self.array.shape[1:]:
             raise VideoError(f"{self.path} changes its picture size on the way: resize its pictures, or re-encode it "
                              "with "
@@ -498,7 +516,8 @@ def _fill(path, index, chosen, pick, threads) -> np.ndarray:
     def work(part):
         try:
             for i, picture in zip(part, pick(path, index, part)):
-                if shelf.stop.is_set(): return  # another part failed
+                if shelf.stop.is_set():
+                    return  # another part failed
                 shelf.put(*places[int(i)], picture)
         except BaseException:
             shelf.stop.set()
@@ -518,7 +537,8 @@ def _fill(path, index, chosen, pick, threads) -> np.ndarray:
 # %% ../../nbs/255_vision.video.ipynb #ff98760a
 def _cores() -> int:
     "How many processor cores this process may use."
-    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 def _plan(path, n, fps, start, end, backend, repeat, folder_fps) -> tuple:
@@ -548,7 +568,8 @@ def read_frames(
     threads=None,  # decoders side by side, each with its own memory of some frames; by default one per core, at most 4
 ) -> Frames:  # array [N,H,W,3], seconds [N], fps
     """Read frames out of a video. Whatever is wrong with the file or the request, it is a `VideoError`."""
-    if threads is not None: _check_whole("read_frames", "threads", threads)
+    if threads is not None:
+        _check_whole("read_frames", "threads", threads)
     index, chosen, pick = _plan(path, n, fps, start, end, backend, repeat, folder_fps)
     array = _fill(path, index, chosen, pick, threads or min(4, _cores()))
     return Frames(array, index.seconds[chosen], index.fps)
