@@ -22,7 +22,8 @@ from ..context.plan import per_token
 from .modeling import LongVA, LongVAConfig, longva_7b
 from .prefill import CHUNK, ChatError, Estimate, cut_to, kv_cache, place_of, prefill, reserve, say_bytes, walk
 from .prefill import estimate as estimate_of
-from .processing import LongVAImageProcessor, LongVAProcessor, expand_placeholders, frames_text
+from .processing import LongVAImageProcessor, LongVAProcessor
+from .prompt import expand_placeholders, frames_text
 from ..vision.image import open_image
 from ..vision.unires import choose_grid
 from ..vision.video import FrameRequest, Frames, iter_frames, video_info

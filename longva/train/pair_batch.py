@@ -9,7 +9,7 @@ __all__ = ['CLIPS', 'render', 'encode_pair', 'collate_pairs']
 import torch
 import torch.nn.functional as F
 
-from ..model.processing import expand_placeholders
+from ..model.prompt import expand_placeholders
 from .batch import PADDING
 from .clips import Clips
 from .pairs import Pair
