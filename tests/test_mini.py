@@ -24,7 +24,10 @@ def exam(tmp_path_factory):
 
 
 def ask(model, processor, haystack, needles, out):
-    return {(t.needle, t.frames, t.depth): t.argmax_ids for t in run((model, processor), haystack, needles, LENGTHS, DEPTHS, out, seed=SEED, progress=False)}
+    return {
+        (t.needle, t.frames, t.depth): t.argmax_ids
+        for t in run((model, processor), haystack, needles, LENGTHS, DEPTHS, out, seed=SEED, progress=False)
+    }
 
 
 def test_decoded_film_gives_the_decisions_of_drawn_frames(exam, tmp_path):
@@ -54,8 +57,16 @@ def test_saved_model_decides_alike_in_a_fresh_process(exam, tmp_path, name):
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     needles = film.parent / "needles"
-    here = [[t.needle, t.frames, t.depth, t.argmax_ids] for t in run((model, processor), film, needles, [16, 64], [0, 0.5], tmp_path / "here", progress=False)]
-    said = subprocess.run([sys.executable, "-c", AGAIN, str(film), str(needles), str(tmp_path / "saved"), str(tmp_path / "there")], capture_output=True, text=True, check=True)
+    here = [
+        [t.needle, t.frames, t.depth, t.argmax_ids]
+        for t in run((model, processor), film, needles, [16, 64], [0, 0.5], tmp_path / "here", progress=False)
+    ]
+    said = subprocess.run(
+        [sys.executable, "-c", AGAIN, str(film), str(needles), str(tmp_path / "saved"), str(tmp_path / "there")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert json.loads(said.stdout.splitlines()[-1]) == here
 
 
