@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 
 from ..context.plan import sizes
-from ..model.prefill import place_of
+from ..model.modeling import place_of
 from .reader import Reader
 from .trials import NeedleError
 from ..vision.unires import fit_frames, normalize

@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache
 from ..context.parallel import current_context, shard_batch, unshard
 from ..context.plan import sizes as sizes_of
 from ..files import digest
-from ..model.prefill import KVLayer, maskless, place_of
+from ..model.modeling import place_of
+from ..model.prefill import KVLayer, maskless
 from .needles import Needle
 from .trials import NeedleError
 
