@@ -180,32 +180,19 @@ def images():
 def text():
     """The text needle test with 0, 3 and 5 distractors, before and after the first step of the paper."""
     from longva.mini.reader import DIGITS, WORDING, extend_reader, write_book
+    from longva.model.open import open_language
     from longva.needle import niah
-    from longva.needle.book import Wording
+    from longva.needle.book import TextTest, TextWording
     from longva.needle.trials import cells
 
     trained, book, panels = extend_reader(WORK / "reader"), write_book(WORK / "book"), []
     for name, folder in zip(("unextended", "extended"), trained):
-        model, tokenizer = niah.load(folder)
+        reader = niah.TextReader(*open_language(folder), name)
         for k in (0, 3, 5):
-            trials = niah.run(
-                model,
-                tokenizer,
-                book,
-                [64, 128, 256, 384, 496],
-                DEPTHS,
-                WORK / f"text-{name}-{k}",
-                10,
-                k,
-                wording=Wording(**WORDING),
-                digits=DIGITS,
-                name=name,
-            )
-            panels.append(
-                dict(
-                    model=name, distractors=k, cells=[[n, depth, *count] for (n, depth), count in cells(trials).items()]
-                )
-            )
+            test = TextTest(book, 10, k, DIGITS, wording=TextWording(**WORDING))
+            trials = niah.run(reader, test, [64, 128, 256, 384, 496], DEPTHS, WORK / f"text-{name}-{k}")
+            rows = [[n, depth, *count] for (n, depth), count in cells(trials).items()]
+            panels.append(dict(model=name, distractors=k, cells=rows))
     return dict(text_tokens=dict(unextended=128, extended=512), panels=panels)
 
 
