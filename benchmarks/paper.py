@@ -3,11 +3,12 @@
     .venv/bin/python benchmarks/paper.py                 all, ten minutes on one core
     .venv/bin/python benchmarks/paper.py bases images    these
 
-Parts: bases (RoPE bases without training), sampling (more frames of the same film), images (UniRes and AnyRes on images), text (the text needle
-test with distractors, after training the reader), dpo (a preference learned from pairs), beyond (films longer than the text that was trained on),
-generated (forced verdicts beside generated answers). Each leaves one JSON file in benchmarks/results/paper/,
-with its settings, versions and machine, and keeps its work in runs/paper/. Films, needles and images come from seeds that nothing was trained
-or chosen on. Shares are pairs [right, trials].
+Parts: bases (RoPE bases without training), sampling (more frames of the same video), images (UniRes and AnyRes on
+images), text (the text needle test with distractors, after training the reader), dpo (a preference learned from
+pairs), beyond (videos longer than the text that was trained on), generated (forced verdicts beside generated
+answers). Each leaves one JSON file in benchmarks/results/paper/, with its settings, versions and machine, and keeps
+its work in runs/paper/. Videos, needles and images come from seeds that nothing was trained or chosen on. Shares are
+pairs [right, trials].
 """
 
 import argparse
@@ -24,8 +25,9 @@ DEPTHS, SEED = (0, 0.25, 0.5, 0.75, 1), 20270114
 
 
 def film(frames, seed):
-    """A film and needles of the miniature's world."""
+    """Write a video and needles of the miniature's world."""
     from longva.mini.world import put_needles, write_film
+
     WORK.mkdir(parents=True, exist_ok=True)
     file = WORK / f"film-{seed}.mp4"
     return file if file.exists() else write_film(file, frames, seed), put_needles(WORK / f"needles-{seed}", 20, seed)
@@ -33,18 +35,40 @@ def film(frames, seed):
 
 def bases():
     """mini-short with other RoPE bases, mini-longva beside it: shares by base and length."""
+    from longva.mini import TEXT_FRAMES
     from longva.study.ablate import ablate, product
-    from longva.study.demo import TRAIN_FRAMES
+
     haystack, needles = film(512, SEED)
     tried = (1e3, 1e4, 1e5, 1e6, 1e9)
     settings = product(model="mini-short", theta=[None, *tried]) + product(model="mini-longva")
-    runs = ablate(settings, WORK / "bases", haystack=haystack, needles=needles, frames=(16, 64, 256), depths=(0.25, 0.75), seed=SEED)
-    rows = [dict(model=r.setting["model"], theta=r.setting.get("theta"), by_frames={str(n): list(k) for n, k in r.counts.items()}) for r in runs]
-    return dict(seed=SEED, depths=[0.25, 0.75], needles=20, text_frames={m: TRAIN_FRAMES[m] for m in ("mini-longva", "mini-short")}, runs=rows)
+    runs = ablate(
+        settings,
+        WORK / "bases",
+        haystack=haystack,
+        needles=needles,
+        frames=(16, 64, 256),
+        depths=(0.25, 0.75),
+        seed=SEED,
+    )
+    rows = [
+        dict(
+            model=r.setting["model"],
+            theta=r.setting.get("theta"),
+            by_frames={str(n): list(k) for n, k in r.counts.items()},
+        )
+        for r in runs
+    ]
+    return dict(
+        seed=SEED,
+        depths=[0.25, 0.75],
+        needles=20,
+        text_frames={m: TEXT_FRAMES[m] for m in ("mini-longva", "mini-short")},
+        runs=rows,
+    )
 
 
 def sampling():
-    """A film of 512 seconds with a shot of 8 seconds in it, read through more and more frames."""
+    """Read a video of 512 seconds with a shot of 8 seconds in it through more and more frames."""
     import numpy as np
 
     from longva.mini import load
@@ -53,6 +77,7 @@ def sampling():
     from longva.needle.reader import Reader
     from longva.needle.sweep import judge
     from longva.needle.vniah import Spot, answer_logits
+
     seconds, shot, counts, places = 512, 8, (4, 8, 16, 32, 64, 128, 256, 512), 5
     _, folder = film(512, SEED + 1)
     needles = load_needles(folder)
@@ -81,35 +106,47 @@ def sampling():
 
 
 def sheets(count, grids, seed):
-    """Images of so many grids, with one question each: (image, thing, [colour, ground])."""
+    """Images of so many grids, with one question each: (image, thing, [colour, background])."""
     import numpy as np
     from PIL import Image
 
     from longva.mini import load
     from longva.mini.recipe import FramePool
     from longva.mini.world import VOCABULARY
+
     pool, rng = FramePool(load("mini-longva")[0], seed, copies=2, variants=24), np.random.default_rng(seed)
     for _ in range(count):
         picked, layout, asked = pool.image((grids, grids), 1, rng)
-        yield Image.fromarray(pool.sheet(picked, *layout)), *[VOCABULARY[i] for i in asked[1:2]], [VOCABULARY[i] for i in asked[2:4]]
+        yield (
+            Image.fromarray(pool.sheet(picked, *layout)),
+            *[VOCABULARY[i] for i in asked[1:2]],
+            [VOCABULARY[i] for i in asked[2:4]],
+        )
 
 
 def image_logits(model, processor, image, thing, answer):
     """Logits at the answer's words, teacher forced."""
     import torch
+
     said = [dict(role="user", content=[dict(type="image"), dict(type="text", text=f"find {thing}")])]
-    given = processor(text=processor.apply_chat_template(said, tokenize=False, add_generation_prompt=True), images=[image], return_tensors="pt")
+    given = processor(
+        text=processor.apply_chat_template(said, tokenize=False, add_generation_prompt=True),
+        images=[image],
+        return_tensors="pt",
+    )
     ids = processor.tokenizer(" ".join(answer), add_special_tokens=False)["input_ids"]
     given["input_ids"] = torch.cat([given["input_ids"], torch.tensor([ids[:-1]], dtype=torch.long)], 1)
     given.pop("attention_mask", None)
-    with torch.no_grad(): return model(**given, use_cache=False, logits_to_keep=len(ids)).logits[0].float(), ids
+    with torch.no_grad():
+        return model(**given, use_cache=False, logits_to_keep=len(ids)).logits[0].float(), ids
 
 
 def images():
     """Both encodings on the same images, of 2 to 49 grids; alignment had at most 24."""
     from longva.mini import load
+    from longva.needle.statistics import newcombe
     from longva.needle.sweep import judge
-    from longva.study.demo import newcombe
+
     models = {name: load(name) for name in ("mini-longva", "mini-anyres")}
     rows = []
     for grids in (2, 6, 12, 24, 35, 49):
@@ -118,67 +155,95 @@ def images():
             for name, (model, processor) in models.items():
                 logits, ids = image_logits(model, processor, image, thing, answer)
                 verdicts[name].append(judge(logits, ids)[1])
-        a, b = verdicts["mini-longva"], verdicts["mini-anyres"]
+        a = verdicts["mini-longva"]
+        b = verdicts["mini-anyres"]
         pairs = list(zip(a, b))
-        gap = newcombe(*(pairs.count(kind) for kind in [(True, True), (True, False), (False, True), (False, False)]))
-        rows.append(dict(grids=grids, unires=[sum(a), len(a)], anyres=[sum(b), len(b)], difference=gap[0], interval=list(gap[1:])))
+        kinds = [(True, True), (True, False), (False, True), (False, False)]
+        difference, *interval = newcombe(*[pairs.count(kind) for kind in kinds])
+        counts = dict(unires=[sum(a), len(a)], anyres=[sum(b), len(b)])
+        rows.append(dict(grids=grids, **counts, difference=difference, interval=interval))
     return dict(seed=SEED + 2, most_grids_in_training=24, rows=rows)
 
 
 def text():
     """The text needle test with 0, 3 and 5 distractors, before and after the first step of the paper."""
     from longva.mini.reader import DIGITS, WORDING, extend_reader, write_book
+    from longva.model.open import open_language
     from longva.needle import niah
-    from longva.needle.book import Wording
+    from longva.needle.book import TextTest, TextWording
     from longva.needle.trials import cells
+
     trained, book, panels = extend_reader(WORK / "reader"), write_book(WORK / "book"), []
     for name, folder in zip(("unextended", "extended"), trained):
-        model, tokenizer = niah.load(folder)
+        reader = niah.TextReader(*open_language(folder), name)
         for k in (0, 3, 5):
-            trials = niah.run(model, tokenizer, book, [64, 128, 256, 384, 496], DEPTHS, WORK / f"text-{name}-{k}", 10, k, wording=Wording(**WORDING), digits=DIGITS, name=name)
-            panels.append(dict(model=name, distractors=k, cells=[[n, depth, *count] for (n, depth), count in cells(trials).items()]))
+            test = TextTest(book, 10, k, DIGITS, wording=TextWording(**WORDING))
+            trials = niah.run(reader, test, [64, 128, 256, 384, 496], DEPTHS, WORK / f"text-{name}-{k}")
+            rows = [[n, depth, *count] for (n, depth), count in cells(trials).items()]
+            panels.append(dict(model=name, distractors=k, cells=rows))
     return dict(text_tokens=dict(unextended=128, extended=512), panels=panels)
 
 
 def dpo():
-    """Pairs in which the ground alone is the better answer; the model would say the colour first. Held-out images before and after."""
+    """Learn from pairs in which the background alone is the better answer; ask held-out images before and after."""
     from longva.mini import folder, load
     from longva.train.dpo import dpo as train
+
     here, start = WORK / "dpo", load("mini-longva")
     here.mkdir(parents=True, exist_ok=True)
     lines = []
-    for i, (image, thing, (colour, ground)) in enumerate(sheets(64, 6, SEED + 3)):
+    for i, (image, thing, (colour, background)) in enumerate(sheets(64, 6, SEED + 3)):
         image.save(here / f"{i}.png")
-        lines.append(dict(image=f"{i}.png", prompt=f"<image>\nfind {thing}", chosen=ground, rejected=colour))
+        lines.append(dict(image=f"{i}.png", prompt=f"<image>\nfind {thing}", chosen=background, rejected=colour))
     (here / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = train("mini", here / "pairs.jsonl", here / "run", model=str(folder("mini-longva")))
     leads = {}
     for name, (model, processor) in dict(before=start, after=load(str(made))).items():
         model.eval()
         leads[name] = []
-        for image, thing, (colour, ground) in sheets(150, 6, SEED + 4):
-            (logits, wanted), (_, other) = (image_logits(model, processor, image, thing, [word]) for word in (ground, colour))
+        for image, thing, (colour, background) in sheets(150, 6, SEED + 4):
+            (logits, wanted), (_, other) = (
+                image_logits(model, processor, image, thing, [word]) for word in (background, colour)
+            )
             scores = logits.log_softmax(-1)[0]
             leads[name].append((scores[wanted[0]] - scores[other[0]]).item())
-    moved = [after - before for before, after in zip(leads["before"], leads["after"])]  # nats; times beta, the reward margin
+    # in nats; times beta, the reward margin
+    moved = [after - before for before, after in zip(leads["before"], leads["after"])]
     log = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]
-    return dict(seed=SEED + 3, pairs=64, epochs=3, beta=0.1, held_out=dict(moved_to_the_better=[sum(m > 0 for m in moved), 150], preferred_before=[sum(x > 0 for x in leads["before"]), 150], preferred_after=[sum(x > 0 for x in leads["after"]), 150],
-                reward_margin=0.1 * sum(moved) / 150), steps=[dict(step=r["step"], margin=r["reward_margin"], accuracy=r["reward_accuracy"], loss=r["loss"]) for r in log])
+    return dict(
+        seed=SEED + 3,
+        pairs=64,
+        epochs=3,
+        beta=0.1,
+        held_out=dict(
+            moved_to_the_better=[sum(m > 0 for m in moved), 150],
+            preferred_before=[sum(x > 0 for x in leads["before"]), 150],
+            preferred_after=[sum(x > 0 for x in leads["after"]), 150],
+            reward_margin=0.1 * sum(moved) / 150,
+        ),
+        steps=[
+            dict(step=r["step"], margin=r["reward_margin"], accuracy=r["reward_accuracy"], loss=r["loss"]) for r in log
+        ],
+    )
 
 
 def beyond():
-    """mini-longva in films of up to three times its text-training length."""
+    """Ask mini-longva in videos of up to three times its text-training length."""
     from longva.mini import load
     from longva.mini.world import put_needles, write_film
     from longva.needle.trials import cells
     from longva.needle.vniah import run
+
     model, processor = load("mini-longva")
     haystack = WORK / "film-long.mp4"
     WORK.mkdir(parents=True, exist_ok=True)
-    if not haystack.exists(): write_film(haystack, 1536, SEED + 5)
+    if not haystack.exists():
+        write_film(haystack, 1536, SEED + 5)
     needles = put_needles(WORK / "needles-long", 10, SEED + 5)
     trials = run((model, processor), haystack, needles, (512, 1024, 1536), (0, 0.5, 1), WORK / "beyond", seed=SEED + 5)
-    return dict(seed=SEED + 5, text_frames=512, cells=[[n, depth, *count] for (n, depth), count in cells(trials).items()])
+    return dict(
+        seed=SEED + 5, text_frames=512, cells=[[n, depth, *count] for (n, depth), count in cells(trials).items()]
+    )
 
 
 def generated():
@@ -190,6 +255,7 @@ def generated():
     from longva.needle.needles import load_needles
     from longva.needle.reader import Reader
     from longva.needle.vniah import Spot, decide
+
     model, processor = load("mini-short")
     needles = load_needles(film(512, SEED)[1])
     reader = Reader(model, processor)
@@ -203,7 +269,9 @@ def generated():
                 forced = decide(reader, prompts, [spot])[0][1]
                 with torch.no_grad():
                     rows = reader.embed(spot.path(prompt))["inputs_embeds"]
-                    said = model.generate(inputs_embeds=rows, max_new_tokens=len(prompt.answer), do_sample=False)[0].tolist()
+                    said = model.generate(inputs_embeds=rows, max_new_tokens=len(prompt.answer), do_sample=False)[
+                        0
+                    ].tolist()
                 agree, right, count = agree + (forced == (said == prompt.answer)), right + forced, count + 1
     return dict(seed=SEED, model="mini-short", frames=[16, 32, 64], agree=[agree, count], right=[right, count])
 
@@ -217,12 +285,22 @@ def main():
     given = ask.parse_args()
     from longva.files import versions, write_whole
     from longva.study.ablate import machine
+
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in given.parts or PARTS:
         start = time.perf_counter()
         found = PARTS[name]()
-        found |= dict(seconds=round(time.perf_counter() - start, 1), command=f"python benchmarks/paper.py {name}", versions=versions(), machine=machine())
-        print(write_whole(RESULTS / f"{name}.json", json.dumps(found, indent=1) + "\n").name, f"{found['seconds']} s", flush=True)
+        found |= dict(
+            seconds=round(time.perf_counter() - start, 1),
+            command=f"python benchmarks/paper.py {name}",
+            versions=versions(),
+            machine=machine(),
+        )
+        print(
+            write_whole(RESULTS / f"{name}.json", json.dumps(found, indent=1) + "\n").name,
+            f"{found['seconds']} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

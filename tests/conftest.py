@@ -1,4 +1,6 @@
-"""Fixtures for things that not every machine has. A test that needs one is skipped with a sentence where it is absent."""
+"""Fixtures for things that not every machine has. A test that needs one is skipped with a sentence where it is
+absent."""
+
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,10 @@
-"""Imports once what most notebooks import, then forks a fresh process for every notebook that a line of its input names: folder, name, log.
+"""Imports once what most notebooks import, then forks a fresh process for every notebook that a line of its input
+names: folder, name, log.
 
-It answers with two lines: the process (which leads a session of its own, so that its children can be killed with it), and its exit status.
+It answers with two lines: the process (which leads a session of its own, so that its children can be killed with it),
+and its exit status.
 """
+
 import os
 import sys
 from pathlib import Path
@@ -19,8 +22,10 @@ def one(folder, name, log):
     "Run it beside its folder and name it by its name alone, so that the path of the checkout may be anything."
     os.setsid()
     with open(log, "wb") as file:
-        for number in (1, 2): os.dup2(file.fileno(), number)
-    with open(os.devnull, "rb") as nothing: os.dup2(nothing.fileno(), 0)
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
     os.chdir(folder)
     ok, _ = test_nb(Path(name), skip_flags=sys.argv[2:], basepath=sys.argv[1])
     sys.exit(not ok)
@@ -28,6 +33,7 @@ def one(folder, name, log):
 
 for line in sys.stdin:
     process = os.fork()
-    if not process: one(*line.rstrip("\n").split("\t"))
+    if not process:
+        one(*line.rstrip("\n").split("\t"))
     print(process, file=answers, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers, flush=True)

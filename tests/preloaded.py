@@ -1,4 +1,6 @@
-"""What the server that forks ranks has imported before: all that a rank of any test may need, once instead of once a rank."""
+"""What the server that forks ranks has imported before: all that a rank of any test may need, once instead of once
+a rank."""
+
 import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says what it found

@@ -25,57 +25,96 @@ def logs(folder):
     return {task: read_trials(folder / task / "trials.jsonl") for task in TASKS}
 
 
+def decisions(folder):
+    found = {}
+    for task, trials in logs(folder).items():
+        found[task] = sorted((key(t), t.argmax_ids, t.correct) for t in trials)
+    return found
+
+
 def family(pid):
     "Living processes that `pid` started, and theirs (Linux only)."
     children = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try: state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError: continue
-        if state != "Z": children.setdefault(int(parent), []).append(int(stat.parent.name))
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if state != "Z":
+            children.setdefault(int(parent), []).append(int(stat.parent.name))
     found = children.get(pid, [])
-    for p in found: found.extend(children.get(p, []))
+    for p in found:
+        found.extend(children.get(p, []))
     return found
 
 
 def gone(pids):
     "Have all these ended?"
-    alive = lambda p: Path(f"/proc/{p}/stat").exists() and Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+    def alive(pid):
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
     limit = time.time() + 30
-    while any(map(alive, pids)) and time.time() < limit: time.sleep(0.1)
+    while any(map(alive, pids)) and time.time() < limit:
+        time.sleep(0.1)
     return not any(map(alive, pids))
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are followed through /proc, which only Linux has")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="processes are followed through /proc, which only Linux has"
+)
 def test_stopped_killed_and_finished(tmp_path):
-    command = [sys.executable, "-c", "from longva.cli import app; app()", "demo", "--out", str(tmp_path / "demo"), "--workers", "2"]
     folder = tmp_path / "demo"
+    options = ["--out", str(folder), "--workers", "2"]
+    command = [sys.executable, "-c", "from longva.cli import app; app()", "demo", *options]
     for number, blow in enumerate([signal.SIGINT, signal.SIGKILL]):
-        process = subprocess.Popen(command, env=ENV, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        limit, before = time.time() + 200, sum(map(len, logs(folder).values()))
-        while sum(map(len, logs(folder).values())) < before + 20 and time.time() < limit and process.poll() is None: time.sleep(0.05)
+        process = subprocess.Popen(
+            command,
+            env=ENV,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        limit = time.time() + 200
+        before = sum(map(len, logs(folder).values()))
+        while sum(map(len, logs(folder).values())) < before + 20 and time.time() < limit and process.poll() is None:
+            time.sleep(0.05)
         started = family(process.pid)
         assert len(started) >= 2 and process.poll() is None
-        if blow == signal.SIGINT: os.killpg(process.pid, blow)  # as a terminal: to all of them
-        else: process.kill()  # only the one that started the others
+        if blow == signal.SIGINT:
+            os.killpg(process.pid, blow)  # as a terminal: to all of them
+        else:
+            process.kill()  # only the one that started the others
         _, errors = process.communicate(timeout=60)
         assert gone(started)
         if blow == signal.SIGINT:
             assert process.returncode == 130 and "Traceback" not in errors, errors
-            assert errors.splitlines()[-1] == f"Stopped. What is done is kept in {folder}: run the same command again to resume."
+            assert (
+                errors.splitlines()[-1]
+                == f"Stopped. What is done is kept in {folder}: run the same command again to resume."
+            )
             assert not [p for p in folder.rglob(".*")] and "seconds" in json.loads((folder / "demo.json").read_text())
     for trials in logs(folder).values():
         assert set(Counter(map(key, trials)).values()) <= {1}
     about = json.loads((folder / "demo.json").read_text())
-    with pytest.raises(NeedleError, match="another seed: choose another folder"): demo(folder, seed=5, progress=False)
+    with pytest.raises(NeedleError, match="another seed: choose another folder"):
+        demo(folder, seed=5, progress=False)
     assert json.loads((folder / "demo.json").read_text()) == about
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "haystack.mp4").write_bytes(b"a stranger's film")
-    with pytest.raises(NeedleError, match="holds files but no demo.json: choose another folder"): demo(tmp_path, progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["haystack.mp4"] and (tmp_path / "haystack.mp4").read_bytes() == b"a stranger's film"
+    with pytest.raises(NeedleError, match="holds files but no demo.json: choose another folder"):
+        demo(tmp_path, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["haystack.mp4"] and (
+        tmp_path / "haystack.mp4"
+    ).read_bytes() == b"a stranger's film"
     for out in ("haystack.mp4", "haystack.mp4/below"):
-        with pytest.raises(FolderError, match="haystack.mp4 is a file, and the results need a folder"): demo(tmp_path / out, progress=False)
+        with pytest.raises(FolderError, match="haystack.mp4 is a file, and the results need a folder"):
+            demo(tmp_path / out, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +126,17 @@ def finished(tmp_path_factory):
 
 
 def test_two_processes_decide_as_one(finished, tmp_path):
-    one, two = demo(finished, **SMALL), demo(tmp_path / "two", workers=2, **SMALL)
-    plain = lambda folder: {task: sorted((key(t), t.argmax_ids, t.correct) for t in trials) for task, trials in logs(folder).items()}
-    assert plain(finished) == plain(tmp_path / "two")
-    assert one["panels"] == two["panels"] and one["best_base"] == two["best_base"] and list(one["panels"]) == list(PANELS)
-    stamp = (tmp_path / "two" / "mini-longva" / "trials.jsonl").stat().st_mtime_ns
+    one = demo(finished, **SMALL)
+    two = demo(tmp_path / "two", workers=2, **SMALL)
+    assert decisions(finished) == decisions(tmp_path / "two")
+    assert list(one["panels"]) == list(PANELS)
+    assert one["panels"] == two["panels"] and one["best_base"] == two["best_base"]
+    log = tmp_path / "two" / "mini-longva" / "trials.jsonl"
+    stamp = log.stat().st_mtime_ns
     start = time.process_time()
     assert demo(tmp_path / "two", **SMALL) == two  # from the logs
-    assert time.process_time() - start < 5 and (tmp_path / "two" / "mini-longva" / "trials.jsonl").stat().st_mtime_ns == stamp
+    assert time.process_time() - start < 5
+    assert log.stat().st_mtime_ns == stamp
 
 
 def test_an_error_in_a_worker_is_raised_here(finished, tmp_path):
@@ -103,4 +145,5 @@ def test_an_error_in_a_worker_is_raised_here(finished, tmp_path):
         file = tmp_path / task / "settings.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"weights": "others"}))
         (tmp_path / task / "heatmap.png").unlink()
-    with pytest.raises(NeedleError, match="different: weights"): demo(tmp_path, workers=2, **SMALL)
+    with pytest.raises(NeedleError, match="different: weights"):
+        demo(tmp_path, workers=2, **SMALL)

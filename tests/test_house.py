@@ -1,4 +1,5 @@
 """The house keeps itself in order: each kind of disorder is made in a small copy, and the right tool says so."""
+
 import configparser
 import json
 import os
@@ -20,14 +21,25 @@ settings.read(root / "settings.ini", encoding="utf-8")
 
 
 def run(*args, cwd, **env):
-    return subprocess.run(list(map(str, args)), cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        list(map(str, args)), cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=240
+    )
 
 
 def write_notebook(path, title, *code):
-    "A clean notebook: a title and code cells."
+    """A clean notebook: a title and code cells."""
     cells = [{"cell_type": "markdown", "id": "cell0", "metadata": {}, "source": [f"# {title}\n", "> for tests"]}]
     for number, text in enumerate(code, 1):
-        cells.append({"cell_type": "code", "id": f"cell{number}", "metadata": {}, "execution_count": None, "outputs": [], "source": text.splitlines(True)})
+        cells.append(
+            {
+                "cell_type": "code",
+                "id": f"cell{number}",
+                "metadata": {},
+                "execution_count": None,
+                "outputs": [],
+                "source": text.splitlines(True),
+            }
+        )
     write_json(path, {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
 
 
@@ -48,7 +60,7 @@ def printed(text):
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    "A small house in order: the real tools and settings, two notebooks of its own, and a path with odd characters."
+    """A small house in order: the real tools and settings, two notebooks of its own, and a path with odd characters."""
     house = tmp_path_factory.mktemp("houses") / "it's a hoüse"
     for name in ("tools", "tests"):
         shutil.copytree(root / name, house / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -58,7 +70,13 @@ def pristine(tmp_path_factory):
     (house / "longva").mkdir()
     shutil.copy(root / "longva" / "__init__.py", house / "longva" / "__init__.py")
     write_notebook(house / "nbs" / "index.ipynb", "House", "import longva\nlongva.__version__")
-    write_notebook(house / "nbs" / "210_room.thing.ipynb", "Thing", "#| default_exp room.thing", "#| export\ndef twice(x): return 2*x", "assert twice(2) == 4")
+    write_notebook(
+        house / "nbs" / "210_room.thing.ipynb",
+        "Thing",
+        "#| default_exp room.thing",
+        "#| export\ndef twice(x): return 2*x",
+        "assert twice(2) == 4",
+    )
     done = run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house)
     assert done.returncode == 0, done.stderr
     (house / "nbs" / "images").mkdir()
@@ -109,7 +127,9 @@ def edit_readme(house):
 
 
 def break_export(house):
-    change_cell(house / "nbs" / "210_room.thing.ipynb", source=["#| default_exp room.thing\n", "#| export nowhere at all"])
+    change_cell(
+        house / "nbs" / "210_room.thing.ipynb", source=["#| default_exp room.thing\n", "#| export nowhere at all"]
+    )
     (house / "nbs" / "12_torn.ipynb").write_text('{"cells": [')
 
 
@@ -136,7 +156,9 @@ def import_sideways(house):
 
 
 def import_in_a_circle(house):
-    add_module(house, "220_room.other", "#| export\nfrom longva.room.thing import twice\ndef four(): return twice(2)", "four()")
+    add_module(
+        house, "220_room.other", "#| export\nfrom longva.room.thing import twice\ndef four(): return twice(2)", "four()"
+    )
     import_in_a_function(house, "import longva.room.other")
 
 
@@ -158,7 +180,9 @@ order_disorders = [
 ]
 
 
-@pytest.mark.parametrize("disorder, sentence", order_disorders, ids=[disorder.__name__ for disorder, _ in order_disorders])
+@pytest.mark.parametrize(
+    "disorder, sentence", order_disorders, ids=[disorder.__name__ for disorder, _ in order_disorders]
+)
 def test_the_order_is_kept(house, disorder, sentence):
     assert run(sys.executable, "tools/house.py", "--check", cwd=house).returncode == 0
     disorder(house)
@@ -191,7 +215,9 @@ def test_check_tree_finds(house, disorder, sentence):
     done = run(sys.executable, "tools/check_tree.py", cwd=house)
     assert done.returncode == 1
     assert sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert before == {p: p.read_bytes() for p in house.rglob("*") if p.suffix in (".py", ".ipynb", ".md")}, "the check wrote into the tree"
+    assert before == {p: p.read_bytes() for p in house.rglob("*") if p.suffix in (".py", ".ipynb", ".md")}, (
+        "the check wrote into the tree"
+    )
 
 
 def test_notebooks_that_fail_or_test_nothing(house):
@@ -220,30 +246,52 @@ def test_run_notebooks(house):
 
 
 def test_docs(house, chromium):
-    figure = {"data": {"application/vnd.plotly.v1+json": {"data": [{"type": "bar", "y": [3, 1]}], "layout": {}}}, "metadata": {}, "output_type": "display_data"}
+    figure = {
+        "data": {"application/vnd.plotly.v1+json": {"data": [{"type": "bar", "y": [3, 1]}], "layout": {}}},
+        "metadata": {},
+        "output_type": "display_data",
+    }
     change_cell(house / "nbs" / "index.ipynb", outputs=[figure])
     (house / "nbs" / "paper").mkdir()
-    write_notebook(house / "nbs" / "paper" / "table1.ipynb", "Table 1\n\nSee [thing](../210_room.thing.ipynb) and `twice`, $x^2$ and `$HOME`.\n", "#| hide\n1/0", "2 + 2")
-    assert run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house).returncode == 0
+    write_notebook(
+        house / "nbs" / "paper" / "table1.ipynb",
+        "Table 1\n\nSee [thing](../210_room.thing.ipynb) and `twice`, $x^2$ and `$HOME`.\n",
+        "#| hide\n1/0",
+        "2 + 2",
+    )
+    assert (
+        run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=house).returncode == 0
+    )
     done = run(sys.executable, "tools/docs.py", cwd=house)
     assert done.returncode == 0 and "3 notebooks are pages now: open _docs/index.html" in done.stdout, done.stderr
-    pages = {page.relative_to(house / "_docs").as_posix(): page.read_text() for page in (house / "_docs").glob("**/*.html")}
+    pages = {
+        page.relative_to(house / "_docs").as_posix(): page.read_text() for page in (house / "_docs").glob("**/*.html")
+    }
     assert 'id="twice"' in pages["room.thing.html"] and "default_exp" not in pages["room.thing.html"]
     table = pages["paper/table1.html"]
     assert 'href="../room.thing.html"' in table and "<math" in table and "$HOME" in table and "1/0" not in table
-    assert "Plotly.newPlot" in pages["index.html"] and (house / "_docs" / "assets" / "plotly.min.js").stat().st_size > 1e6
+    assert (
+        "Plotly.newPlot" in pages["index.html"] and (house / "_docs" / "assets" / "plotly.min.js").stat().st_size > 1e6
+    )
     names = pages["names.html"]
     assert 'href="room.thing.html#twice"' in names and "longva.room.thing" in names
     assert found_in_docs(house / "_docs" / "index.html", "twice", chromium) >= 1
-    fetched = r'<(?:script|img|iframe|link)\b(?=[^>]*\b(?:rel="(?:stylesheet|preconnect|preload)"|src=))[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"'
+    fetched = (
+        r'<(?:script|img|iframe|link)\b(?=[^>]*\b(?:rel="(?:stylesheet|preconnect|preload)"|src=))'
+        r'[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"'
+    )
     assert not [(name, found[0]) for name, text in pages.items() if (found := re.search(fetched, text))]
 
 
 def found_in_docs(page, word, chromium):
     """Open a page from disk, search for a word, and count the results; nothing may be asked of another host."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the docs were not opened")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: the docs were not opened"
+    )
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-background-networking"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-background-networking"]
+        )
         tab = browser.new_page(viewport={"width": 1280, "height": 800})
         asked = []
         tab.on("request", lambda request: asked.append(request.url))
@@ -258,7 +306,10 @@ def found_in_docs(page, word, chromium):
 
 
 def test_import_is_light():
-    code = "import sys, time; t = time.perf_counter(); import longva; print(time.perf_counter() - t, *{'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    code = (
+        "import sys, time; t = time.perf_counter(); import longva; "
+        "print(time.perf_counter() - t, *{'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    )
     seconds, *heavy = run(sys.executable, "-c", code, cwd=root).stdout.split()
     assert float(seconds) < 1 and not heavy
 
@@ -289,7 +340,9 @@ def test_requirements_and_pins(tmp_path):
         elif line:
             extras[name].append(Requirement(line))
     assert set(extras) == {"", "lab", "apps", "train", "hub", "gpu", "dev", "docs"}
-    pins = dict(line.split("==") for line in (root / "constraints.txt").read_text().splitlines() if line and line[0] != "#")
+    pins = dict(
+        line.split("==") for line in (root / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
+    )
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     for need in (need for name, needs in extras.items() if name != "gpu" for need in needs):
         assert pins[canonicalize_name(need.name)] in need.specifier, f"constraints.txt does not pin {need}"
@@ -302,5 +355,7 @@ def test_make_without_a_python(pristine, tmp_path):
     old.chmod(0o755)
     for python, sentence in [("no-such-python", "there is no no-such-python here"), (old, "is older")]:
         done = run("make", "env", f"PYTHON={python}", cwd=pristine)
-        assert done.returncode == 2 and "longva needs Python 3.11 or newer" in done.stdout and sentence in done.stdout, done.stdout
+        assert (
+            done.returncode == 2 and "longva needs Python 3.11 or newer" in done.stdout and sentence in done.stdout
+        ), done.stdout
         assert not (pristine / ".venv").exists()

@@ -24,8 +24,10 @@ def exam(tmp_path_factory):
 
 
 def ask(model, processor, haystack, needles, out):
-    trials = run((model, processor), haystack, needles, LENGTHS, DEPTHS, out, seed=SEED, progress=False)
-    return {(t.needle, t.frames, t.depth): t.argmax_ids for t in trials}
+    return {
+        (t.needle, t.frames, t.depth): t.argmax_ids
+        for t in run((model, processor), haystack, needles, LENGTHS, DEPTHS, out, seed=SEED, progress=False)
+    }
 
 
 def test_decoded_film_gives_the_decisions_of_drawn_frames(exam, tmp_path):
@@ -33,10 +35,9 @@ def test_decoded_film_gives_the_decisions_of_drawn_frames(exam, tmp_path):
     drawn = world.film_frames(max(LENGTHS), SEED)
     frames = Frames(drawn, np.arange(len(drawn), dtype=float), 1.0)
     model, processor = mini.load("mini-longva")
-    decoded = ask(model, processor, film, needles, tmp_path / "decoded")
-    direct = ask(model, processor, frames, needles, tmp_path / "direct")
-    assert len(direct) == 108
-    assert np.mean([decoded[key] == direct[key] for key in direct]) >= 0.99
+    decoded, direct = (ask(model, processor, hay, needles, tmp_path / str(k)) for k, hay in enumerate((film, frames)))
+    same = np.mean([decoded[key] == direct[key] for key in direct])
+    assert len(direct) == 108 and same >= 0.99
 
 
 AGAIN = """
@@ -56,15 +57,21 @@ def test_saved_model_decides_alike_in_a_fresh_process(exam, tmp_path, name):
     model.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     needles = film.parent / "needles"
-    trials = run((model, processor), film, needles, [16, 64], [0, 0.5], tmp_path / "here", progress=False)
-    here = [[t.needle, t.frames, t.depth, t.argmax_ids] for t in trials]
-    paths = [str(path) for path in (film, needles, tmp_path / "saved", tmp_path / "there")]
-    there = subprocess.run([sys.executable, "-c", AGAIN, *paths], capture_output=True, text=True, check=True)
-    assert json.loads(there.stdout.splitlines()[-1]) == here
+    here = [
+        [t.needle, t.frames, t.depth, t.argmax_ids]
+        for t in run((model, processor), film, needles, [16, 64], [0, 0.5], tmp_path / "here", progress=False)
+    ]
+    said = subprocess.run(
+        [sys.executable, "-c", AGAIN, str(film), str(needles), str(tmp_path / "saved"), str(tmp_path / "there")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(said.stdout.splitlines()[-1]) == here
 
 
 def test_the_twins_differ_at_length(exam, tmp_path):
-    """A small form of Figure 4: long text carries over, short text does not."""
+    "A small form of Figure 4: long text carries over, short text does not."
     film, needles = exam
     right = {}
     for name in ("mini-longva", "mini-short"):

@@ -226,7 +226,7 @@ def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):
     page.wait_for_selector("#needle-said [role=alert] >> text=does not know the word 'wizard'")
     page.fill("#question textarea, #question input", "find heart")
     page.click("#hide")
-    page.wait_for_selector("#needle-said >> text=valentine is a needle now")
+    page.wait_for_selector("#needle-said >> text=valentine was added")
     shows(page, other.ask(add_needle(other, Needle("valentine", picture, "find heart", "pink checks")), n, 0.25))
     assert page.locator("#needles button").count() == 21 and kept_uploads(rooms) == []
     page.click("#back")

@@ -1,4 +1,5 @@
 """Every notebook runs, each in a fresh process, so that nothing leaks from one to the next."""
+
 import os
 import select
 import signal
@@ -13,7 +14,9 @@ from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor
 
 root = Path(__file__).resolve().parents[1]
-notebooks = sorted(p for p in (root / "nbs").glob("**/*.ipynb") if not any(part[0] in "._" for part in p.relative_to(root).parts))
+notebooks = sorted(
+    p for p in (root / "nbs").glob("**/*.ipynb") if not any(part[0] in "._" for part in p.relative_to(root).parts)
+)
 settings = ConfigParser(delimiters=["="], interpolation=None)
 settings.read(root / "settings.ini", encoding="utf-8")
 flags = settings["DEFAULT"]["tst_flags"].split()
@@ -23,7 +26,12 @@ seconds = 300
 @pytest.fixture(scope="module")
 def server():
     env = os.environ | {"PLOTLY_RENDERER": "plotly_mimetype"}
-    process = subprocess.Popen([sys.executable, root / "tests" / "notebook_server.py", root, *flags], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, root / "tests" / "notebook_server.py", root, *flags],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     yield process
     process.stdin.close()
     process.wait(60)
@@ -40,10 +48,14 @@ def all_skipped(path):
     if str(getattr(nb, "frontmatter_", {}).get("skip_exec", False)).lower() == "true":
         return True
     code = [cell for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
-    return bool(code) and all(set(flags) & cell.directives_.keys() or cell.directives_.get("eval:") == ["false"] for cell in code)
+    return bool(code) and all(
+        set(flags) & cell.directives_.keys() or cell.directives_.get("eval:") == ["false"] for cell in code
+    )
 
 
-@pytest.mark.parametrize("path", notebooks, ids=lambda path: path.relative_to(root / "nbs").as_posix().removesuffix(".ipynb"))
+@pytest.mark.parametrize(
+    "path", notebooks, ids=lambda path: path.relative_to(root / "nbs").as_posix().removesuffix(".ipynb")
+)
 def test_notebook(path, server, tmp_path):
     name, log = path.relative_to(root), tmp_path / "log"
     if all_skipped(path):

@@ -1,4 +1,4 @@
-"""The paper as a table: no row is empty, every command can be given, every record says where it comes from, every quoted mean is the published one."""
+"""The paper as a table: no row is empty, every command can be given, records and quoted means are true."""
 
 import json
 import math
@@ -25,7 +25,13 @@ IDS = [f"Table {n}" for n in range(1, 12)] + [f"Figure {n}" for n in (2, 3, 4, 5
 @pytest.fixture(scope="module")
 def parts():
     "The names of the experiments that make the records."
-    said = subprocess.run([sys.executable, "benchmarks/paper.py", "--help"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, "benchmarks/paper.py", "--help"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert said.returncode == 0, said.stderr
     return [p for p in said.stdout.split("{")[1].split("}")[0].split(",") if p.isalpha()]
 
@@ -34,22 +40,37 @@ def test_no_row_is_empty():
     assert [r.id for r in ROWS] == IDS
     for r in map(as_dict, ROWS):
         assert r["measured"] or r["reason"], r["id"]
-        assert all(r[k].strip() for k in ("shows", "claim", "numbering", "published", "source", "verdict", "command")), r["id"]
-        assert all(0 < r["cost"][k] < math.inf for k in ("tokens", "flops", "gpu_hours")) and "40%" in r["cost"]["assumed"]
+        assert all(
+            r[k].strip() for k in ("shows", "claim", "numbering", "published", "source", "verdict", "command")
+        ), r["id"]
+        assert (
+            all(0 < r["cost"][k] < math.inf for k in ("tokens", "flops", "gpu_hours")) and "40%" in r["cost"]["assumed"]
+        )
         assert "published number not at hand" in r["published"] or r["source"]
         assert (ROOT / r["notebook"]).is_file(), r["notebook"]
     assert sum(bool(r.measured()) for r in ROWS) >= 14
 
 
+def test_the_rows_are_shipped_with_the_package():
+    assert (ROOT / "longva/study/paper.json").is_file()
+    assert '"study/*.json"' in (ROOT / "setup.py").read_text()
+
+
 def test_without_the_checkout_each_row_says_what_is_missing(tmp_path):
     rows = [as_dict(r, tmp_path) for r in ROWS]
     assert all(r["measured"] or r["reason"] for r in rows)
-    assert {r["id"] for r in rows if r["measured"]} == {"Table 1", "Table 8", "Table 11", "Figure 2"}  # arithmetic needs no record
+    assert {r["id"] for r in rows if r["measured"]} == {
+        "Table 1",
+        "Table 8",
+        "Table 11",
+        "Figure 2",
+    }  # arithmetic needs no record
 
 
 def parsed(words):
     "Let the real command read its words, and do nothing."
-    if words[0] == "torchrun": words = words[words.index("--no-python") + 1 :]
+    if words[0] == "torchrun":
+        words = words[words.index("--no-python") + 1 :]
     other = words[:3] == ["python", "-m", "longva.lmms"]
     assert other or words[0] == "longva"
     app, words = (lmms_app, words[2:]) if other else (cli_app, words)
@@ -69,8 +90,10 @@ def test_every_command_can_be_given(row):
 
 
 def test_a_wrong_command_would_be_noticed():
-    with pytest.raises(Exception, match="No such option"): parsed(shlex.split("longva vniah --model m --haystack h --framse 8"))
-    with pytest.raises(Exception, match="haystack"): parsed(["longva", "vniah", "--model", "m"])
+    with pytest.raises(Exception, match="No such option"):
+        parsed(shlex.split("longva vniah --model m --haystack h --framse 8"))
+    with pytest.raises(Exception, match="haystack"):
+        parsed(["longva", "vniah", "--model", "m"])
 
 
 def test_every_experiment_is_recorded(parts):
@@ -79,17 +102,26 @@ def test_every_experiment_is_recorded(parts):
 
 def pairs(value):
     "All [right, trials] in a record; two whole numbers, or the end of [length, depth, right, trials]."
-    if isinstance(value, dict): return [p for v in value.values() for p in pairs(v)]
-    if isinstance(value, list) and len(value) in (2, 4) and all(isinstance(v, int) for v in value[-2:]): return [value[-2:]]
+    if isinstance(value, dict):
+        return [p for v in value.values() for p in pairs(v)]
+    if isinstance(value, list) and len(value) in (2, 4) and all(isinstance(v, int) for v in value[-2:]):
+        return [value[-2:]]
     return [p for v in value for p in pairs(v)] if isinstance(value, list) else []
 
 
 @pytest.mark.parametrize("file", RECORDS, ids=lambda f: f.stem)
 def test_records_say_where_they_come_from(file):
     found = json.loads(file.read_text())
-    assert set(found["versions"]) == {"longva", "torch", "transformers", "python"} and {"processor", "cores", "threads", "system"} <= set(found["machine"])
+    assert set(found["versions"]) == {"longva", "torch", "transformers", "python"} and {
+        "processor",
+        "cores",
+        "threads",
+        "system",
+    } <= set(found["machine"])
     assert found["command"] == f"python benchmarks/paper.py {file.stem}" and found["seconds"] > 0
-    counts = pairs({k: v for k, v in found.items() if k not in ("versions", "machine", "frames", "depths", "text_frames")})
+    counts = pairs(
+        {k: v for k, v in found.items() if k not in ("versions", "machine", "frames", "depths", "text_frames")}
+    )
     assert all(0 <= k <= n and n > 0 for k, n in counts)
     assert str(Path.home()) not in file.read_text() and "/tmp" not in file.read_text()
 
@@ -98,10 +130,19 @@ def test_quoted_means_are_the_published_ones():
     def mean(name, keep=lambda r: True):
         rows = [r for r in json.loads((ROOT / "nbs/paper/published" / f"{name}.json").read_text()) if keep(r)]
         return sum(r["Score"] for r in rows) / len(rows)
+
     text = {r.id: r.published for r in ROWS}
-    assert f"{mean('vniah-LongVA-7B'):.3f}" in text["Figure 4"] and f"{mean('vniah-LongVA-7B', lambda r: r['Num. Frame'] <= 2000):.3f}" in text["Figure 4"]
-    assert " | ".join(f"{mean(f'niah-d{k}-Qwen2-7B-Instruct-extend-step_1000'):.3f}" for k in (0, 3, 5)) in text["Figure 5"]
-    near, far = (mean("vniah-LongVA-7B", test) for test in (lambda r: r["Num. Frame"] <= 1400, lambda r: r["Num. Frame"] >= 1600))
+    assert (
+        f"{mean('vniah-LongVA-7B'):.3f}" in text["Figure 4"]
+        and f"{mean('vniah-LongVA-7B', lambda r: r['Num. Frame'] <= 2000):.3f}" in text["Figure 4"]
+    )
+    assert (
+        " | ".join(f"{mean(f'niah-d{k}-Qwen2-7B-Instruct-extend-step_1000'):.3f}" for k in (0, 3, 5))
+        in text["Figure 5"]
+    )
+    near, far = (
+        mean("vniah-LongVA-7B", test) for test in (lambda r: r["Num. Frame"] <= 1400, lambda r: r["Num. Frame"] >= 1600)
+    )
     assert f"{near:.2f} at 200 to 1400" in text["Figure 8"] and f"{far:.2f} at 1600 to 3000" in text["Figure 8"]
 
 
@@ -112,10 +153,13 @@ def test_published_files_are_the_originals(shared_data):
 
 def test_presets_are_those_of_table_9():
     from longva.train.align import PRESETS
+
     one, two = PRESETS["paper-1"], PRESETS["paper-2"]
     assert one.rates == {"projector": 1e-3} and two.rates == {"language": 1e-5, "projector": 1e-5, "tower": 2e-6}
     assert [(p.recipe.rows, p.length, p.recipe.schedule, p.warm_up, p.epochs, p.pictures) for p in (one, two)] == [
-        (128, 8192, "cosine", 0.03, 1, "square"), (32, 32768, "cosine", 0.03, 1, "model")]
+        (128, 8192, "cosine", 0.03, 1, "square"),
+        (32, 32768, "cosine", 0.03, 1, "model"),
+    ]
     said = "".join(json.dumps(c["source"]) for c in json.loads((ROOT / "nbs/paper/table9.ipynb").read_text())["cells"])
     assert all(words in said for words in ("1e-3", "1e-5", "2e-6", "8,192", "32,768", "3% warm-up"))
 
@@ -130,12 +174,28 @@ def test_the_cost_of_the_whole_grid():
     tower = reading([], 1, 3000).flops
     plain = reading([n + 1 for n in range(200, 3001, 200)], 30, 3000)  # each trial by itself
     assert plain.flops == pytest.approx(total + tower, rel=1e-9) and 3e11 < tower / 3000 < 5e11
-    assert "--naive" not in row.command and 2.40 < total / (row.cost.flops - tower) < 2.45 and 3.29 < plain.tokens / row.cost.tokens < 3.31  # what they share, once
+    assert (
+        "--naive" not in row.command
+        and 2.40 < total / (row.cost.flops - tower) < 2.45
+        and 3.29 < plain.tokens / row.cost.tokens < 3.31
+    )  # what they share, once
 
 
 def test_the_command_prints_all_and_writes_json(tmp_path):
-    said = subprocess.run([sys.executable, "-c", "from longva.cli import app; app()", "paper", "--json", str(tmp_path / "new/paper.json")], cwd=tmp_path,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    said = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from longva.cli import app; app()",
+            "paper",
+            "--json",
+            str(tmp_path / "new/paper.json"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert said.returncode == 0 and not said.stderr, said.stderr
     rows = json.loads((tmp_path / "new/paper.json").read_text())
     assert [r["id"] for r in rows] == IDS and all(i in said.stdout for i in IDS) and "…" not in said.stdout
@@ -145,7 +205,11 @@ def test_the_command_prints_all_and_writes_json(tmp_path):
 def test_pictures_show_counts():
     figure = curves({"a": {"8": [9, 10], "512": [1, 10]}}, "frames", 32, "trained")
     low, high = wilson(9, 10)
-    assert list(figure.data[0].y) == [0.9, 0.1] and figure.data[0].error_y.array[0] == pytest.approx(high - 0.9) and figure.data[0].error_y.arrayminus[0] == pytest.approx(0.9 - low)
+    assert (
+        list(figure.data[0].y) == [0.9, 0.1]
+        and figure.data[0].error_y.array[0] == pytest.approx(high - 0.9)
+        and figure.data[0].error_y.arrayminus[0] == pytest.approx(0.9 - low)
+    )
     drawn = maps({"a": [[8, 0, 9, 10], [16, 1, 5, 10]], "b": [[8, 0, 1, 10]]}, "frames")
     assert [list(row) for row in drawn.data[0].z] == [[0.9, None], [None, 0.5]]
     assert [t.text[0] for t in drawn.layout.annotations] == ["a", "b"]

@@ -1,4 +1,5 @@
-"""The workbench notebook in a real JupyterLab and a real browser: sliders and clicks reach the kernel, and nothing leaves the machine."""
+"""The workbench notebook in a real JupyterLab and browser: sliders and clicks work, nothing leaves the machine."""
+
 import json
 import os
 import re
@@ -34,17 +35,40 @@ def lab(chromium, tmp_path_factory):
     pytest.importorskip("jupyterlab", reason="jupyterlab is not installed, so the workbench is not tested (make env)")
     home, token, port = tmp_path_factory.mktemp("lab"), secrets.token_hex(16), free_port()
     notebook = json.loads((root / "nbs" / "tutorials" / "workbench.ipynb").read_text())
-    for cell in notebook["cells"]: cell |= dict(outputs=[]) if cell["cell_type"] == "code" else {}  # what is seen is what ran
+    for cell in notebook["cells"]:
+        cell |= dict(outputs=[]) if cell["cell_type"] == "code" else {}  # what is seen is what ran
     (home / "workbench.ipynb").write_text(json.dumps(notebook))
     file = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(dict(windowingMode="none")))  # all cells in the page, whether seen or not
     (home / "watch").mkdir()
     (home / "watch" / "sitecustomize.py").write_text(watch)
-    own = {name: str(home / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
-    own |= dict(JUPYTERLAB_SETTINGS_DIR=str(home / "settings"), JUPYTERLAB_WORKSPACES_DIR=str(home / "workspaces"), NO_PROXY="127.0.0.1,localhost")
-    own |= dict(PYTHONPATH=os.pathsep.join(filter(None, [str(home / "watch"), str(root), os.environ.get("PYTHONPATH")])), LONGVA_WATCH=str(home / "heard"))
-    command = [sys.executable, "-m", "jupyterlab", f"--config={root / 'tools' / 'jupyter_config.py'}", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={home}"]
+    own = {
+        name: str(home / name.lower())
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    }
+    own |= dict(
+        JUPYTERLAB_SETTINGS_DIR=str(home / "settings"),
+        JUPYTERLAB_WORKSPACES_DIR=str(home / "workspaces"),
+        NO_PROXY="127.0.0.1,localhost",
+    )
+    own |= dict(
+        PYTHONPATH=os.pathsep.join(filter(None, [str(home / "watch"), str(root), os.environ.get("PYTHONPATH")])),
+        LONGVA_WATCH=str(home / "heard"),
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--config={root / 'tools' / 'jupyter_config.py'}",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={home}",
+    ]
     log = (home / "log").open("w")
     process = subprocess.Popen(command, env=os.environ | own, cwd=home, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
@@ -66,7 +90,9 @@ def lab(chromium, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(lab, chromium):
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed, so the workbench is not tested (make env)")
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed, so the workbench is not tested (make env)"
+    )
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
         page = browser.new_page(viewport=dict(width=1500, height=1100))
@@ -74,27 +100,38 @@ def page(lab, chromium):
         page.asked, page.broken = [], []
         page.on("request", lambda request: page.asked.append(request.url))
         page.on("websocket", lambda websocket: page.asked.append(websocket.url))
-        # anywidget drops all messages to a widget that isn't ready in two seconds. Here none ever is: what a slow machine shows now and then.
-        page.add_init_script("{ const timeout = AbortSignal.timeout; AbortSignal.timeout = ms => timeout.call(AbortSignal, ms == 2000 ? 0 : ms); }")
+        # anywidget drops all messages to a widget that isn't ready in two seconds. Here none ever is: what a slow
+        # machine shows now and then.
+        page.add_init_script(
+            "{ const timeout = AbortSignal.timeout; "
+            "AbortSignal.timeout = ms => timeout.call(AbortSignal, ms == 2000 ? 0 : ms); }"
+        )
         page.on("pageerror", lambda error: page.broken.append(str(error)))
         page.goto(lab.address)
         page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
-        page.wait_for_selector("#jp-main-statusbar :text('| Idle')")  # JupyterLab runs nothing before its kernel is there
+        page.wait_for_selector("#jp-main-statusbar :text('| Idle')")  # nothing runs before the kernel is there
         page.click(".lm-MenuBar-itemLabel:text-is('Run')")
         page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
         page.wait_for_selector(".longva-plan-length")
-        page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 6 && document.querySelector('.longva-verdict')")
+        page.wait_for_function(
+            "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 6 && "
+            "document.querySelector('.longva-verdict')"
+        )
         yield page
         browser.close()
 
 
 plot = "[...document.querySelectorAll('.js-plotly-plot')]"
+data = "document.querySelector('.longva-verdict').dataset"
+SHOWS = f"{data}.frames == {{}} && {data}.insert == {{}}"  # frames, and the frame that the needle stands before
 
 
 def title(page, words):
     "The number of the plot with these words in its title."
-    page.wait_for_function(f"{plot}.some(p => p.layout && JSON.stringify([p.layout.title, p.layout.annotations]).includes({json.dumps(words)}))")
-    return page.evaluate(f"{plot}.findIndex(p => p.layout && JSON.stringify([p.layout.title, p.layout.annotations]).includes({json.dumps(words)}))")
+    text = "JSON.stringify([p.layout.title, p.layout.annotations])"
+    has_words = f"p => p.layout && {text}.includes({json.dumps(words)})"
+    page.wait_for_function(f"{plot}.some({has_words})")
+    return page.evaluate(f"{plot}.findIndex({has_words})")
 
 
 def drawn(number, trace, axis="y"):
@@ -103,7 +140,10 @@ def drawn(number, trace, axis="y"):
 
 
 def verdict(page):
-    return {name: float(value) for name, value in page.evaluate("({...document.querySelector('.longva-verdict').dataset})").items()}
+    return {
+        name: float(value)
+        for name, value in page.evaluate("({...document.querySelector('.longva-verdict').dataset})").items()
+    }
 
 
 def move(page, name, *keys):
@@ -118,8 +158,11 @@ def move(page, name, *keys):
 def click(page, number, x, y, axes=("xaxis", "yaxis")):
     "Click on a point of a plot."
     page.evaluate(f"{plot}[{number}].scrollIntoView({{block: 'center'}})")
-    at = page.evaluate(f"""(() => {{ const b = {plot}[{number}].getBoundingClientRect(), {{{axes[0]}: h, {axes[1]}: v}} = {plot}[{number}]._fullLayout;
-        return [b.x + h._offset + h.d2p({x}), b.y + v._offset + v.d2p({y})]; }})()""")
+    at = page.evaluate(f"""(() => {{
+        const plot = {plot}[{number}], b = plot.getBoundingClientRect();
+        const {{{axes[0]}: h, {axes[1]}: v}} = plot._fullLayout;
+        return [b.x + h._offset + h.d2p({x}), b.y + v._offset + v.d2p({y})];
+    }})()""")
     page.mouse.move(*at)
     page.mouse.click(*at)
 
@@ -127,17 +170,19 @@ def click(page, number, x, y, axes=("xaxis", "yaxis")):
 @pytest.fixture(scope="module")
 def bench(lab):  # made while JupyterLab starts
     from longva.mini.bench import mini_bench
+
     return mini_bench("mini-longva")
 
 
 def settles(page, bench, frames, depth):
     "Wait until the page shows this trial and its attention, and compare both with the bench."
     answer, weights = bench.look(0, frames, depth)
-    trial, film = answer.trial, title(page, "Attention over frames")
-    page.wait_for_function(f"document.querySelector('.longva-verdict').dataset.insert == {trial.insert} && document.querySelector('.longva-verdict').dataset.frames == {frames}")
+    trial = answer.trial
+    video = title(page, "Attention over frames")
+    page.wait_for_function(SHOWS.format(frames, trial.insert))
     assert abs(verdict(page)["margin"] - trial.margin) < 2e-3
-    page.wait_for_function(f"{drawn(film, 1)}.length == {frames + 1} && {drawn(film, 2, 'x')}[0] == {trial.insert}")
-    assert np.allclose(page.evaluate(drawn(film, 1)), weights.mean((0, 1)), atol=1e-4)
+    page.wait_for_function(f"{drawn(video, 1)}.length == {frames + 1} && {drawn(video, 2, 'x')}[0] == {trial.insert}")
+    assert np.allclose(page.evaluate(drawn(video, 1)), weights.mean((0, 1)), atol=1e-4)
 
 
 def test_depth_slider_moves_answer_and_plot(page, bench):
@@ -162,21 +207,26 @@ def test_rope_sliders_move_answer_and_plots(page):
 
 def test_clicks_load_a_trial(page):
     grid, film = title(page, "nothing filled yet"), title(page, "Attention over frames")
-    shows = "document.querySelector('.longva-verdict').dataset.frames == {} && document.querySelector('.longva-verdict').dataset.insert == {}"
     click(page, grid, 1, 4)
-    page.wait_for_function(shows.format(32, 32))
+    page.wait_for_function(SHOWS.format(32, 32))
     page.wait_for_function("document.querySelector('.longva-cell').innerText.includes('32 frames, depth 100%')")
     page.wait_for_function(f"{drawn(film, 2, 'x')}[0] == 32")
     click(page, film, 5, 0)  # the sixth of the 21 pictures
-    page.wait_for_function(shows.format(32, 8))
+    page.wait_for_function(SHOWS.format(32, 8))
     page.click(".longva-fill button, button.longva-fill")
-    page.wait_for_function(f"{plot}[{grid}]._fullData[0].z.every(row => row[0] == 1)")  # it finds every needle among 16 frames
+    page.wait_for_function(
+        f"{plot}[{grid}]._fullData[0].z.every(row => row[0] == 1)"
+    )  # it finds every needle among 16 frames
     page.click(".longva-fill button, button.longva-fill")
     page.wait_for_selector("button.longva-fill:has-text('Fill the map')")
 
 
 def test_nothing_leaves_the_machine(page, lab):
-    outside = [url for url in page.asked if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).hostname != "127.0.0.1"]
+    outside = [
+        url
+        for url in page.asked
+        if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).hostname != "127.0.0.1"
+    ]
     assert len(page.asked) > 20 and outside == []
     assert set(lab.heard.read_text().split()) <= {"127.0.0.1", "localhost", "None"}  # the server and its kernels
     errors = page.locator(".jp-OutputArea [data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()

@@ -3,9 +3,11 @@
     python tools/check_tree.py
 
 Finds modules edited by hand, modules that no notebook exports any more, exports that were forgotten, notebooks that are
-unclean, too big or show a path of a machine, and a README out of step. It works on a copy in a temporary folder and never writes into
+unclean, too big or show a path of a machine, and a README out of step. It works on a copy in a temporary folder and
+never writes into
 the tree.
 """
+
 import json
 import os
 import re
@@ -17,12 +19,14 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
 max_kb = 300
-rebuild = "; ".join([
-    "from nbdev.doclinks import nbdev_export",
-    "nbdev_export()",
-    "from nbdev.clean import nbdev_clean",
-    "nbdev_clean()",
-])
+rebuild = "; ".join(
+    [
+        "from nbdev.doclinks import nbdev_export",
+        "nbdev_export()",
+        "from nbdev.clean import nbdev_clean",
+        "nbdev_clean()",
+    ]
+)
 not_source = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "weights", ".last_checked")
 machine_path = re.compile(
     r"(?:(?<![\w:/.~-])/(?:home|Users|root|tmp|work|workspace|mnt|srv|var/folders)/|[A-Z]:\\+Users\\+|site-packages/)"
@@ -49,7 +53,9 @@ def rebuilt(folder):
     for module in folder.glob("longva/**/*.py"):
         if module != by_hand:
             module.unlink()
-    env = {key: value for key, value in os.environ.items() if key != "IN_TEST"}  # under IN_TEST nbdev_export does nothing
+    env = {
+        key: value for key, value in os.environ.items() if key != "IN_TEST"
+    }  # under IN_TEST nbdev_export does nothing
     done = subprocess.run([sys.executable, "-c", rebuild], cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"nbdev_export fails ({done.stderr.strip().splitlines()[-1]}): run `make export` to see where.")
@@ -71,8 +77,10 @@ def differences():
         elif name.endswith(".ipynb"):
             yield f"{name} is not clean: run `make export`."
         elif notebook:
-            yield (f"{name} is not what {notebook[1].decode()} exports: "
-                   "edit the notebook, not the module, and run `make export`.")
+            yield (
+                f"{name} is not what {notebook[1].decode()} exports: "
+                "edit the notebook, not the module, and run `make export`."
+            )
         else:
             yield f"{name} is out of step with settings.ini or the notebooks: run `make export`."
 
@@ -84,12 +92,17 @@ def notebook_faults():
         if ".ipynb_checkpoints" in file.parts:
             continue
         if kb > max_kb:
-            yield f"{name} has {kb:.0f} KB, more than {max_kb}: make its pictures smaller and run `make notebooks NB={name}`."
+            yield (
+                f"{name} has {kb:.0f} KB, more than {max_kb}: "
+                f"make its pictures smaller and run `make notebooks NB={name}`."
+            )
         for number, cell in enumerate(json.loads(file.read_text(encoding="utf-8"))["cells"]):
             text = shown_text(cell.get("outputs", []))
             if found := machine_path.search(text) or re.search(re.escape(str(root)) + r"/\S+", text):
-                yield (f"{name} shows a path of this machine in the output of cell {number} ({found[0][:60]}): "
-                       f"print only the name and run `make notebooks NB={name}`.")
+                yield (
+                    f"{name} shows a path of this machine in the output of cell {number} ({found[0][:60]}): "
+                    f"print only the name and run `make notebooks NB={name}`."
+                )
 
 
 def shown_text(value):

@@ -4,9 +4,11 @@
     python tools/docs.py --serve    and show it on 127.0.0.1:8000
 
 nbdev's processors prepare the notebooks (directives and hidden cells removed, names linked), mkdocs makes the pages.
-nbdev_docs would do the same with quarto, which it fetches from the network. Nothing is fetched here, and no code is run:
+nbdev_docs would do the same with quarto, which it fetches from the network. Nothing is fetched here, and no code is
+run:
 the pages show the saved outputs. Search works from disk, too.
 """
+
 import ast
 import functools
 import html
@@ -33,7 +35,14 @@ from plotly.io import from_json, to_html  # noqa: E402
 from plotly.offline import get_plotlyjs  # noqa: E402
 
 procs = [
-    p.populate_language, p.strip_ansi, p.hide_line, p.filter_stream_, p.rm_header_dash, p.clean_magics, p.hide_, p.add_links,
+    p.populate_language,
+    p.strip_ansi,
+    p.hide_line,
+    p.filter_stream_,
+    p.rm_header_dash,
+    p.clean_magics,
+    p.hide_,
+    p.add_links,
 ]
 rooms = {  # titles of the navigation; other rooms stand under their own name
     "files": "Files and testing",
@@ -95,6 +104,7 @@ def link(match, folder):
 
 def maths(text):
     """Formulas as MathML, which browsers draw themselves."""
+
     def block(match):
         return match[0] if match[0].startswith("`") else mathml(match[1], display="block")
 
@@ -216,7 +226,8 @@ def write_names(notebooks):
 
 
 def settings(notebooks):
-    """What mkdocs reads. The plugin `offline` makes search work from disk, with our script in place of one from the network."""
+    """What mkdocs reads. The plugin `offline` makes search work from disk, with our script in place of one from the
+    network."""
     return {
         "site_name": "longva",
         "docs_dir": "pages",
@@ -234,7 +245,14 @@ def settings(notebooks):
         "plugins": [
             "search",
             "offline",
-            {"mkdocs-jupyter": {"execute": False, "include_source": False, "ignore_h1_titles": True, "show_input": True}},
+            {
+                "mkdocs-jupyter": {
+                    "execute": False,
+                    "include_source": False,
+                    "ignore_h1_titles": True,
+                    "show_input": True,
+                }
+            },
         ],
         "validation": {"links": {"not_found": "info"}},
     }
@@ -271,7 +289,10 @@ def without_strangers(page):
     page = re.sub(r'<script[^>]*\bsrc="(?:https?:)?//[^"]*"[^>]*>\s*</script>', "", page)
     page = re.sub(
         r'<link[^>]*\bhref="(?:https?:)?//[^"]*"[^>]*rel="(?:stylesheet|preconnect)"[^>]*>'
-        r'|<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*\bhref="(?:https?:)?//[^"]*"[^>]*>', "", page)
+        r'|<link[^>]*rel="(?:stylesheet|preconnect)"[^>]*\bhref="(?:https?:)?//[^"]*"[^>]*>',
+        "",
+        page,
+    )
     hosts = r"(?:unpkg\.com|cdnjs\.cloudflare\.com|cdn\.jsdelivr\.net)"
     inside = r"(?:(?!</script>).)*"
     return re.sub(rf"<script[^>]*>{inside}?{hosts}{inside}</script>", "", page, flags=re.S)

@@ -7,6 +7,7 @@ A notebook's number is its place in the reading order, the first digit its floor
 lower numbers, and on its own floor only its own room (late imports count). Exported code is followed by a call that
 shows it: at most two exported cells stand in a row.
 """
+
 import argparse
 import ast
 import json
@@ -86,12 +87,14 @@ def order_faults(modules):
     for module in modules.values():
         for name in sorted(module.imports):
             other = modules[name]
+            importing = f"{module.notebook} imports longva.{name}"
             if other.floor > module.floor:
-                yield f"{module.notebook} imports longva.{name}, which is {other.floor - module.floor} floors up: move one of the two."
+                up = other.floor - module.floor
+                yield f"{importing}, which is {up} floors up: move one of the two."
             elif other.floor == module.floor and other.room != module.room:
-                yield f"{module.notebook} imports longva.{name}, another room of its floor: move what both need one floor down."
+                yield f"{importing}, another room of its floor: move what both need one floor down."
             elif other.number >= module.number:
-                yield f"{module.notebook} imports longva.{name}, whose number is higher: renumber the notebooks or move the code."
+                yield f"{importing}, whose number is higher: renumber the notebooks or move the code."
 
 
 def circles(modules):
@@ -100,7 +103,7 @@ def circles(modules):
 
     def follow(name):
         if name in path:
-            yield "These modules import each other in a circle: " + ", ".join([*path[path.index(name):], name]) + "."
+            yield "These modules import each other in a circle: " + ", ".join([*path[path.index(name) :], name]) + "."
         elif name not in done:
             path.append(name)
             for below in sorted(modules[name].imports):
@@ -122,8 +125,10 @@ def rhythm_faults(modules):
             if is_exported(cell):
                 waiting += any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in tree.body)
                 if waiting == most_exports_in_a_row + 1:
-                    yield (f"{module.notebook} exports {waiting} cells in a row up to cell {number}: "
-                           "show a call of what the first ones define.")
+                    yield (
+                        f"{module.notebook} exports {waiting} cells in a row up to cell {number}: "
+                        "show a call of what the first ones define."
+                    )
             elif any(isinstance(node, ast.Call) for node in ast.walk(tree)):
                 waiting = 0
 
@@ -139,10 +144,17 @@ def faults(folder):
 
 
 STYLE = """
-  text { font: 13px system-ui, sans-serif; fill: #1f2328 } .floor { font-size: 12px; fill: #59636e } .module { font-size: 12px }
-  .room { fill: #f6f8fa; stroke: #8c959f } .name { font-weight: 600 } .arrow { stroke: #0969da; fill: none; opacity: .45 }
+  text { font: 13px system-ui, sans-serif; fill: #1f2328 }
+  .floor { font-size: 12px; fill: #59636e }
+  .module { font-size: 12px }
+  .name { font-weight: 600 }
+  .room { fill: #f6f8fa; stroke: #8c959f }
+  .arrow { stroke: #0969da; fill: none; opacity: .45 }
   #tip path { fill: #0969da }
-  @media (prefers-color-scheme: dark) { text { fill: #e6edf3 } .floor { fill: #9198a1 } .room { fill: #161b22; stroke: #6e7681 }
+  @media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3 }
+  .floor { fill: #9198a1 }
+  .room { fill: #161b22; stroke: #6e7681 }
   .arrow { stroke: #4493f8 } #tip path { fill: #4493f8 } }
 """
 width, row, column, left, gap = 1000, 17, 116, 30, 28
@@ -171,11 +183,13 @@ def draw(modules):
         shapes.append(f'<text class="floor" x="8" y="{y + 18}">{floor}</text>')
         y += height + gap
     arrows = [arrow(places[below], places[above]) for above, below in room_arrows(modules)]
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" role="img">'
-            "<title>Floors and rooms of longva; an arrow says: is used by</title>"
-            f"<style>{STYLE}</style>"
-            '<defs><marker id="tip" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="6" markerHeight="6" orient="auto">'
-            '<path d="M0 0 6 3 0 6z"/></marker></defs>')
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" role="img">'
+        "<title>Floors and rooms of longva; an arrow says: is used by</title>"
+        f"<style>{STYLE}</style>"
+        '<defs><marker id="tip" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="6" markerHeight="6" orient="auto">'
+        '<path d="M0 0 6 3 0 6z"/></marker></defs>'
+    )
     return "\n".join([head, *shapes, *arrows, "</svg>"]) + "\n"
 
 
@@ -201,8 +215,10 @@ def room_shapes(name, modules, box, down):
     for place, module in enumerate(modules):
         label = module.name.split(".")[-1]
         across, line = divmod(place, down)
-        yield (f'<text class="module" x="{x + 9 + across * column}" y="{y + 38 + line * row}">'
-               f"{module.number} {label}</text>")
+        yield (
+            f'<text class="module" x="{x + 9 + across * column}" y="{y + 38 + line * row}">'
+            f"{module.number} {label}</text>"
+        )
 
 
 def room_arrows(modules):
@@ -230,7 +246,8 @@ def room_arrows(modules):
 def arrow(below, above):
     x1, y1 = below[0] + below[2] / 2, below[1]
     x2, y2 = above[0] + above[2] / 2, above[1] + above[3]
-    return f'<path class="arrow" marker-end="url(#tip)" d="M{x1:.0f} {y1} C{x1:.0f} {y1 - 16} {x2:.0f} {y2 + 16} {x2:.0f} {y2 + 2}"/>'
+    curve = f"M{x1:.0f} {y1} C{x1:.0f} {y1 - 16} {x2:.0f} {y2 + 16} {x2:.0f} {y2 + 2}"
+    return f'<path class="arrow" marker-end="url(#tip)" d="{curve}"/>'
 
 
 def main():

@@ -5,6 +5,7 @@
 
 nbdev_readme does the same with quarto; this needs only nbconvert and no network.
 """
+
 import os
 import posixpath
 import re
@@ -30,7 +31,7 @@ class Filter(FilterDefaults):
 
 
 def from_root(match):
-    "A link that is right beside the notebook, made right beside README.md."
+    """A link that is right beside the notebook, made right beside README.md."""
     head, link, tail = match.groups()
     path, mark, anchor = link.partition("#")
     moved = posixpath.normpath(posixpath.join("nbs", path))
@@ -38,14 +39,17 @@ def from_root(match):
 
 
 def build():
-    "The text of README.md."
+    """The text of README.md."""
     nb = read_nb("index.ipynb")
     Filter()(nb)
     nb = nbformat.reads(nb2str(nb), 4)
     nb.metadata["language_info"] = {"name": "python"}  # so that code fences say python
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources.get("outputs"):
-        sys.exit("nbs/index.ipynb has a picture in a saved output, which README.md cannot hold: link to a committed picture instead.")
+        sys.exit(
+            "nbs/index.ipynb has a picture in a saved output, which README.md cannot hold: "
+            "link to a committed picture instead."
+        )
     text = re.sub(r"(\]\()([^)\s]+)(\))", from_root, text)
     text = re.sub(r"""((?:src|href)=["'])([^"']+)(["'])""", from_root, text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

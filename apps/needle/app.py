@@ -1,33 +1,45 @@
-"""Hide a needle in a film, move it about, and watch a miniature find it or lose it.
+"""Hide a needle in a video, move it about, and watch a miniature find it or lose it.
 
     python apps/needle/app.py [--model mini-longva] [--demo runs/demo] [--host 127.0.0.1] [--port 7860] [--share]
 """
+import json
 import os
 import sys
+from dataclasses import asdict
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}  # before gradio: nothing is fetched, nothing is sent
+# before gradio: nothing is fetched, nothing is sent
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
 
 from longva import mini
 from longva.web.serve import check_address, keep_listening, launch, remove_uploads, server_options, upload_folder
 
 DEMO = Path(__file__).resolve().parents[2] / "runs" / "demo"
-FILM_BYTES, PICTURE_BYTES, MOST_NEEDLES = 512 << 20, 20 << 20, 20  # of an upload; needles that one visitor may bring
+FILM_BYTES = 512 << 20  # of an uploaded video
+PICTURE_BYTES = 20 << 20  # of an uploaded picture
+MOST_NEEDLES = 20  # that one visitor may upload
 MEAN = "mean of all layers and heads"
 ABOUT = """
 # Needle in a haystack
-One foreign picture, the **needle**, is hidden in a film. The model gets the film and a question that only this picture answers: which colour, \
-and on which ground? None of the three was ever trained on a film. `mini-longva` and `mini-anyres` (two ways to cut pictures) have a language model \
-that was trained on long *text*, `mini-short` has not. **Try this:** take 256 frames, move the needle along the strip, then switch to `mini-short`. \
-At how many frames does it begin to fail?
+One foreign picture, the **needle**, is hidden in a video. The model gets the video and a question that only this \
+picture answers: which colour, and on which background? None of the three models was ever trained on a video. \
+`mini-longva` and `mini-anyres` (two ways to cut images into grids) have a language model that was trained on long \
+*text*, `mini-short` has not. **Try this:** take 256 frames, move the needle along the strip, then switch to \
+`mini-short`. At how many frames does it begin to fail?
 """
-LEGEND = """<div class="small pale">Each cell: right of all its trials; click it to see them. Ring: the needle now. Dotted: the longest text the language model was trained on, \
-counted in frames. Grey: not run yet.</div>"""
-LIMITS = """The miniature's world is small: drawn objects in eight colours on eight grounds. It answers `find OBJECT` with a colour and a ground, such as `pink checks`, and \
-knows only {} words. Of a real film it sees 28 pixels a side. Uploads are removed as soon as they are read.
-<details><summary>The words it knows</summary>{}</details>"""
+LEGEND = """
+<div class="small pale">Each cell: right of all its trials; click it to see them. Ring: the needle now. \
+Dotted: the longest text the language model was trained on, counted in frames. Grey: not run yet.</div>
+"""
+LIMITS = """
+The miniature's world is small: drawn objects in eight colours on eight backgrounds. It answers `find OBJECT` with a \
+colour and a background, such as `pink checks`, and knows only {} words. Of a real video it sees 28 pixels a side. \
+Uploads are removed as soon as they are read.
+<details><summary>The words it knows</summary>{}</details>
+"""
 SAVE = """text => {
     const link = document.createElement('a');
     link.href = URL.createObjectURL(new Blob([text], {type: 'application/jsonl'}));
@@ -39,34 +51,50 @@ SAVE = """text => {
 
 @lru_cache(maxsize=len(mini.NAMES))
 def bench(name):
-    "The bench of a miniature, shared by all visitors; its film is encoded the first time only."
+    "The bench of a miniature, shared by all visitors; its video is encoded the first time only."
     from longva.mini.bench import mini_bench
     return mini_bench(name)
 
 
+def text_config(name):
+    return bench(name).model.config.get_text_config()
+
+
 def heads(config):
-    "What the attention under the film can be: {name: index into layers and heads}."
-    layers, each = config.num_hidden_layers, config.num_attention_heads
-    return {MEAN: ...} | {f"layer {i}, mean of heads": i for i in range(layers)} | {f"layer {i}, head {j}": (i, j) for i in range(layers) for j in range(each)}
+    "What the attention under the video can be: {name: index into layers and heads}."
+    choices = {MEAN: ...}
+    for layer in range(config.num_hidden_layers):
+        choices[f"layer {layer}, mean of heads"] = layer
+    for layer in range(config.num_hidden_layers):
+        for head in range(config.num_attention_heads):
+            choices[f"layer {layer}, head {head}"] = (layer, head)
+    return choices
 
 
 def heat_map(visit, demo, palette):
-    "The map of a demo run with these weights, or of what was decided here."
+    "The map of a demo run with these weights, or of what was decided here; and its trials."
     from longva.needle.bench import FRAMES, recorded
     from longva.study.demo import TRAIN_FRAMES
     from longva.web.page import map_html
     from longva.web.visit import lengths
     here = visit.bench(bench)
-    columns, source = lengths(len(here.film)), visit.film[0] if visit.film else "filled here"
-    trials, before = list(here.kept.values()), [] if visit.film or visit.filled else recorded(here, demo / visit.model)
-    if before: trials, source, columns = before, "from the demo", FRAMES
-    return map_html(trials, f"{visit.model}, {source}", columns, palette=palette, train_frames=TRAIN_FRAMES.get(visit.model), spot=(visit.frames, visit.depth), opened=visit.opened), trials
+    trials = list(here.kept.values())
+    columns = lengths(len(here.film))
+    source = visit.film[0] if visit.film else "filled here"
+    before = [] if visit.film or visit.filled else recorded(here, demo / visit.model)
+    if before:
+        trials = before
+        columns = FRAMES
+        source = "from the demo"
+    marks = dict(train_frames=TRAIN_FRAMES.get(visit.model), spot=(visit.frames, visit.depth), opened=visit.opened)
+    return map_html(trials, f"{visit.model}, {source}", columns, palette=palette, **marks), trials
 
 
 def opened(visit, trials):
     "The trials of the open cell."
     from longva.web.page import trials_html
-    return trials_html([t for t in trials if (t.frames, t.depth) == visit.opened], visit.bench(bench).processor.tokenizer)
+    listed = [t for t in trials if (t.frames, t.depth) == visit.opened]
+    return trials_html(listed, visit.bench(bench).processor.tokenizer)
 
 
 def look(visit, demo, palette, which):
@@ -82,62 +110,80 @@ def look(visit, demo, palette, which):
         answer, seen = look_here(visit, here)
         weights = seen[heads(here.model.config.get_text_config())[which]]
         weights = weights.mean(tuple(range(np.ndim(weights) - 1)))
-        film = strip_html(strip(here, visit.needle, visit.frames, visit.depth), visit.frames, visit.depth, weights, which)
+        places = strip(here, visit.needle, visit.frames, visit.depth)
+        film = strip_html(places, visit.frames, visit.depth, weights, which)
         picture, trials = heat_map(visit, demo, palette)
         return film, needles_html(here.needles, visit.needle), card_html(answer), picture, opened(visit, trials)
 
 
-def brought(path, most, read):
+def read_upload(path, most, read):
     "Read an upload that is not too large; it is removed, whatever comes of it."
     from longva.needle.trials import NeedleError
     try:
-        if Path(path).stat().st_size > most: raise NeedleError(f"{Path(path).name} is larger than {most >> 20} MiB: make it smaller.")
+        if Path(path).stat().st_size > most:
+            raise NeedleError(f"{Path(path).name} is larger than {most >> 20} MiB: make it smaller.")
         return read(path)
-    finally: remove_uploads(path)
+    finally:
+        remove_uploads(path)
 
 
 def trouble(error):
     return f'<div class="trouble" role="alert">{escape(str(error))}</div>'
 
 
-def build(gr, first, demo):
-    "The page."
-    import json
-    from dataclasses import asdict
+def status(sentence):
+    return f'<div class="small" role="status">{escape(sentence)}</div>'
 
-    from longva.needle.bench import FRAMES, NEEDLES
-    from longva.needle.needles import Needle
+
+# The handlers of events. Each gets a visit and what the page has chosen, and gives what changes on the page.
+
+def view_handlers(gr, demo):
+    "What every handler ends with: the page as it is after a change."
+    from longva.needle.bench import FRAMES
     from longva.needle.trials import NeedleError
-    from longva.web.page import CLICK, DRAG
-    from longva.web.visit import Visit, fill_here, read_picture, take_film, take_needle
 
     def shown(visit, palette, which):
-        try: return visit, *look(visit, demo, palette, which)
-        except (NeedleError, mini.UnknownModel) as error: raise gr.Error(str(error)) from None
+        try:
+            return visit, *look(visit, demo, palette, which)
+        except (NeedleError, mini.UnknownModel) as error:
+            raise gr.Error(str(error)) from None
 
     def sliders(visit):
         most = len(visit.bench(bench).film)
-        return gr.update(minimum=min(FRAMES[0], most), maximum=most, step=16 if most == FRAMES[-1] else 1, value=visit.frames), round(100 * visit.depth, 2)
+        step = 16 if most == FRAMES[-1] else 1
+        length = gr.update(minimum=min(FRAMES[0], most), maximum=most, step=step, value=visit.frames)
+        return length, round(100 * visit.depth, 2)
 
+    return SimpleNamespace(shown=shown, sliders=sliders)
+
+
+def slider_handlers(view):
+    "Model, length and depth."
     def choose(visit, name, palette, which):
-        visit.model, visit.opened = name, None
-        return shown(visit, palette, which)
+        visit.model = name
+        visit.opened = None
+        return view.shown(visit, palette, which)
 
     def lengthen(visit, n, palette, which):
         visit.frames = int(n)
-        return shown(visit, palette, which)
+        return view.shown(visit, palette, which)
 
     def move(visit, percent, palette, which):
         visit.depth = percent / 100
-        return shown(visit, palette, which)
+        return view.shown(visit, palette, which)
 
+    return SimpleNamespace(choose=choose, lengthen=lengthen, move=move)
+
+
+def click_handlers(gr, view, demo):
+    "Clicks and drags; what was clicked comes with the event."
     def drag(visit, palette, which, event: gr.EventData):
         visit.depth = min(max(float(event.depth), 0.0), 1.0)
-        return round(100 * visit.depth, 2), *shown(visit, palette, which)
+        return round(100 * visit.depth, 2), *view.shown(visit, palette, which)
 
     def click_needle(visit, palette, which, event: gr.EventData):
         visit.needle = int(event.index)
-        return shown(visit, palette, which)
+        return view.shown(visit, palette, which)
 
     def click_cell(visit, palette, event: gr.EventData):
         cell = int(event.frames), float(event.depth)
@@ -146,109 +192,226 @@ def build(gr, first, demo):
         return visit, picture, opened(visit, trials)
 
     def click_trial(visit, palette, which, event: gr.EventData):
-        names = [n.name for n in visit.bench(bench).needles]
-        if event.needle in names: visit.needle = names.index(event.needle)
-        visit.frames, visit.depth = int(event.frames), float(event.depth)
-        return *sliders(visit), *shown(visit, palette, which)
+        names = [needle.name for needle in visit.bench(bench).needles]
+        if event.needle in names:
+            visit.needle = names.index(event.needle)
+        visit.frames = int(event.frames)
+        visit.depth = float(event.depth)
+        return *view.sliders(visit), *view.shown(visit, palette, which)
+
+    return SimpleNamespace(drag=drag, click_needle=click_needle, click_cell=click_cell, click_trial=click_trial)
+
+
+def map_handlers(gr, demo):
+    "The heat map fills, and the log is downloaded."
+    from longva.web.visit import fill_here
 
     def fill_map(visit):
         # while the map grows, the ring follows the needle, and colours can be changed; another model or film ends it
-        visit.filled, here = True, visit.bench(bench)
+        visit.filled = True
+        here = visit.bench(bench)
         for _ in fill_here(here, len(visit.own)):
-            if visit.benches.get(visit.model) is not here: break
+            if visit.benches.get(visit.model) is not here:
+                break
             picture, trials = heat_map(visit, demo, visit.palette)
-            if visit.benches.get(visit.model) is here: yield picture, opened(visit, trials)  # else it is the other one's picture that is wanted
-        yield gr.skip(), gr.skip()  # Gradio sends what came last once more when all is over, and by then the page may show something newer
+            if visit.benches.get(visit.model) is here:  # else the page shows another map by now
+                yield picture, opened(visit, trials)
+        # Gradio sends the last value again when all is over, and by then the page may show something newer
+        yield gr.skip(), gr.skip()
+
+    def log(visit):
+        lines = [json.dumps(asdict(t), allow_nan=False) + "\n" for t in visit.bench(bench).kept.values()]
+        return "".join(lines)
+
+    return SimpleNamespace(fill_map=fill_map, log=log)
+
+
+def film_handlers(gr, view):
+    "A video of the visitor's, and the drawn one again."
+    from longva.needle.trials import NeedleError
+    from longva.web.visit import take_film
 
     def give_film(visit, path, palette, which):
-        if path is None: return [gr.skip()] * 10
-        try: brought(path, FILM_BYTES, lambda path: take_film(visit, bench, path))
-        except NeedleError as error: return None, trouble(error), gr.skip(), gr.skip(), *shown(visit, palette, which)
-        count = len(visit.film[1])
-        said = f'<div class="small" role="status">The film is {escape(visit.film[0])} now, {count} of its frames, equally spaced.</div>'
-        return None, said, *sliders(visit), *shown(visit, palette, which)
+        if path is None:
+            return [gr.skip()] * 10
+        try:
+            read_upload(path, FILM_BYTES, lambda path: take_film(visit, bench, path))
+        except NeedleError as error:
+            return None, trouble(error), gr.skip(), gr.skip(), *view.shown(visit, palette, which)
+        name, film, _ = visit.film
+        sentence = f"The video is {name} now, {len(film)} of its frames, equally spaced."
+        return None, status(sentence), *view.sliders(visit), *view.shown(visit, palette, which)
 
     def drawn_film(visit, palette, which):
         take_film(visit, bench, None)
-        return None, "", *sliders(visit), *shown(visit, palette, which)
+        return None, "", *view.sliders(visit), *view.shown(visit, palette, which)
+
+    return SimpleNamespace(give_film=give_film, drawn_film=drawn_film)
+
+
+def new_needle(visit, question, answer):
+    "Hide the visitor's picture under a name of its own; the name."
+    from longva.needle.needles import Needle
+    from longva.needle.trials import NeedleError
+    from longva.web.visit import take_needle
+    if visit.picture is None:
+        raise NeedleError("There is no picture yet: give one first.")
+    if len(visit.own) >= MOST_NEEDLES:
+        raise NeedleError(f"{MOST_NEEDLES} needles were added already: load the page again to start over.")
+    name, picture = visit.picture
+    taken = {needle.name for needle in visit.bench(bench).needles}
+    names = [name, *(f"{name} {i}" for i in range(2, 99))]
+    name = next(free for free in names if free not in taken)
+    take_needle(visit, bench, Needle(name, picture, (question or "").strip(), (answer or "").strip()))
+    return name
+
+
+def picture_handlers(gr, view):
+    "A needle of the visitor's."
+    from longva.needle.trials import NeedleError
+    from longva.web.visit import read_picture
 
     def give_picture(visit, path):
-        if path is None: return visit, gr.skip(), gr.skip()
-        try: visit.picture = Path(path).stem, brought(path, PICTURE_BYTES, read_picture)
-        except NeedleError as error: return visit, None, trouble(error)
-        return visit, None, f'<div class="small" role="status">{escape(visit.picture[0])} is here. Now its question and its answer.</div>'
+        if path is None:
+            return visit, gr.skip(), gr.skip()
+        name = Path(path).stem
+        try:
+            visit.picture = name, read_upload(path, PICTURE_BYTES, read_picture)
+        except NeedleError as error:
+            return visit, None, trouble(error)
+        return visit, None, status(f"{name} is here. Now its question and its answer.")
 
     def give_needle(visit, question, answer, palette, which):
         try:
-            if visit.picture is None: raise NeedleError("There is no picture yet: give one first.")
-            if len(visit.own) >= MOST_NEEDLES: raise NeedleError(f"{MOST_NEEDLES} needles were brought already: load the page again to begin anew.")
-            name, taken = visit.picture[0], {n.name for n in visit.bench(bench).needles}
-            name = next(n for n in (name, *(f"{name} {i}" for i in range(2, 99))) if n not in taken)
-            take_needle(visit, bench, Needle(name, visit.picture[1], (question or "").strip(), (answer or "").strip()))
-        except NeedleError as error: return trouble(error), *shown(visit, palette, which)
-        return f'<div class="small" role="status">{escape(name)} is a needle now.</div>', *shown(visit, palette, which)
+            name = new_needle(visit, question, answer)
+        except NeedleError as error:
+            return trouble(error), *view.shown(visit, palette, which)
+        return status(f"{name} was added as a needle."), *view.shown(visit, palette, which)
 
-    def log(visit):
-        return "".join(json.dumps(asdict(t), allow_nan=False) + "\n" for t in visit.bench(bench).kept.values())
+    return SimpleNamespace(give_picture=give_picture, give_needle=give_needle)
 
-    with gr.Blocks(title="Needle in a haystack", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        visit = gr.State(Visit(first))
-        gr.Markdown(ABOUT, elem_classes="about")
-        with gr.Row():
-            with gr.Column(scale=5, min_width=430):
-                model = gr.Radio(mini.NAMES, value=first, label="Model", elem_id="model")
-                frames = gr.Slider(FRAMES[0], FRAMES[-1], 256, step=16, label="Frames of the film", elem_id="frames", buttons=[])
-            with gr.Column(scale=6, min_width=430): needles = gr.HTML(elem_id="needles", js_on_load=CLICK, apply_default_css=False)
-        film = gr.HTML(elem_id="strip", js_on_load=DRAG, apply_default_css=False)
-        percent = gr.Slider(0, 100, 50, step=0.25, label="Depth of the needle, in percent of the film", elem_id="depth", buttons=[])
-        with gr.Row():
-            with gr.Column(scale=5, min_width=430):
-                verdict = gr.HTML(elem_id="verdict", apply_default_css=False, js_on_load=None)
-                which = gr.Dropdown(list(heads(bench(first).model.config.get_text_config())), value=MEAN, label="Attention under the film", elem_id="which")
-            with gr.Column(scale=6, min_width=430):
-                heat = gr.HTML(elem_id="heat", js_on_load=CLICK, apply_default_css=False)
-                with gr.Row():
-                    button = gr.Button(f"Fill the heat map ({NEEDLES} needles in each cell)", size="sm", elem_id="fill")
-                    save = gr.Button("Download trials.jsonl", size="sm", elem_id="save")
-                palette = gr.Radio([("the field's colours", "field"), ("for colour-blind eyes", "cividis")], value="field", show_label=False, container=False, elem_id="palette")
-                gr.HTML(LEGEND, apply_default_css=False, js_on_load=None)
-                listed = gr.HTML(elem_id="trials", js_on_load=CLICK, apply_default_css=False)
-        with gr.Accordion("Bring your own film and needle", open=False, elem_id="own"):
-            words = sorted(word for word in bench(first).processor.tokenizer.get_vocab() if word.isalpha())
-            gr.Markdown(LIMITS.format(len(words), ", ".join(words)), elem_classes="about small")
+
+# The layout, in the order of the page. Each function puts its components where it is called.
+
+def html(gr, name, script=None):
+    return gr.HTML(elem_id=name, js_on_load=script, apply_default_css=False)
+
+
+def place_controls(gr, c, first):
+    from longva.needle.bench import FRAMES
+    from longva.web.page import CLICK, DRAG
+    with gr.Row():
+        with gr.Column(scale=5, min_width=430):
+            c.model = gr.Radio(mini.NAMES, value=first, label="Model", elem_id="model")
+            length = dict(step=16, label="Frames of the video", elem_id="frames", buttons=[])
+            c.frames = gr.Slider(FRAMES[0], FRAMES[-1], 256, **length)
+        with gr.Column(scale=6, min_width=430):
+            c.needles = html(gr, "needles", CLICK)
+    c.film = html(gr, "strip", DRAG)
+    depth = dict(step=0.25, label="Depth of the needle, in percent of the video", elem_id="depth", buttons=[])
+    c.percent = gr.Slider(0, 100, 50, **depth)
+
+
+def place_results(gr, c, first):
+    from longva.needle.bench import NEEDLES
+    from longva.web.page import CLICK
+    with gr.Row():
+        with gr.Column(scale=5, min_width=430):
+            c.verdict = html(gr, "verdict")
+            choices = list(heads(text_config(first)))
+            c.which = gr.Dropdown(choices, value=MEAN, label="Attention under the video", elem_id="which")
+        with gr.Column(scale=6, min_width=430):
+            c.heat = html(gr, "heat", CLICK)
             with gr.Row():
-                with gr.Column(min_width=320):
-                    video = gr.File(label=f"A film, up to {FILM_BYTES >> 20} MiB: 512 of its frames are taken", elem_id="video", height=160)
-                    back = gr.Button("Back to the drawn film", size="sm", elem_id="back")
-                    film_said = gr.HTML(elem_id="film-said", apply_default_css=False, js_on_load=None)
-                with gr.Column(min_width=320):
-                    picture = gr.File(label=f"A needle: a picture, up to {PICTURE_BYTES >> 20} MiB", elem_id="picture", height=160)
-                    with gr.Row():
-                        question = gr.Textbox(label="Question", placeholder="find heart", max_length=200, elem_id="question")
-                        answer = gr.Textbox(label="Right answer", placeholder="pink checks", max_length=200, elem_id="answer")
-                    hide = gr.Button("Hide this needle", size="sm", elem_id="hide")
-                    needle_said = gr.HTML(elem_id="needle-said", apply_default_css=False, js_on_load=None)
-        text = gr.Textbox(visible=False)
+                c.fill = gr.Button(f"Fill the heat map ({NEEDLES} needles in each cell)", size="sm", elem_id="fill")
+                c.save = gr.Button("Download trials.jsonl", size="sm", elem_id="save")
+            palettes = [("standard colours", "field"), ("colour-blind safe", "cividis")]
+            c.palette = gr.Radio(palettes, value="field", show_label=False, container=False, elem_id="palette")
+            gr.HTML(LEGEND, apply_default_css=False, js_on_load=None)
+            c.listed = html(gr, "trials", CLICK)
 
-        views, looks = [visit, film, needles, verdict, heat, listed], [palette, which]
-        quiet = dict(show_progress="hidden", trigger_mode="always_last", api_visibility="private", concurrency_limit=4, concurrency_id="look")
-        clicked = quiet | dict(trigger_mode="multiple")  # what was clicked comes with the event, and "always_last" would keep the first
-        page.load(shown, [visit, *looks], views, **quiet)
-        gr.on([palette.input, which.input], shown, [visit, *looks], views, **quiet)
-        model.input(choose, [visit, model, *looks], views, **quiet)
-        frames.input(lengthen, [visit, frames, *looks], views, **quiet)
-        percent.input(move, [visit, percent, *looks], views, **quiet)
-        film.input(drag, [visit, *looks], [percent, *views], **clicked)
-        needles.click(click_needle, [visit, *looks], views, **clicked)
-        heat.click(click_cell, [visit, palette], [visit, heat, listed], **clicked)
-        listed.click(click_trial, [visit, *looks], [frames, percent, *views], **clicked)
-        button.click(fill_map, visit, [heat, listed], show_progress="minimal", api_visibility="private", concurrency_limit=4)
-        save.click(log, visit, text, **quiet).then(None, text, None, js=SAVE, api_visibility="private")
-        reading = quiet | dict(show_progress="minimal", trigger_mode="once", concurrency_limit=2, concurrency_id="read")
-        video.upload(give_film, [visit, video, *looks], [video, film_said, frames, percent, *views], **reading)
-        back.click(drawn_film, [visit, *looks], [video, film_said, frames, percent, *views], **reading)
-        picture.upload(give_picture, [visit, picture], [visit, picture, needle_said], **reading)
-        hide.click(give_needle, [visit, question, answer, *looks], [needle_said, *views], **reading)
+
+def place_uploads(gr, c, first):
+    words = sorted(word for word in bench(first).processor.tokenizer.get_vocab() if word.isalpha())
+    with gr.Accordion("Use your own video and needle", open=False, elem_id="own"):
+        gr.Markdown(LIMITS.format(len(words), ", ".join(words)), elem_classes="about small")
+        with gr.Row():
+            with gr.Column(min_width=320):
+                label = f"A video, up to {FILM_BYTES >> 20} MiB: 512 of its frames are taken"
+                c.video = gr.File(label=label, elem_id="video", height=160)
+                c.back = gr.Button("Back to the drawn video", size="sm", elem_id="back")
+                c.film_said = html(gr, "film-said")
+            with gr.Column(min_width=320):
+                label = f"A needle: a picture, up to {PICTURE_BYTES >> 20} MiB"
+                c.picture = gr.File(label=label, elem_id="picture", height=160)
+                with gr.Row():
+                    text = dict(max_length=200)
+                    c.question = gr.Textbox(label="Question", placeholder="find heart", elem_id="question", **text)
+                    c.answer = gr.Textbox(label="Right answer", placeholder="pink checks", elem_id="answer", **text)
+                c.hide = gr.Button("Hide this needle", size="sm", elem_id="hide")
+                c.needle_said = html(gr, "needle-said")
+    c.log_text = gr.Textbox(visible=False)
+
+
+# The events: which component calls which handler.
+
+QUIET = dict(
+    show_progress="hidden", trigger_mode="always_last", api_visibility="private",
+    concurrency_limit=4, concurrency_id="look",
+)
+CLICKED = QUIET | dict(trigger_mode="multiple")  # "always_last" would keep what the first click brought
+READING = QUIET | dict(show_progress="minimal", trigger_mode="once", concurrency_limit=2, concurrency_id="read")
+
+
+def connect_views(gr, page, c, view, demo):
+    looks = [c.palette, c.which]
+    views = [c.visit, c.film, c.needles, c.verdict, c.heat, c.listed]
+    slide = slider_handlers(view)
+    page.load(view.shown, [c.visit, *looks], views, **QUIET)
+    gr.on([c.palette.input, c.which.input], view.shown, [c.visit, *looks], views, **QUIET)
+    c.model.input(slide.choose, [c.visit, c.model, *looks], views, **QUIET)
+    c.frames.input(slide.lengthen, [c.visit, c.frames, *looks], views, **QUIET)
+    c.percent.input(slide.move, [c.visit, c.percent, *looks], views, **QUIET)
+    click = click_handlers(gr, view, demo)
+    c.film.input(click.drag, [c.visit, *looks], [c.percent, *views], **CLICKED)
+    c.needles.click(click.click_needle, [c.visit, *looks], views, **CLICKED)
+    c.heat.click(click.click_cell, [c.visit, c.palette], [c.visit, c.heat, c.listed], **CLICKED)
+    c.listed.click(click.click_trial, [c.visit, *looks], [c.frames, c.percent, *views], **CLICKED)
+
+
+def connect_map(gr, c, demo):
+    grow = map_handlers(gr, demo)
+    filling = dict(show_progress="minimal", api_visibility="private", concurrency_limit=4)
+    c.fill.click(grow.fill_map, c.visit, [c.heat, c.listed], **filling)
+    saved = c.save.click(grow.log, c.visit, c.log_text, **QUIET)
+    saved.then(None, c.log_text, None, js=SAVE, api_visibility="private")
+
+
+def connect_uploads(gr, c, view):
+    looks = [c.palette, c.which]
+    views = [c.visit, c.film, c.needles, c.verdict, c.heat, c.listed]
+    films = film_handlers(gr, view)
+    after_film = [c.video, c.film_said, c.frames, c.percent, *views]
+    c.video.upload(films.give_film, [c.visit, c.video, *looks], after_film, **READING)
+    c.back.click(films.drawn_film, [c.visit, *looks], after_film, **READING)
+    pictures = picture_handlers(gr, view)
+    c.picture.upload(pictures.give_picture, [c.visit, c.picture], [c.visit, c.picture, c.needle_said], **READING)
+    c.hide.click(pictures.give_needle, [c.visit, c.question, c.answer, *looks], [c.needle_said, *views], **READING)
+
+
+def build(gr, first, demo):
+    "The page."
+    from longva.web.visit import Visit
+    view = view_handlers(gr, demo)
+    with gr.Blocks(title="Needle in a haystack", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        c = SimpleNamespace(visit=gr.State(Visit(first)))
+        gr.Markdown(ABOUT, elem_classes="about")
+        place_controls(gr, c, first)
+        place_results(gr, c, first)
+        place_uploads(gr, c, first)
+        connect_views(gr, page, c, view, demo)
+        connect_map(gr, c, demo)
+        connect_uploads(gr, c, view)
         keep_listening(gr)
     return page.queue(max_size=64)
 
@@ -262,20 +425,23 @@ def options():
 
 def main():
     asked = options()
-    try: mini.folder(asked.model)
-    except mini.UnknownModel as error: sys.exit(str(error))
+    try:
+        mini.folder(asked.model)
+    except mini.UnknownModel as error:
+        sys.exit(str(error))
     check_address(asked.host, asked.port)
     with upload_folder("longva-needle-"):
-        print(f"Loading {asked.model} and its film …", flush=True)
+        print(f"Loading {asked.model} and its video …", flush=True)
         import gradio as gr
         from transformers.utils import logging
 
         from longva.web.page import CSS
         logging.disable_progress_bar()
-        try: bench(asked.model)
-        except mini.UnknownModel as error: sys.exit(str(error))
-        page = build(gr, asked.model, asked.demo)
-        launch(gr, page, asked, css=CSS, max_file_size=FILM_BYTES)
+        try:
+            bench(asked.model)
+        except mini.UnknownModel as error:
+            sys.exit(str(error))
+        launch(gr, build(gr, asked.model, asked.demo), asked, css=CSS, max_file_size=FILM_BYTES)
 
 
 if __name__ == "__main__":

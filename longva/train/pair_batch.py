@@ -9,8 +9,8 @@ __all__ = ['CLIPS', 'render', 'encode_pair', 'collate_pairs']
 import torch
 import torch.nn.functional as F
 
-from ..model.processing import expand_placeholders
-from .batch import PADDING
+from ..context.parallel import PADDING
+from ..model.prompt import expand_placeholders
 from .clips import Clips
 from .pairs import Pair
 from .recipe import TrainError

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAGES', 'port_number', 'server_options', 'check_address', 'spare_memory', 'launch', 'keep_listening', 'upload_folder',
-           'remove_uploads', 'remove_empty']
+           'remove_empty', 'remove_uploads']
 
 # %% ../../nbs/760_web.serve.ipynb #9f5d8ef4
 import argparse
@@ -24,116 +24,125 @@ from pathlib import Path
 def port_number(
     text: str,
 ) -> int:
-    "A port from the command line."
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= 65535: raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, not {text}")
-    return int(text)
+    """Parse a port of the command line."""
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= 65535:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, not {text}")
 
 def server_options(
-    # what the app is
-    description: str,
-    # by default
-    port: int,
-) -> argparse.ArgumentParser: # the app adds its own
-    "The options of a server; what is wrong with one is a sentence."
+    description: str,  # what the app is
+    port: int,  # the default
+) -> argparse.ArgumentParser:  # the app adds its own options
+    """Make the parser of a server's options; a wrong option ends with one sentence."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=port_number, default=port)
     parser.add_argument("--share", action="store_true", help="a public address through Gradio's servers")
-    parser.error = lambda message: parser.exit(2, f"{message}.\n")
+
+    def error(message):
+        parser.exit(2, f"{message}.\n")
+
+    parser.error = error
     return parser
 
 # %% ../../nbs/760_web.serve.ipynb #3b014329
 def check_address(
     host: str,
     port: int,
-) -> None:
-    "End with a sentence if nothing can be served there."
-    try: socket.create_server((host, port)).close()
+):
+    """Exit with a sentence if nothing can be served there."""
+    try:
+        socket.create_server((host, port)).close()
     except OSError as error:
-        busy = error.errno in (48, 98, 10048)  # as macOS, Linux and Windows count
-        sys.exit(f"Port {port} is in use: stop what runs there, or choose another with --port." if busy else f"There is no serving at {host}, port {port}: {error.strerror}.")
+        if error.errno in (48, 98, 10048):  # in use, as macOS, Linux and Windows count
+            sys.exit(f"Port {port} is in use: stop what runs there, or choose another with --port.")
+        sys.exit(f"There is no serving at {host}, port {port}: {error.strerror}.")
 
-# %% ../../nbs/760_web.serve.ipynb #9f070814
-# that Gradio remembers; an open page says something every few seconds, and those that have been silent for longest are forgotten
+# %% ../../nbs/760_web.serve.ipynb #89e4e61c
+# Pages that Gradio remembers. An open page sends something every few seconds; those silent for longest are forgotten.
 PAGES = 128
 
 def spare_memory(
-    # between two times
-    seconds: float = 10,
-) -> None:
-    "Have a server's freed memory given back to the system now and then, from no more than two heaps. Where the C library is not glibc, nothing is done."
+    seconds: float = 10,  # between two times
+):
+    """Give a server's freed memory back to the system now and then, from two heaps at most; only glibc can."""
     with suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-8, 2)  # M_ARENA_MAX
-        trim, wait = libc.malloc_trim, threading.Event().wait
+        trim = libc.malloc_trim
+        wait = threading.Event().wait
 
         def now_and_then():
             while True:
                 wait(seconds)
                 trim(0)
+
         threading.Thread(target=now_and_then, daemon=True, name="spare-memory").start()
 
 # %% ../../nbs/760_web.serve.ipynb #ab4d93a1
 def launch(
-    # gradio, imported by the app
-    gr,
-    # its Blocks
-    page,
-    # from `server_options`
-    asked: argparse.Namespace,
-    # further arguments of Gradio's launch
-    **more,
-) -> None: # when somebody ends it
-    "Serve a page, say where, and wait. Fonts are the system's; nothing is fetched."
+    gr,  # gradio, imported by the app
+    page,  # its Blocks
+    asked: argparse.Namespace,  # from `server_options`
+    **more,  # further arguments of Gradio's launch
+):
+    """Serve a page, print its address, and wait until it is stopped. Fonts are the system's; nothing is fetched."""
     spare_memory()
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    address = dict(server_name=asked.host, server_port=asked.port, share=asked.share)
+    quiet = dict(quiet=True, prevent_thread_lock=True, ssr_mode=False, run_history=False, footer_links=[])
     try:
-        page.launch(server_name=asked.host, server_port=asked.port, share=asked.share, quiet=True, prevent_thread_lock=True, ssr_mode=False,
-                    run_history=False, footer_links=[], theme=theme, state_session_capacity=PAGES, **more)
-    except OSError: check_address(asked.host, asked.port); raise
+        page.launch(**address, **quiet, theme=theme, state_session_capacity=PAGES, **more)
+    except OSError:
+        check_address(asked.host, asked.port)
+        raise
     print(f"Open {page.share_url or page.local_url} (ctrl-c stops it)", flush=True)
     page.block_thread()
 
 # %% ../../nbs/760_web.serve.ipynb #b50db01d
 def keep_listening(
-    # gradio, imported by the app
-    gr,
-    # between two events
-    seconds: float = 5,
-) -> None:
-    "Call it inside of a page: an empty event now and then, which brings along an answer that was left behind."
-    gr.Timer(seconds).tick(lambda: None, None, None, show_progress="hidden", api_visibility="private", concurrency_limit=None)
+    gr,  # gradio, imported by the app
+    seconds: float = 5,  # between two events
+):
+    """Send an empty event now and then, which fetches an answer that was left behind; call it inside of a page."""
+    timer = gr.Timer(seconds)
+    quiet = dict(show_progress="hidden", api_visibility="private", concurrency_limit=None)
+    timer.tick(lambda: None, None, None, **quiet)
 
 # %% ../../nbs/760_web.serve.ipynb #eaf03b07
 @contextmanager
 def upload_folder(
-    # how its name begins
-    prefix: str,
-): # gives the folder
-    "A folder for uploads, gone when the app ends, by ctrl-c or when it is told to stop. Enter it before Gradio is imported."
+    prefix: str,  # how its name begins
+):  # gives the folder
+    """Make a folder for uploads, removed when the app ends by ctrl-c or SIGTERM. Enter it before Gradio is imported."""
     room = Path(tempfile.mkdtemp(prefix=prefix))
     os.environ["GRADIO_TEMP_DIR"] = str(room / "uploads")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try: yield room
-    finally: shutil.rmtree(room, ignore_errors=True)
+    try:
+        yield room
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+def remove_empty(
+    folder: Path,  # Gradio's folder of uploads
+):
+    """Remove empty files that are more than a second old."""
+    if not folder.is_dir():
+        return
+    for file in folder.glob("tmp*"):
+        with suppress(OSError):
+            found = file.stat()
+            if file.is_file() and found.st_size == 0 and time.time() - found.st_mtime > 1:
+                file.unlink()
 
 def remove_uploads(
-    # files
-    *paths,
-) -> None:
-    "Remove uploads, and the folder that each had of its own."
+    *paths,  # files
+):
+    """Remove uploads, and the folder that each had of its own."""
     for path in map(Path, paths):
         path.unlink(missing_ok=True)
-        if path.parent.is_dir() and not any(path.parent.iterdir()): path.parent.rmdir()
+        if path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
         sweep = threading.Timer(1.5, remove_empty, [path.parent.parent])
         sweep.daemon = True
         sweep.start()
-
-def remove_empty(
-    # Gradio's folder of uploads
-    folder: Path,
-) -> None:
-    "Remove the empty file that Gradio's File component leaves for each upload; one that is a second old and still empty is no upload under way."
-    for file in folder.glob("tmp*") if folder.is_dir() else ():
-        with suppress(OSError):
-            if file.is_file() and file.stat().st_size == 0 and time.time() - file.stat().st_mtime > 1: file.unlink()
