@@ -115,7 +115,7 @@ def main():
     order = list(methods)
     turns = [
         {m: step(m, tensors, chunk)[0] for m in order[i % 4 :] + order[: i % 4]} for i in range(given.turns)
-    ]  # nobody always comes after the same one
+    ]  # none always comes after the same one
     over = lambda a, b: median(turn[a] / turn[b] for turn in turns)
 
     lengths = [1024, 4096, 16384]

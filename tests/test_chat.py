@@ -187,7 +187,7 @@ def test_a_film_that_does_not_fit_is_refused_before_it_is_read():
     "The number of frames that is advised fits, and a few more do not."
     chat, video = deep(1500)
     turn = chat.prepare("find heart", videos=video)
-    turn.films[0].parts = lambda: 1 / 0
+    turn.videos[0].parts = lambda: 1 / 0
     with pytest.raises(TooLarge, match="take at most") as told: chat.check_room(turn, 2, 40 << 20)
     most = int(re.search(r"at most ([0-9,]+) frames", str(told.value))[1].replace(",", ""))
     beside = chat.estimate(turn, 2).parts
@@ -202,7 +202,7 @@ def test_a_rate_with_a_cap(pair, film):
     assert chat.prepare("find heart", videos=film).frames == 24
     chat.most_frames = 10
     turn = chat.prepare("find heart", videos=film)
-    assert np.array_equal(np.concatenate(list(turn.films[0].parts())), read_frames(film, n=10).array)
+    assert np.array_equal(np.concatenate(list(turn.videos[0].parts())), read_frames(film, n=10).array)
     chat.fps, chat.most_frames = 30, 64
     assert chat.prepare("find heart", videos=film).frames == 48  # all that there are
 
@@ -226,7 +226,7 @@ def test_one_film_four_questions_and_one_pass_of_the_tower(pair, film):
         said = {thing: "".join(chat.ask(f"find {thing}", videos=() if chat.turns else film)) for thing in list(answers())[:4]}
     finally: LongVA.encode_frames = encode
     assert sum(seen) == 48 and said == {thing: answers()[thing] for thing in said}
-    ids = processor(text=chat.said, videos=read_frames(film), return_tensors="pt")["input_ids"]
+    ids = processor(text=chat.prompt, videos=read_frames(film), return_tensors="pt")["input_ids"]
     assert chat.tokens == ids.shape[1]
 
 
@@ -249,7 +249,7 @@ def test_a_chatml_template_with_text_between_images(tmp_path):
         "".join(chat.ask(text, images, videos, max_new_tokens=6))
     given = chat.messages[:-1]
     batch = processor(text=processor.apply_chat_template(given, tokenize=False, add_generation_prompt=True), images=[picture] * 2, videos=[frames], return_tensors="pt")
-    assert chat.turns[-1].said.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\n<image>\nwhat?<|im_end|>")
+    assert chat.turns[-1].prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\n<image>\nwhat?<|im_end|>")
     made = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=1)
     said = tokenizer.decode(made[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     assert said == chat.messages[-1]["content"]
@@ -284,7 +284,7 @@ def test_a_failed_turn_leaves_no_trace(pair, film, tmp_path):
     for wrong in (dict(videos=tmp_path / "torn.mp4"), dict(videos=tmp_path / "none.mp4"), dict(images=tmp_path / "none.png"), dict(images=np.zeros((3, 3)))):
         with pytest.raises((ChatError, VideoError)): chat.ask("find heart", **wrong)
     turn = chat.prepare(f"find {thing}", videos=film)
-    turn.films[0].parts = lambda: itertools.chain(read_frames(film, n=20).array[None], (1 / 0 for _ in range(1)))  # dies on the way
+    turn.videos[0].parts = lambda: itertools.chain(read_frames(film, n=20).array[None], (1 / 0 for _ in range(1)))  # dies on the way
     with pytest.raises(ZeroDivisionError): list(chat.ask(turn))
     assert chat.tokens == 0 and chat.messages == []
     assert "".join(chat.ask(f"find {thing}", videos=film)) == right
@@ -300,8 +300,8 @@ def test_a_new_conversation_while_the_old_one_is_answered(pair, film):
         turn = chat.prepare(f"find {first}", videos=film)
         old = chat.ask(turn, max_new_tokens=20)
         if when == "while it reads":
-            parts = turn.films[0].parts
-            turn.films[0].parts = lambda: ((chat.reset(), part)[1] for part in parts())
+            parts = turn.videos[0].parts
+            turn.videos[0].parts = lambda: ((chat.reset(), part)[1] for part in parts())
             with pytest.raises(ChatError, match="Stopped"): list(old)
         else:
             next(old)

@@ -51,6 +51,11 @@ def test_no_row_is_empty():
     assert sum(bool(r.measured()) for r in ROWS) >= 14
 
 
+def test_the_rows_are_shipped_with_the_package():
+    assert (ROOT / "longva/study/paper.json").is_file()
+    assert '"study/*.json"' in (ROOT / "setup.py").read_text()
+
+
 def test_without_the_checkout_each_row_says_what_is_missing(tmp_path):
     rows = [as_dict(r, tmp_path) for r in ROWS]
     assert all(r["measured"] or r["reason"] for r in rows)

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from longva.model.modeling import LongVA, LongVAConfig, longva_7b, mini_config
-from longva.model.processing import LongVAImageProcessor, LongVAProcessor, frames_text
+from longva.model.processing import LongVAImageProcessor, LongVAProcessor
+from longva.model.prompt import frames_text
 from longva.vision.video import Frames, VideoError, read_frames, write_video
 
 SPECIAL = ["<pad>", "<eos>", "<unk>", "<image>", "<video>", "<|im_start|>", "<|im_end|>"]
@@ -191,7 +192,7 @@ def test_wrong_numbers_are_one_sentence(pair, tmp_path):
 
 def test_three_thousand_frames_of_placeholders(tokenizer):
     """The text of the longest film of the paper, without its pixels."""
-    from longva.model.processing import expand_placeholders
+    from longva.model.prompt import expand_placeholders
 
     text = expand_placeholders(["w1 <video> w2"], "<video>", [3000 * 144])
     LongVAProcessor.from_config(mini_config(len(tokenizer), 3, 4), tokenizer)

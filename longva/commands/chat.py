@@ -105,7 +105,7 @@ class Session:
         """Estimate, answer and print; give False if ctrl-c ended the answer."""
         turn = self.chat.prepare(question, images, videos)
         answer = self.chat.ask(turn, **self.settings)
-        if self.frames and 0 < turn.frames < self.frames * len(turn.films):
+        if self.frames and 0 < turn.frames < self.frames * len(turn.videos):
             echo_error(f"There are fewer than the {self.frames} frames asked for: all {turn.frames} are taken.")
         show_estimate(self.chat, turn, self.name, self.settings["max_new_tokens"], self.speed)
         return print_answer(answer)

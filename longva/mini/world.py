@@ -36,8 +36,8 @@ COLOURS = {
 }
 BACKGROUNDS = "plain checks rows bars slant dots rings spots".split()
 TEXT_OBJECTS = """apple bear bird book bridge candle chair clock coat desk dog door drum egg fox fork goat goose guitar
-hat horse island jar kettle lamp lemon lion mirror mountain nest onion owl pear piano pillow plate river road rope salt shoe
-sofa spoon tiger towel train violin wolf""".split()
+hat horse island jar kettle lamp lemon lion mirror mountain nest onion owl pear piano pillow plate river road rope salt
+shoe sofa spoon tiger towel train violin wolf""".split()
 CITIES = """paris tokyo london berlin madrid rome vienna oslo cairo lima delhi dublin athens prague warsaw lisbon seoul
 havana nairobi quito boston dallas denver miami austin perth sydney osaka kyoto milan naples turin geneva zurich basel
 lyon nice porto ghent bruges""".split()

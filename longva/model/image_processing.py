@@ -11,7 +11,6 @@ from inspect import signature
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -22,31 +21,36 @@ from ..vision.unires import Tiles, fit_frames, normalize, tile_image, token_coun
 
 # %% ../../nbs/325_model.image_processing.ipynb #9b51bdf0
 def refuse_unknown(
-    # name -> value
-    given: dict,
-    known,
-    # who was asked, for the message
-    who: str,
+    given: dict,  # name -> value
+    known,  # names of settings
+    owner: str,  # for the message
 ):
-    """A setting that nobody reads is a slip of the pen: refuse it, and say what may have been meant."""
+    """Refuse a setting that does not exist, and name the one that was probably wanted."""
     for name in given:
-        if name in known or name.startswith("_"): continue
+        if name in known or name.startswith("_"):
+            continue
         near = get_close_matches(name, known, 1)
-        raise ValueError(f"{who} has no setting {name}: {f'it may be {near[0]} that is meant' if near else 'leave it out'}.")
-
-# %% ../../nbs/325_model.image_processing.ipynb #6f4caf25
-def _check_pictures(grid, patch_size, pool_stride, encoding, max_grids, frames_fit, image_fit):
-    """Settings with which no picture could be cut are a `ValueError`."""
-    if not token_count(1, 1, grid, patch_size, pool_stride, encoding):  # which refuses what makes no sense
-        raise ValueError(f"A grid of {grid} pixels in patches of {patch_size} leaves no token after a pool of {pool_stride}: use a smaller pool_stride.")
-    if not isinstance(max_grids, int) or max_grids < 2:
-        raise ValueError(f"max_grids is {max_grids!r}, and must be a whole number from 2, for every image is cut into at least two grids.")
-    if frames_fit not in ("crop", "pad", "resize"):
-        raise ValueError(f"frames_fit is {frames_fit!r}: choose crop, pad or resize.")
-    if image_fit not in ("grids", "crop", "pad", "resize"):
-        raise ValueError(f"image_fit is {image_fit!r}: choose grids, crop, pad or resize.")
+        advice = f"perhaps {near[0]} is wanted" if near else "leave it out"
+        raise ValueError(f"{owner} has no setting {name}: {advice}.")
 
 # %% ../../nbs/325_model.image_processing.ipynb #24e60150
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}.")
+
+def _check_frames(frames):
+    """Refuse what is no video."""
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(
+            f"A video must be uint8 frames of shape [N, H, W, 3], not {frames.dtype} {list(frames.shape)}."
+        )
+    if len(frames) == 0:
+        raise ValueError("The video has no frames.")
+
+# transformers' own, in files
+_IN_FILES = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
+
+# %% ../../nbs/325_model.image_processing.ipynb #ed31efbb
 class LongVAImageProcessor(BaseImageProcessor):
     """Images into grids, frames into grids, and how many visual tokens that makes."""
 
@@ -54,111 +58,114 @@ class LongVAImageProcessor(BaseImageProcessor):
 
     def __init__(
         self,
-        # S: side of a grid in pixels
-        grid: int = 336,
+        grid: int = 336,  # S: side of a grid in pixels
         patch_size: int = 14,
         pool_stride: int = 2,
-        # "unires" or "anyres", as in the model's configuration
-        encoding: str = "unires",
-        # most grids per image
-        max_grids: int = 49,
-        # "crop", "pad" or "resize"
-        frames_fit: str = "crop",
-        # "grids", or one square per image, made as frames are: "crop", "pad", "resize"
-        image_fit: str = "grids",
-        # of images, where it differs from that of frames
-        image_pool_stride: int | None = None,
-        # (columns, rows) to choose from; by default all up to max_grids
-        grids: list | None = None,
-        # per colour, in 0..1
-        image_mean: list[float] = OPENAI_CLIP_MEAN,
+        encoding: str = "unires",  # or "anyres", as in the model's configuration
+        max_grids: int = 49,  # most grids per image
+        frames_fit: str = "crop",  # or "pad", "resize"
+        image_fit: str = "grids",  # or one square per image, made as frames are: "crop", "pad", "resize"
+        image_pool_stride: int | None = None,  # of images, where it differs from that of frames
+        grids: list | None = None,  # (columns, rows) to choose from; by default all up to max_grids
+        image_mean: list[float] = OPENAI_CLIP_MEAN,  # per colour, in 0..1
         image_std: list[float] = OPENAI_CLIP_STD,
         **kwargs,
     ):
-        ours = set(signature(LongVAImageProcessor.__init__).parameters) - {"self", "kwargs"}
-        refuse_unknown(kwargs, ours | {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}, "LongVAImageProcessor")  # the last are transformers' own, in files
+        known = set(signature(LongVAImageProcessor.__init__).parameters) - {"self", "kwargs"}
+        refuse_unknown(kwargs, known | _IN_FILES, "LongVAImageProcessor")
         super().__init__(**kwargs)
-        _check_pictures(grid, patch_size, pool_stride, encoding, max_grids, frames_fit, image_fit)
-        self.image_fit, self.image_pool_stride, self.grids = image_fit, image_pool_stride, grids
-        self.grid, self.patch_size, self.pool_stride, self.encoding, self.max_grids = grid, patch_size, pool_stride, encoding, max_grids
-        self.frames_fit, self.image_mean, self.image_std = frames_fit, list(image_mean), list(image_std)
+        self.grid = grid
+        self.patch_size = patch_size
+        self.pool_stride = pool_stride
+        self.encoding = encoding
+        self.max_grids = max_grids
+        self.frames_fit = frames_fit
+        self.image_fit = image_fit
+        self.image_pool_stride = image_pool_stride
+        self.grids = grids
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self._check()
 
-# %% ../../nbs/325_model.image_processing.ipynb #67d6028a
-@patch(as_prop=True)
-def tokens_per_grid(self: LongVAImageProcessor) -> int:
-    """T: visual tokens of one frame, and of one grid of an image unless images have a pool of their own."""
-    return (self.grid // self.patch_size // self.pool_stride) ** 2
+    def _check(self):
+        """Refuse settings with which no image could be cut."""
+        if not token_count(1, 1, self.grid, self.patch_size, self.pool_stride, self.encoding):
+            raise ValueError(
+                f"A grid of {self.grid} pixels in patches of {self.patch_size} leaves no token "
+                f"after a pool of {self.pool_stride}: use a smaller pool_stride."
+            )
+        if not isinstance(self.max_grids, int) or self.max_grids < 2:
+            raise ValueError(
+                f"max_grids is {self.max_grids!r}, and must be a whole number from 2, "
+                "for every image is cut into at least two grids."
+            )
+        _check_choice("frames_fit", self.frames_fit, ("crop", "pad", "resize"))
+        _check_choice("image_fit", self.image_fit, ("grids", "crop", "pad", "resize"))
 
+    @classmethod
+    def from_config(cls, config: LongVAConfig, **settings) -> "LongVAImageProcessor":
+        """Make the one that belongs to a model's configuration."""
+        vision = config.vision_config
+        mean, std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+        if vision.model_type == "siglip_vision_model":
+            mean = std = [0.5] * 3
+        same = ("pool_stride", "encoding", "max_grids", "image_fit", "image_pool_stride", "grids")
+        usual = {name: getattr(config, name) for name in same} | {
+            "grid": vision.image_size,
+            "patch_size": vision.patch_size,
+            "image_mean": config.image_mean or mean,
+            "image_std": config.image_std or std,
+        }
+        return cls(**(usual | settings))
 
-@patch(as_prop=True)
-def thumbnail(self: LongVAImageProcessor) -> bool:
-    """Whether a thumbnail comes before the grids of an image."""
-    return self.encoding == "anyres" and self.image_fit == "grids"
+    @property
+    def tokens_per_grid(self) -> int:
+        """T: visual tokens of one frame, and of one grid of an image unless images have a pool of their own."""
+        return (self.grid // self.patch_size // self.pool_stride) ** 2
 
+    @property
+    def thumbnail(self) -> bool:
+        """Whether a thumbnail comes before the grids of an image."""
+        return self.encoding == "anyres" and self.image_fit == "grids"
 
-@patch
-def grids_of(self: LongVAImageProcessor, columns: int, rows: int) -> int:
-    """Count the grids that the model sees of an image: the thumbnail counts, if there is one."""
-    return grid_count(columns, rows, "anyres" if self.thumbnail else "unires")
+    def grids_of(self, columns: int, rows: int) -> int:
+        """Count the grids that the model sees of an image: the thumbnail counts, if there is one."""
+        return grid_count(columns, rows, "anyres" if self.thumbnail else "unires")
 
+    def tokens_of(self, columns: int, rows: int) -> int:
+        """Count the visual tokens of an image."""
+        side = self.grid // self.patch_size // (self.image_pool_stride or self.pool_stride)
+        return self.grids_of(columns, rows) * side**2
 
-@patch
-def tokens_of(self: LongVAImageProcessor, columns: int, rows: int) -> int:
-    """Visual tokens of an image."""
-    return self.grids_of(columns, rows) * (self.grid // self.patch_size // (self.image_pool_stride or self.pool_stride)) ** 2
+    def preprocess(
+        self,
+        images,  # one image or a list: PIL images, paths, or uint8 pixels as `open_image` takes them
+        return_tensors="pt",
+        **unknown,
+    ) -> BatchFeature:  # pixel_values [sum G,3,S,S] and image_layouts [number of images, 2]: columns, rows
+        """Cut images into grids and normalise them."""
+        refuse_unknown(unknown, (), "LongVAImageProcessor, when it is called,")
+        images = images if isinstance(images, (list, tuple)) else [images]
+        if not images:
+            raise ValueError("There are no images to prepare: give at least one.")
+        tiles = [self._cut(open_image(image)) for image in images]
+        pixels = torch.cat([normalize(cut.pixels, self.image_mean, self.image_std) for cut in tiles])
+        layouts = torch.tensor([[cut.columns, cut.rows] for cut in tiles])
+        return BatchFeature({"pixel_values": pixels, "image_layouts": layouts}, tensor_type=return_tensors)
 
-# %% ../../nbs/325_model.image_processing.ipynb #1801138f
-@patch(cls_method=True)
-def from_config(cls: LongVAImageProcessor, config: LongVAConfig, **settings) -> "LongVAImageProcessor":
-    """The one that belongs to a model's configuration."""
-    vision = config.vision_config
-    siglip = vision.model_type == "siglip_vision_model"
-    mean, std = ([0.5] * 3, [0.5] * 3) if siglip else (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    own = dict(grid=vision.image_size, patch_size=vision.patch_size, image_mean=config.image_mean or mean, image_std=config.image_std or std)
-    shared = ("pool_stride", "encoding", "max_grids", "image_fit", "image_pool_stride", "grids")
-    return cls(**own | {name: getattr(config, name) for name in shared} | settings)
+    def _cut(self, image) -> Tiles:
+        """Cut an image into grids, or fit it to one square."""
+        if self.image_fit != "grids":
+            return Tiles(fit_frames(np.asarray(image)[None], self.grid, self.image_fit), 1, 1)
+        choices = None if self.grids is None else [tuple(grid) for grid in self.grids]
+        return tile_image(image, self.grid, self.max_grids, self.thumbnail, choices)
 
-# %% ../../nbs/325_model.image_processing.ipynb #55239a40
-@patch
-def preprocess(
-    self: LongVAImageProcessor,
-    # one image or a list: PIL images, paths, or uint8 pixels as `open_image` takes them
-    images,
-    return_tensors="pt",
-    **unknown,
-) -> BatchFeature: # pixel_values [sum G,3,S,S] and image_layouts [number of images, 2]: columns, rows
-    """Cut images into grids and normalise them."""
-    refuse_unknown(unknown, (), "LongVAImageProcessor, when it is called,")
-    images = images if isinstance(images, (list, tuple)) else [images]
-    if not images:
-        raise ValueError("There are no images to prepare: give at least one.")
-    tiles = [self._tiles(open_image(image)) for image in images]
-    pixels = torch.cat([normalize(t.pixels, self.image_mean, self.image_std) for t in tiles])
-    layouts = torch.tensor([[t.columns, t.rows] for t in tiles])
-    return BatchFeature({"pixel_values": pixels, "image_layouts": layouts}, tensor_type=return_tensors)
-
-
-@patch
-def _tiles(self: LongVAImageProcessor, image) -> Tiles:
-    """Grids of an image, or the one square that it is fitted to."""
-    if self.image_fit != "grids":
-        return Tiles(fit_frames(np.asarray(image)[None], self.grid, self.image_fit), 1, 1)
-    choices = None if self.grids is None else [tuple(g) for g in self.grids]
-    return tile_image(image, self.grid, self.max_grids, self.thumbnail, choices)
-
-# %% ../../nbs/325_model.image_processing.ipynb #40bf831e
-@patch
-def preprocess_frames(
-    self: LongVAImageProcessor,
-    # [N,H,W,3] uint8
-    frames,
-    # instead of the processor's own
-    frames_fit: str | None = None,
-) -> torch.Tensor: # [N,3,S,S]
-    """Fit frames to the grid and normalise them."""
-    frames = np.asarray(frames)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-        raise ValueError(f"A video must be uint8 frames of shape [N, H, W, 3], not {frames.dtype} {list(frames.shape)}.")
-    if len(frames) == 0:
-        raise ValueError("The video has no frames.")
-    return normalize(fit_frames(frames, self.grid, frames_fit or self.frames_fit), self.image_mean, self.image_std)
+    def preprocess_frames(
+        self,
+        frames,  # [N,H,W,3] uint8
+        frames_fit: str | None = None,  # instead of the processor's own
+    ) -> torch.Tensor:  # [N,3,S,S]
+        """Fit frames to the grid and normalise them."""
+        frames = np.asarray(frames)
+        _check_frames(frames)
+        return normalize(fit_frames(frames, self.grid, frames_fit or self.frames_fit), self.image_mean, self.image_std)

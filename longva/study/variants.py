@@ -115,7 +115,8 @@ def measure_variants(
     for variant in variants:
         asked = named_variant(variant, wording=MINI_WORDING, distractors=distractors, distance=distance)
         places = depths if asked.with_needle else [0]
-        found[variant] = run(reader, video, hidden, frames, places, Path(out) / variant, asked, seed=seed, progress=False)
+        where = Path(out) / variant
+        found[variant] = run(reader, video, hidden, frames, places, where, asked, seed=seed, progress=False)
     if "vniah" in found and "tenth" in found:
         found["joint"] = joint(found["vniah"], found["tenth"])
     return found

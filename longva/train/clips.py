@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..files import file_hash
-from ..model.processing import frames_text
+from ..model.prompt import frames_text
 from .recipe import TrainError
 from .run import weights_hash
 from .samples import preprocessing

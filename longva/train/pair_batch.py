@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..context.parallel import PADDING
-from ..model.processing import expand_placeholders
+from ..model.prompt import expand_placeholders
 from .clips import Clips
 from .pairs import Pair
 from .recipe import TrainError

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from ..model.config import LongVAConfig
-from ..model.processing import LongVAProcessor, expand_placeholders, frames_text
+from ..model.processing import LongVAProcessor
+from ..model.prompt import expand_placeholders, frames_text
 from .conversations import Conversation, parse_row, token_ids
 from .data import words_hash
 from .recipe import TrainError

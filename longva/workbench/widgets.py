@@ -21,8 +21,8 @@ from ..context.plan import CHECKPOINTS, MODELS, plan
 from ..context.rope import extend_rope
 from ..mini import NAMES, TEXT_FRAMES, folder
 from ..model.modeling import longva_7b
+from . import plots
 from .explorer import Explorer, slider
-from .plots import GPUS, OFFLOADS, order_figure, plan_figure, rope_figure, schedule_figure, steps_of, test_card
 from .seek import ROPES, NeedleExplorer
 
 # %% ../../nbs/745_workbench.widgets.ipynb #25dacd7a
@@ -80,7 +80,7 @@ class RopeExplorer(Explorer):
         if method in ("yarn", "dynamic"):
             more["original_max_position_embeddings"] = self.trained.value
         after = extend_rope(deepcopy(before), method, theta=self.base.value, **more)
-        return [rope_figure(before, after, self.trained.value, round(self.context.value))]
+        return [plots.rope_figure(before, after, self.trained.value, round(self.context.value))]
 
     def change_model(self, change=None):
         """Take another model, as it was trained."""
@@ -148,7 +148,7 @@ class PictureExplorer(Explorer):
 
     def figures_now(self) -> list:
         size = self.size if self.picture else (self.width.value, self.height.value)
-        return [order_figure(self.picture or test_card(*size), size, self.grid.value, self.most.value)]
+        return [plots.order_figure(self.picture or plots.test_card(*size), size, self.grid.value, self.most.value)]
 
 # %% ../../nbs/745_workbench.widgets.ipynb #e634e0dd
 class ScheduleExplorer(Explorer):
@@ -157,7 +157,7 @@ class ScheduleExplorer(Explorer):
     def __init__(self, kind: str = "ring", ranks: int = 4):
         self.kind = slider(ipw.Dropdown, "kind", "kind", kind, options=list(KINDS))
         self.ranks = slider(ipw.IntSlider, "ranks", "ranks", ranks, 1, 8)
-        self.step = slider(ipw.IntSlider, "step", "step", 1, 1, steps_of(kind, ranks))
+        self.step = slider(ipw.IntSlider, "step", "step", 1, 1, plots.steps_of(kind, ranks))
         self.length = slider(ipw.FloatLogSlider, "tokens", "tokens", 2**18, 2, 12, 20, 1, readout_format=",.0f")
         self.play = ipw.Play(min=1, max=self.step.max, interval=1200)
         for name in ("value", "max"):
@@ -169,10 +169,10 @@ class ScheduleExplorer(Explorer):
         """Show another schedule, from its first step."""
         with self.at_once():
             self.step.value = 1
-            self.step.max = steps_of(self.kind.value, self.ranks.value)
+            self.step.max = plots.steps_of(self.kind.value, self.ranks.value)
 
     def figures_now(self):
-        return [schedule_figure(self.kind.value, self.ranks.value, self.step.value - 1)]
+        return [plots.schedule_figure(self.kind.value, self.ranks.value, self.step.value - 1)]
 
     def text_now(self):
         ranks = self.ranks.value
@@ -194,10 +194,10 @@ class PlanExplorer(Explorer):
         self.model = slider(ipw.Dropdown, "plan-model", "model", "qwen2-7b", options=list(MODELS))
         tokens = dict(readout_format=",.0f")
         self.length = slider(ipw.FloatLogSlider, "plan-length", "tokens", 224_000, 2, 10, 23, 0.1, **tokens)
-        self.gpus = slider(ipw.SelectionSlider, "plan-gpus", "GPUs", 8, options=list(GPUS))
+        self.gpus = slider(ipw.SelectionSlider, "plan-gpus", "GPUs", 8, options=list(plots.GPUS))
         self.gib = slider(ipw.SelectionSlider, "plan-gib", "GPU (GiB)", 80, options=[16, 24, 40, 48, 80, 141, 192])
         self.host = slider(ipw.IntSlider, "plan-host", "host (GiB)", 1024, 0, 4096, 64)
-        self.offload = slider(ipw.Dropdown, "plan-offload", "offload", "optimizer", options=list(OFFLOADS))
+        self.offload = slider(ipw.Dropdown, "plan-offload", "offload", "optimizer", options=list(plots.OFFLOADS))
         self.checkpoints = slider(ipw.Dropdown, "plan-checkpoints", "checkpoints", "gpu", options=list(CHECKPOINTS))
         self.kind = slider(ipw.Dropdown, "plan-kind", "exchange", "all_gather", options=["all_gather", "ring"])
         hardware = [self.gpus, self.gib, self.host]
@@ -217,7 +217,7 @@ class PlanExplorer(Explorer):
         )
 
     def figures_now(self):
-        return [plan_figure(self.plan_now())]
+        return [plots.plan_figure(self.plan_now())]
 
     def text_now(self):
         return html.escape(self.plan_now().limit, quote=False)
