@@ -23,12 +23,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 def percentiles(seconds):
     """Give the median and the 95th percentile."""
     import numpy as np
+
     return [round(float(np.percentile(seconds, q)), 4) for q in (50, 95)]
 
 
 def bench_alone(lengths, depths):
     """Move the needle of the bench: {frames: seconds of each move}."""
     from longva.mini.bench import mini_bench
+
     bench = mini_bench("mini-longva")
     result = {}
     for n in lengths:
@@ -62,6 +64,7 @@ def in_the_page(lengths, depths, browser):
     """Move the needle in a page of the running app: {frames: seconds of each move}."""
     from app_toy import flags, free_port, start, wait_for
     from playwright.sync_api import sync_playwright
+
     process = start("needle", "--port", free_port())
     try:
         address = wait_for(process, "http://").split()[1]
@@ -82,8 +85,7 @@ def find_browser():
     found = [path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path]
     if not found:
         sys.exit(
-            "There is no Chromium here, and the page is measured in one: "
-            "install it (Debian: apt-get install chromium)."
+            "There is no Chromium here, and the page is measured in one: install it (Debian: apt-get install chromium)."
         )
     return found[0]
 
@@ -93,6 +95,7 @@ def machine(load):
     import torch
 
     from longva.files import versions
+
     return dict(
         cores=len(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
@@ -112,6 +115,7 @@ def main():
     import numpy as np
     from rich.console import Console
     from rich.table import Table
+
     depths = [k / 400 for k in np.random.default_rng(0).permutation(401)[: given.moves].tolist()]
     load = os.getloadavg()[0]
     browser = find_browser()

@@ -33,7 +33,10 @@ from longva.context.loss import linear_cross_entropy
 
 def recompute(hidden, weight, labels, chunk):
     "What one would write by hand: each chunk's logits are computed again in the backward pass."
-    one = lambda h, y: F.cross_entropy(h @ weight.T, y, reduction="sum")
+
+    def one(h, y):
+        return F.cross_entropy(h @ weight.T, y, reduction="sum")
+
     return (
         sum(checkpoint(one, h, y, use_reentrant=False) for h, y in zip(hidden.split(chunk), labels.split(chunk)))
         / (labels != -100).sum()
@@ -116,7 +119,9 @@ def main():
     turns = [
         {m: step(m, tensors, chunk)[0] for m in order[i % 4 :] + order[: i % 4]} for i in range(given.turns)
     ]  # none always comes after the same one
-    over = lambda a, b: median(turn[a] / turn[b] for turn in turns)
+
+    def over(a, b):
+        return median(turn[a] / turn[b] for turn in turns)
 
     lengths = [1024, 4096, 16384]
     extra = {m: [extra_bytes(m, n, 32, 16384, 512) for n in lengths] for m in methods}

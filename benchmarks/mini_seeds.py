@@ -18,7 +18,8 @@ LENGTHS = [16, 32, 64, 128, 256, 512]
 
 
 def panel(folder, seed, work):
-    """Give {frames: [right, trials]} of one miniature, and [right, trials] without the needle frame, over all lengths."""
+    """Give {frames: [right, trials]} of one miniature, and [right, trials] without the needle frame, over all
+    lengths."""
     import numpy as np
 
     from longva import mini

@@ -196,8 +196,10 @@ def main():
         "wrong_frames_decord": wrong["decord"],
         "memory_64_frames_mb": held[0],
         "memory_whole_film_in_parts_mb": held[1],
-        "film": f"{given.minutes} min, {WIDTH}x{HEIGHT}, {FPS} fps, H.264 ultrafast, GOP 250, "
-        f"{given.bframes} B-frames, {size:.0f} MB",
+        "film": (
+            f"{given.minutes} min, {WIDTH}x{HEIGHT}, {FPS} fps, H.264 ultrafast, GOP 250, "
+            f"{given.bframes} B-frames, {size:.0f} MB"
+        ),
         "seconds_to_make_the_film": made,
         "turns": given.turns,
         "load": max(loads),

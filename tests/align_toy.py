@@ -1,4 +1,5 @@
 """A small world to align with: images of one colour, a video, text, a broken image; and one rank of a run."""
+
 import json
 import os
 import time

@@ -11,7 +11,10 @@ from queue import Empty, Queue
 import pytest
 
 root = Path(__file__).resolve().parents[1]
-flags = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+flags = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    " --disable-component-update --disable-sync".split()
+)
 patience = 180  # seconds; for a machine with other things to do
 
 

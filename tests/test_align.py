@@ -1,4 +1,5 @@
 """Alignment with several processes and from the terminal: both stages, resumed, other ranks, ZeRO-3, bad rows."""
+
 import json
 import math
 import shutil
@@ -195,13 +196,16 @@ def test_a_row_that_can_be_used(world, processor):
     assert torch.equal(several["pixel_values"], sample["pixel_values"])
 
 
-@pytest.mark.parametrize("image, why", [
-    ("lost.png", "no file"),
-    ("half.png", "half.png cannot be read as an image"),
-    ("text.png", "cannot be read as an image"),
-    ("", "0 images are named"),
-    (".", "is a folder, not an image"),
-])
+@pytest.mark.parametrize(
+    "image, why",
+    [
+        ("lost.png", "no file"),
+        ("half.png", "half.png cannot be read as an image"),
+        ("text.png", "cannot be read as an image"),
+        ("", "0 images are named"),
+        (".", "is a folder, not an image"),
+    ],
+)
 def test_images_that_cannot_be_used(world, processor, image, why):
     (world / "text.png").write_text("no image")
     with pytest.raises(BadRow, match=f"(?i){why}"):
@@ -218,21 +222,25 @@ def test_videos_that_cannot_be_used(world, processor, video):
     assert row_length(row, Reading(processor)) == 0
 
 
-@pytest.mark.parametrize("data", [
-    None,
-    3,
-    [],
-    "broken JSON",
-    {},
-    dict(NAMELESS, conversations=talk("hm", "red"), images=["0.png"]),
-    dict(GOOD, conversations=[]),
-    dict(GOOD, conversations=talk("<image>")),
-    dict(GOOD, conversations=talk("<image> <image>", "red")),
-    dict(GOOD, conversations=[{"from": "gpt", "value": None}]),
-    dict(GOOD, conversations=talk("<image>\n" + question, " \n")),
-    dict(GOOD, conversations=[{"from": ["human"], "value": "<image>"}, {"from": "gpt", "value": "red"}]),
-    dict(GOOD, conversations=talk("<image>\nhm \ud800", "red")),
-], ids=range(13))
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        3,
+        [],
+        "broken JSON",
+        {},
+        dict(NAMELESS, conversations=talk("hm", "red"), images=["0.png"]),
+        dict(GOOD, conversations=[]),
+        dict(GOOD, conversations=talk("<image>")),
+        dict(GOOD, conversations=talk("<image> <image>", "red")),
+        dict(GOOD, conversations=[{"from": "gpt", "value": None}]),
+        dict(GOOD, conversations=talk("<image>\n" + question, " \n")),
+        dict(GOOD, conversations=[{"from": ["human"], "value": "<image>"}, {"from": "gpt", "value": "red"}]),
+        dict(GOOD, conversations=talk("<image>\nhm \ud800", "red")),
+    ],
+    ids=range(13),
+)
 def test_rows_that_cannot_be_used(world, processor, data):
     with pytest.raises(BadRow):
         read_row(make_row(world, data), Reading(processor))
@@ -360,7 +368,8 @@ def test_another_start_is_refused(world, processor, tmp_path):
 
 
 def test_seed_decides_a_fresh_projector(world, model, tmp_path):
-    """Made of two models twice: the same start, so a run can be resumed. Naming both a model and its parts is refused."""
+    """Made of two models twice: the same start, so a run can be resumed. Naming both a model and its parts is
+    refused."""
     Qwen2ForCausalLM(model.config.text_config).save_pretrained(tmp_path / "words")
     small.tokenizer().save_pretrained(tmp_path / "words")
     CLIPVisionModel(model.config.vision_config).save_pretrained(tmp_path / "tower")
@@ -377,14 +386,17 @@ def test_seed_decides_a_fresh_projector(world, model, tmp_path):
         align("mini-1", world / "captions.json", tmp_path / "both", world / "model", **parts)
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(steps=0), "steps is 0"),
-    (dict(pictures="unires"), "pictures 'unires'"),
-    (dict(fps=0), "fps 0"),
-    (dict(rates={"vision": 1e-3}), "parts to train are vision"),
-    (dict(stepz=3), "no setting stepz"),
-    (dict(lr=1e-9), "learning rate of its own"),  # one rate for all parts would be without effect
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(steps=0), "steps is 0"),
+        (dict(pictures="unires"), "pictures 'unires'"),
+        (dict(fps=0), "fps 0"),
+        (dict(rates={"vision": 1e-3}), "parts to train are vision"),
+        (dict(stepz=3), "no setting stepz"),
+        (dict(lr=1e-9), "learning rate of its own"),  # one rate for all parts would be without effect
+    ],
+)
 def test_settings_that_would_be_ignored(world, tmp_path, wrong, words):
     with pytest.raises(TrainError, match=words):
         align("mini-2", world / "captions.json", tmp_path / "run", world / "model", **wrong)
@@ -458,17 +470,20 @@ def test_files_and_mixtures(tmp_path):
     assert [row.number for row in sample_rows(open_data(tmp_path / "b.jsonl"), "end:2")] == [9, 10]
 
 
-@pytest.mark.parametrize("name, content, why", [
-    ("c.json", "[1,", "broken JSON"),
-    ("c.json", "{}", "list of rows"),
-    ("c.json", "[]", "no rows"),
-    ("c.yaml", "- a", "`datasets`"),
-    ("c.yaml", "datasets: [{a: 1}]", "json_path"),
-    ("c.yaml", "datasets: [{json_path: FOLDER/a.json, sampling_strategy: 'last:3'}]", "sampling strategy"),
-    ("c.yaml", "datasets: 3", "list `datasets`"),
-    ("c.yaml", "datasets: [{json_path: FOLDER/a.json, sampling_strategie: 'first:2'}]", "known are json_path"),
-    ("c.csv", "", "must be"),
-])
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("c.json", "[1,", "broken JSON"),
+        ("c.json", "{}", "list of rows"),
+        ("c.json", "[]", "no rows"),
+        ("c.yaml", "- a", "`datasets`"),
+        ("c.yaml", "datasets: [{a: 1}]", "json_path"),
+        ("c.yaml", "datasets: [{json_path: FOLDER/a.json, sampling_strategy: 'last:3'}]", "sampling strategy"),
+        ("c.yaml", "datasets: 3", "list `datasets`"),
+        ("c.yaml", "datasets: [{json_path: FOLDER/a.json, sampling_strategie: 'first:2'}]", "known are json_path"),
+        ("c.csv", "", "must be"),
+    ],
+)
 def test_files_that_cannot_be_read(tmp_path, name, content, why):
     (tmp_path / "a.json").write_text(json.dumps([dict(id=0)]))
     (tmp_path / name).write_text(content.replace("FOLDER", str(tmp_path)))

@@ -1,4 +1,5 @@
-"""The chat app in a real browser: it answers about uploads, stops, refuses in sentences, keeps no upload, and sends nothing out."""
+"""The chat app in a real browser: it answers about uploads, stops, refuses in sentences, keeps no upload, and sends
+nothing out."""
 
 import asyncio
 import importlib.util
@@ -148,7 +149,8 @@ def once(seed, frames):
 def takes(page, frames, tokens):
     "Wait until the panel says that a turn has so many frames and tokens."
     page.wait_for_function(
-        "([frames, tokens]) => { const t = document.querySelector('#takes table'); return t?.rows[0].cells[0].innerText === frames && t.rows[1].cells[1].innerText === tokens }",
+        "([frames, tokens]) => { const t = document.querySelector('#takes table'); return t?.rows[0].cells[0].innerText"
+        " === frames && t.rows[1].cells[1].innerText === tokens }",
         arg=[f"{frames:,} frames", f"{tokens:,}"],
     )
 
@@ -204,9 +206,9 @@ def test_examples(page, rooms, tmp_path):
                 and page.locator("#takes .seen img").count() == 12
             )
         if number == 2:
-            assert int(page.locator("#takes tr").nth(1).inner_text().split("\t")[1]) == 96 * 4 + 2 + 2 * 5, (
-                "the film was read again, or forgotten"
-            )
+            assert (
+                int(page.locator("#takes tr").nth(1).inner_text().split("\t")[1]) == 96 * 4 + 2 + 2 * 5
+            ), "the film was read again, or forgotten"
     assert kept_uploads(rooms) == [] and "213 of 214" in page.inner_text(".about")
     page.screenshot(path=tmp_path / "chat.png", full_page=True)
     assert (tmp_path / "chat.png").stat().st_size > 20_000
@@ -244,13 +246,14 @@ def test_a_question_while_another_one_is_answered(page, long):
     give(page, long)
     say(page, "find heart")
     page.wait_for_function(
-        "document.querySelectorAll('#history [data-testid=user]').length === 1 && document.querySelector('#box textarea').value === ''"
+        "document.querySelectorAll('#history [data-testid=user]').length === 1 && document.querySelector('#box"
+        " textarea').value === ''"
     )
     say(page, "find star")
     page.wait_for_function("document.querySelectorAll('#history [data-testid=user]').length === 2")
-    assert page.locator("#history [data-testid=bot]").nth(1).inner_text().strip() == "…", (
-        "the first answer came too soon for this test"
-    )
+    assert (
+        page.locator("#history [data-testid=bot]").nth(1).inner_text().strip() == "…"
+    ), "the first answer came too soon for this test"
     hears_two_words(page, 1)
     assert page.locator("#history [data-testid=bot]").count() == 2 and not page.locator("#history [role=alert]").count()
 
@@ -301,7 +304,8 @@ def test_a_rate_and_its_cap(page, tmp_path):
 
 
 def test_too_large(page, rooms, long, tmp_path):
-    "Two long films need more than this app gives a conversation; half of their frames fit, and they need not be given again."
+    """Two long films need more than this app gives a conversation; half of their frames fit, and they need not be
+    given again."""
     (tmp_path / "again.mp4").write_bytes(long.read_bytes())
     take_frames_in_settings(page, 3000)
     give(page, long, tmp_path / "again.mp4")
@@ -364,7 +368,9 @@ def test_a_new_conversation_while_the_old_one_is_answered(visit, endless):
         page.click("#fresh")
         page.wait_for_function("document.querySelectorAll('#history [data-testid=user]').length === 0")
         page.evaluate(
-            "window.late = 0; window.look = new MutationObserver(() => window.late += document.querySelectorAll('#history [data-testid=bot]').length); window.look.observe(document.querySelector('#history'), {childList: true, subtree: true})"
+            "window.late = 0; window.look = new MutationObserver(() => window.late +="
+            " document.querySelectorAll('#history [data-testid=bot]').length);"
+            " window.look.observe(document.querySelector('#history'), {childList: true, subtree: true})"
         )
         page.wait_for_timeout(700)
         assert page.evaluate("window.look.disconnect() ?? window.late") == 0
@@ -399,7 +405,7 @@ def test_refusals(tmp_path):
     assert "no-such-folder" in refusal("--model", "no-such-folder", "--port", free_port())
 
 
-def test_gradio_keeps_no_copies_of_what_was_shown():
+"""def test_gradio_keeps_no_copies_of_what_was_shown():"""
     "Each value that follows on a skip leaves a copy of the component in Gradio's memory of the page; a hundred answers leave none."
     import gradio as gr
     from gradio.state_holder import SessionState

@@ -1,4 +1,5 @@
 """Corpora: killed and gone on with, broken text, and the reader against a plain reading of the files."""
+
 import json
 import sys
 import time
@@ -31,13 +32,17 @@ def write(folder, sizes, seed=0):
     rng = np.random.default_rng(seed)
     for name, (n, mean) in sizes.items():
         lengths = np.maximum(rng.lognormal(np.log(mean), 0.7, n).astype(int), 1)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": " ".join(rng.choice(words[2:], k))}) + "\n" for k in lengths))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": " ".join(rng.choice(words[2:], k))}) + "\n" for k in lengths)
+        )
     return folder
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("text") / "text", {"mail": (1500, 20), "papers": (150, 300), "books": (40, 1200)})
+    return write(
+        tmp_path_factory.mktemp("text") / "text", {"mail": (1500, 20), "papers": (150, 300), "books": (40, 1200)}
+    )
 
 
 def prepare(text, out, **kw):
@@ -84,8 +89,12 @@ def test_mixture_stays_and_long_documents_gain(made):
     report, corpus = made[1], D.Corpus(made[0], length=2)
     flat = np.concatenate([t for t, _ in corpus.shards])
     lengths = np.diff(np.append(np.flatnonzero(flat == 0), len(flat))) - 1
-    assert abs(sum(n for cell in report.after.values() for n in cell[1:]) - lengths.sum()) < 256  # less than a sample is dropped
-    before = sum(t for (_, _, long), (_, t) in report.before.items() if long) / sum(t for _, t in report.before.values())
+    assert (
+        abs(sum(n for cell in report.after.values() for n in cell[1:]) - lengths.sum()) < 256
+    )  # less than a sample is dropped
+    before = sum(t for (_, _, long), (_, t) in report.before.items() if long) / sum(
+        t for _, t in report.before.values()
+    )
     assert (lengths[lengths > 512].sum() / lengths.sum()) > before + 0.02
     for was, now, _, _ in report.domains().values():
         assert abs(was - now) < 0.02
@@ -94,7 +103,13 @@ def test_mixture_stays_and_long_documents_gain(made):
 def test_no_class_of_length_is_off_by_more_than_a_document(text, tmp_path):
     "Against the formula, domain by domain; without tokens= no document comes twice."
     w, report = 3.0, prepare(text, tmp_path / "corpus", weight=3.0)
-    S, M = ({d: sum(t for (e, _, long), (_, t) in report.before.items() if e == d and long == kind) for d in ("mail", "papers", "books")} for kind in (False, True))
+    S, M = (
+        {
+            d: sum(t for (e, _, long), (_, t) in report.before.items() if e == d and long == kind)
+            for d in ("mail", "papers", "books")
+        }
+        for kind in (False, True)
+    )
     f = min(min(1, (S[d] + w * M[d]) / (w * (S[d] + M[d]))) for d in S if M[d])
     for (d, octave, long), (n, _) in report.before.items():
         rate = f * (S[d] + M[d]) / (S[d] + w * M[d]) * (w if long else 1)
@@ -118,7 +133,10 @@ def test_stream_stops_at_the_wanted_amount(tmp_path):
 def test_samples_are_the_tokens_in_a_row(made):
     flat = np.concatenate([np.fromfile(p, dtype=np.uint16) for p in sorted(made[0].glob("shard-?????.bin"))])
     corpus = D.Corpus(made[0], documents=True)
-    assert torch.equal(torch.cat([corpus[i]["input_ids"] for i in range(len(corpus))]), torch.from_numpy(flat[: len(corpus) * 256].astype(np.int64)))
+    assert torch.equal(
+        torch.cat([corpus[i]["input_ids"] for i in range(len(corpus))]),
+        torch.from_numpy(flat[: len(corpus) * 256].astype(np.int64)),
+    )
     for i in (0, 5, len(corpus) - 1):
         p, expected = 0, []
         for k, token in enumerate(corpus[i]["input_ids"].tolist()):
@@ -139,10 +157,16 @@ def test_copies_come_in_rounds(tmp_path):
     "More tokens than there are: neighbours are never copies of each other, but where rounds meet."
     rows = [{"text": f"{a} {b} {c}"} for a in "abcdefgh" for b in "abcdefgh" for c in "ab"]
     report = prepare(rows, tmp_path / "corpus", length=8, tokens=1500)
-    flat = np.concatenate([np.fromfile(p, dtype=np.uint16) for p in sorted((tmp_path / "corpus").glob("shard-?????.bin"))])
+    flat = np.concatenate(
+        [np.fromfile(p, dtype=np.uint16) for p in sorted((tmp_path / "corpus").glob("shard-?????.bin"))]
+    )
     documents = [tuple(d) for d in flat[: len(flat) // 4 * 4].reshape(-1, 4)]
-    assert sum(n for n, _ in report.after.values()) == 500 and sum(a == b for a, b in zip(documents, documents[1:])) == 0
-    assert set(map(documents.count, documents)) <= {3, 4, 5} and documents[:128] == documents[128:256]  # a stream comes as it comes
+    assert (
+        sum(n for n, _ in report.after.values()) == 500 and sum(a == b for a, b in zip(documents, documents[1:])) == 0
+    )
+    assert (
+        set(map(documents.count, documents)) <= {3, 4, 5} and documents[:128] == documents[128:256]
+    )  # a stream comes as it comes
 
 
 def test_stream_with_a_new_domain_is_refused_and_a_short_one_says_so(tmp_path):
@@ -175,8 +199,23 @@ def test_too_little_text_leaves_room_for_the_advice(tmp_path):
     assert len(D.Corpus(tmp_path / "corpus")) > 1
 
 
-@pytest.mark.parametrize("wrong", [dict(weight=0), dict(weight=float("nan")), dict(weight=0.5), dict(tokens=0), dict(tokens=-5), dict(measured=0, tokens=9),
-                                   dict(separator=70_000), dict(separator=-1), dict(seed=-1), dict(length=2.5), dict(length=1), dict(shard=0)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(weight=0),
+        dict(weight=float("nan")),
+        dict(weight=0.5),
+        dict(tokens=0),
+        dict(tokens=-5),
+        dict(measured=0, tokens=9),
+        dict(separator=70_000),
+        dict(separator=-1),
+        dict(seed=-1),
+        dict(length=2.5),
+        dict(length=1),
+        dict(shard=0),
+    ],
+)
 def test_impossible_settings_are_a_sentence(tmp_path, wrong):
     with pytest.raises(D.CorpusError):
         prepare([{"text": "a b c"}] * 9, tmp_path / "corpus", **{"length": 4, **wrong})
@@ -206,6 +245,7 @@ def test_broken_line_is_found_before_anything_is_written(text, tmp_path):
 
 class Stream:
     "As an IterableDataset of `datasets`: it begins anew each time, skips, and may break off in one of its passes."
+
     def __init__(self, rows, broken=None):
         self.rows, self.broken, self.passes = rows, broken, 0
 
@@ -225,21 +265,35 @@ class Stream:
 
 
 def test_stream_of_the_hub_goes_on_where_it_broke_off(tmp_path, monkeypatch):
-    "By its name, and with a `datasets` of three lines; the result is that of a list of the same rows. Another dataset is noticed."
-    rows = [{"text": " ".join("abcdefgh"[(i * k) % 8] for k in range(1 + i % 40)), "domain": "even" if i % 2 else "odd"} for i in range(400)]
+    """By its name, and with a `datasets` of three lines; the result is that of a list of the same rows. Another
+    dataset is noticed."""
+    rows = [
+        {"text": " ".join("abcdefgh"[(i * k) % 8] for k in range(1 + i % 40)), "domain": "even" if i % 2 else "odd"}
+        for i in range(400)
+    ]
     served = {}
     hub = type(sys)("datasets")
     hub.load_dataset = lambda name, split, streaming: served[name]
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    make = lambda source, out: prepare(source, tmp_path / out, length=32, min_upsample=30, shard=256)
+
+    def make(source, out):
+        return prepare(source, tmp_path / out, length=32, min_upsample=30, shard=256)
+
     make(rows, "list")
-    shards = lambda out: {name: data for name, data in files(tmp_path / out).items() if name.startswith("shard")}
+
+    def shards(out):
+        return {name: data for name, data in files(tmp_path / out).items() if name.startswith("shard")}
+
     served["some/text"] = Stream(rows)
     make("some/text", "whole")
     assert shards("whole") == shards("list")
-    for number, broken in enumerate([(1, 3), (2, 100), (3, 1), (3, 250)]):  # the first rows, the measuring, the packing before a shard and after
+    for number, broken in enumerate(
+        [(1, 3), (2, 100), (3, 1), (3, 250)]
+    ):  # the first rows, the measuring, the packing before a shard and after
         served["some/text"] = Stream(rows, broken)
-        with pytest.raises(D.StreamError, match=rf"^some/text broke off at row {broken[1]} .Connection reset by peer.: call again"):
+        with pytest.raises(
+            D.StreamError, match=rf"^some/text broke off at row {broken[1]} .Connection reset by peer.: call again"
+        ):
             make("some/text", f"broken-{number}")
         assert (tmp_path / f"broken-{number}/journal.json").exists() == (broken[0] == 3)
         served["some/text"] = Stream(rows)

@@ -1,4 +1,5 @@
 """Preference training: losses and log-probabilities against known numbers, `longva dpo` resumed and on two ranks."""
+
 import json
 import math
 import re
@@ -488,23 +489,29 @@ def test_finished_run_is_done_for_its_own_settings_alone(unbroken, data, tmp_pat
             shutil.rmtree(checkpoint)
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(steps=3, epochs=2), "steps and epochs"),
-    (dict(steps=0), "Nothing would be trained"),
-    (dict(steps=None, epochs=-1), "steps is None|Nothing would"),
-    (dict(fps=1.0, frames=3), "fps and frames"),
-    (dict(warmup=3, warm_up=0.1), "warmup and warm_up"),
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(steps=3, epochs=2), "steps and epochs"),
+        (dict(steps=0), "Nothing would be trained"),
+        (dict(steps=None, epochs=-1), "steps is None|Nothing would"),
+        (dict(fps=1.0, frames=3), "fps and frames"),
+        (dict(warmup=3, warm_up=0.1), "warmup and warm_up"),
+    ],
+)
 def test_settings_that_would_be_ignored(data, tmp_path, wrong, words):
     with pytest.raises(TrainError, match=words):
         trainer(data, tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("largest, words", [
-    (4_000, "features of .* cannot be saved"),
-    (60_000, "checkpoint of step .* cannot be saved"),
-])
+@pytest.mark.parametrize(
+    "largest, words",
+    [
+        (4_000, "features of .* cannot be saved"),
+        (60_000, "checkpoint of step .* cannot be saved"),
+    ],
+)
 def test_full_disk_is_one_sentence_and_no_bad_row(data, tmp_path, largest, words):
     """What cannot be written is not a row that cannot be read."""
     out = tmp_path / "run"
@@ -538,18 +545,21 @@ def test_start_or_data_that_is_not_there(data, tmp_path):
         trainer(tmp_path / "nothing.jsonl", tmp_path / "run")
 
 
-@pytest.mark.parametrize("change, why", [
-    (dict(chosen="plain"), "the same"),
-    (dict(rejected=None), "no rejected"),
-    (dict(rejected=[dict(role="user", content="x")]), "rejected must be"),
-    (dict(chosen="<video>"), "stands for a picture"),
-    (dict(video=["0.mp4", "1.mp4"]), "files that the row names: 2"),
-    (dict(video="9.mp4"), "there is no video"),
-    (dict(video=5), "video must be a name"),
-    (dict(prompt=[]), "no prompt"),
-    (dict(prompt=[dict(role="user")]), "content of a message"),
-    (dict(prompt=["x"]), "prompt must be"),
-])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (dict(chosen="plain"), "the same"),
+        (dict(rejected=None), "no rejected"),
+        (dict(rejected=[dict(role="user", content="x")]), "rejected must be"),
+        (dict(chosen="<video>"), "stands for a picture"),
+        (dict(video=["0.mp4", "1.mp4"]), "files that the row names: 2"),
+        (dict(video="9.mp4"), "there is no video"),
+        (dict(video=5), "video must be a name"),
+        (dict(prompt=[]), "no prompt"),
+        (dict(prompt=[dict(role="user")]), "content of a message"),
+        (dict(prompt=["x"]), "prompt must be"),
+    ],
+)
 def test_bad_rows(data, change, why):
     row = dict(video="0.mp4", prompt="<video>\nfind owl", chosen="red", rejected="plain")
     assert read_pair(Row(str(data), 1, row)).files("video") == [data.parent / "0.mp4"]
@@ -567,12 +577,15 @@ def test_rows_of_a_list(data, tmp_path):
     assert [line["row"] for line in bad] == [5]
 
 
-@pytest.mark.parametrize("text, why", [
-    ('{"a": 1}', "must hold a list"),
-    ("[{", "broken JSON"),
-    ("[]", "no rows"),
-    ("[3]", "row 1: a row must be an object"),
-])
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ('{"a": 1}', "must hold a list"),
+        ("[{", "broken JSON"),
+        ("[]", "no rows"),
+        ("[3]", "row 1: a row must be an object"),
+    ],
+)
 def test_broken_files(tmp_path, text, why):
     (tmp_path / "rows.json").write_text(text)
     with pytest.raises(DataError, match=why):

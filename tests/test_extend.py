@@ -1,4 +1,6 @@
-"""longva extend with the miniature preset, as a user runs it: from the terminal, with several ranks, killed, and on bad text."""
+"""longva extend with the miniature preset, as a user runs it: from the terminal, with several ranks, killed, and on
+bad text."""
+
 import json
 import random
 import shutil
@@ -18,19 +20,25 @@ def command(out, settings):
 
     from longva.cli import app
     from longva.train.extend import PRESETS
+
     PRESETS["mini"] = replace(PRESETS["mini"], recipe=replace(PRESETS["mini"].recipe, save_every=2))
     os.dup2(2, 1)
     app(["extend", "--out", out, *map(str, settings["args"])])
 
 
-def start(out, *args, world=1): return toy.start(out, world, body=command, args=args)
+def start(out, *args, world=1):
+    return toy.start(out, world, body=command, args=args)
 
 
 def test_two_ranks_zero3_killed_and_resumed(tmp_path):
-    "As from the terminal; killed, it ends with bit-equal weights on the same ranks, and on one rank with the same losses to rounding."
+    """As from the terminal; killed, it ends with bit-equal weights on the same ranks, and on one rank with the same
+    losses to rounding."""
     pytest.importorskip("deepspeed")
     whole, killed, alone = (tmp_path / name for name in ("whole", "killed", "alone"))
-    run = lambda out, world: start(out, "--preset", "mini", "--steps", 4, "--rows", 4, "--engine", "deepspeed", world=world)
+
+    def run(out, world):
+        return start(out, "--preset", "mini", "--steps", 4, "--rows", 4, "--engine", "deepspeed", world=world)
+
     done = toy.wait(run(whole, 2))
     assert [code for code, _ in done] == [0, 0], done[0][1][-3000:]
     shutil.copytree(whole, killed, ignore=shutil.ignore_patterns("long"))  # the stage before is the same
@@ -59,6 +67,7 @@ def waiting(out, settings):
     import torch.distributed as dist
 
     from longva.train.ranks import Ranks
+
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=4))
 
@@ -66,6 +75,7 @@ def waiting(out, settings):
         time.sleep(9)
         if settings["error"]:
             raise OSError("no space left")
+
     try:
         Ranks(rank, 2).first(slow, heartbeat=1)
         said = "done"
@@ -75,7 +85,13 @@ def waiting(out, settings):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("error, said", [(False, ["done", "done"]), (True, ["OSError: no space left", "TrainError: The first rank stopped: no space left."])])
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (False, ["done", "done"]),
+        (True, ["OSError: no space left", "TrainError: The first rank stopped: no space left."]),
+    ],
+)
 def test_ranks_wait_longer_than_their_deadline_for_the_text(tmp_path, error, said):
     toy.wait(toy.start(tmp_path / "said", 2, body=waiting, error=error))
     assert [(tmp_path / f"said-{r}").read_text() for r in range(2)] == said
@@ -86,10 +102,13 @@ def test_broken_text_is_one_sentence(tmp_path):
     from longva.mini.reader import short_reader
     from longva.train.data import CorpusError
     from longva.train.extend import extend
+
     (tmp_path / "text").mkdir()
     torn, reader = tmp_path / "text/a.jsonl", short_reader(tmp_path / "reader")
     torn.write_text(json.dumps({"text": "find owl ."}) + '\n{"text": "a b')
-    ((code, error),) = toy.wait(start(tmp_path / "run", "--preset", "mini", "--text", tmp_path / "text", "--model", reader))
+    ((code, error),) = toy.wait(
+        start(tmp_path / "run", "--preset", "mini", "--text", tmp_path / "text", "--model", reader)
+    )
     assert code == 1 and "a.jsonl, line 2: broken JSON" in error and "Traceback" not in error
     torn.write_text(json.dumps({"text": "find owl ."}) + '\n{"words": "a"}')
     with pytest.raises(CorpusError, match="line 2: no text under 'text'"):
@@ -97,24 +116,42 @@ def test_broken_text_is_one_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_start_is_refused(tmp_path):
+"""def test_another_start_is_refused(tmp_path):"""
     "A run that is half done, and one that is whole, whose checkpoints are gone: other weights of the same shapes, other weights of tokens, another seed."
     from longva.mini.reader import short_reader
     from longva.train.extend import extend
+
     (tmp_path / "text").mkdir()
     (tmp_path / "text/a.txt").write_text("find owl . red rings . " * 60)
     reader, out = short_reader(tmp_path / "reader"), tmp_path / "run"
-    go = lambda model=reader, **more: extend("mini", tmp_path / "text", out, model=model, length=16, **{"corpus": dict(separator=2), "steps": 2, "rows": 2, **more})
+
+    def go(model=reader, **more):
+        return extend(
+            "mini",
+            tmp_path / "text",
+            out,
+            model=model,
+            length=16,
+            **{"corpus": dict(separator=2), "steps": 2, "rows": 2, **more},
+        )
+
     made = go(save_every=1)
     other = shutil.copytree(reader, tmp_path / "other")
     from safetensors.torch import load_file, save_file
+
     weights = load_file(other / "model.safetensors")
     name = next(n for n in weights if "layers.0" in n)
     weights[name].flatten()[7] += 1e-3  # one number
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    shutil.rmtree(out / "step-000002"); shutil.rmtree(made)
+    shutil.rmtree(out / "step-000002")
+    shutil.rmtree(made)
     for _ in ("half", "whole"):
-        for wrong, said in ((dict(model=other), "starting weights"), (dict(weigh=lambda ids: torch.ones(len(ids))), "weighed False .now True"), (dict(lr=1e-5), "lr 0.0015 .now 1e-05"), (dict(steps=3), "steps 2 .now 3")):
+        for wrong, said in (
+            (dict(model=other), "starting weights"),
+            (dict(weigh=lambda ids: torch.ones(len(ids))), "weighed False .now True"),
+            (dict(lr=1e-5), "lr 0.0015 .now 1e-05"),
+            (dict(steps=3), "steps 2 .now 3"),
+        ):
             with pytest.raises(toy.TrainError, match=f"was begun with {said}"):
                 go(**wrong)
         assert go() == made
@@ -129,6 +166,20 @@ def test_context_that_does_not_fit_is_the_planners_sentence(tmp_path):
     from longva.train.ranks import Ranks
     from longva.train.recipe import Recipe
     from longva.train.throughput import check_memory
-    seven = type("M", (), {"config": Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)})
+
+    seven = type(
+        "M",
+        (),
+        {
+            "config": Qwen2Config(
+                vocab_size=152064,
+                hidden_size=3584,
+                intermediate_size=18944,
+                num_hidden_layers=28,
+                num_attention_heads=28,
+                num_key_value_heads=4,
+            )
+        },
+    )
     with pytest.raises(PlanError):
         check_memory(seven, 4_000_000, Recipe(steps=1), Ranks())

@@ -119,8 +119,8 @@ def test_an_adaptive_run_stays_between_its_bounds(here, read):
 
 
 def test_an_adaptive_run_sees_its_film_once(tmp_path, monkeypatch):
-    (model, processor) = load("mini-short")
-    (hay, hide, _) = mini_scene(16, 10, 5)
+    model, processor = load("mini-short")
+    hay, hide, _ = mini_scene(16, 10, 5)
     calls = []
     see = type(model).encode_frames
     monkeypatch.setattr(

@@ -215,9 +215,9 @@ def test_check_tree_finds(house, disorder, sentence):
     done = run(sys.executable, "tools/check_tree.py", cwd=house)
     assert done.returncode == 1
     assert sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert before == {p: p.read_bytes() for p in house.rglob("*") if p.suffix in (".py", ".ipynb", ".md")}, (
-        "the check wrote into the tree"
-    )
+    assert before == {
+        p: p.read_bytes() for p in house.rglob("*") if p.suffix in (".py", ".ipynb", ".md")
+    }, "the check wrote into the tree"
 
 
 def test_notebooks_that_fail_or_test_nothing(house):

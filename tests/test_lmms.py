@@ -148,7 +148,10 @@ def test_settings_until_beams_and_seed(world, chat):
         return chat.generate_until(asked(chat, doc, hot))
 
     assert drawn(1) == drawn(1) and len({drawn(seed)[0] for seed in range(5)}) > 1
-    first = lambda: asked(chat, doc, settings)
+
+    def first():
+        return asked(chat, doc, settings)
+
     settings = dict(max_new_tokens=8, until=["."])
     assert chat.generate_until(first()) == chat.generate_until(first()) and settings == dict(
         max_new_tokens=8, until=["."]
@@ -157,7 +160,10 @@ def test_settings_until_beams_and_seed(world, chat):
 
 def test_words_between_pictures(simple):
     pair = [picture_of(SCENES), picture_of(OTHERS)]
-    kinds = lambda turn: [p.get("text", p["type"]) for p in turn[0]["content"]]
+
+    def kinds(turn):
+        return [p.get("text", p["type"]) for p in turn[0]["content"]]
+
     assert kinds(user_turn(pair, "a <image> b <image> c")) == ["a ", "image", " b ", "image", " c"]
     assert kinds(user_turn(pair, "<image><image> c")) == ["image", "image", " c"]
     assert kinds(user_turn(pair, "c")) == ["image", "image", "c"]
@@ -259,7 +265,10 @@ def test_frames_that_are_read(world):
         fps=2,
         crf=1,
     )
-    seen = lambda url=film, **ask: (read_video({"url": url}, 28, **ask).seconds * 2).round().astype(int).tolist()
+
+    def seen(url=film, **ask):
+        return (read_video({"url": url}, 28, **ask).seconds * 2).round().astype(int).tolist()
+
     assert seen(str(film), frames=5) == [0, 9, 19, 29, 39] == np.linspace(0, 39, 5).astype(int).tolist()
     assert len(seen()) == 32 and len(seen(frames=50)) == 50  # a short film repeats frames, as the original does
     assert (
@@ -299,9 +308,11 @@ def test_front_ends_differ(world):
     wide = np.zeros((2, 28, 84, 3), np.uint8)
     wide[:, :, :20] = 255
     pixels = {
-        fit: Answerer("mini-longva", frames_fit=fit, device="cpu").prepare(say(dict(see=[wide], ask="find star")))[
-            "pixel_values_videos"
-        ]
+        fit: (
+            Answerer("mini-longva", frames_fit=fit, device="cpu").prepare(say(dict(see=[wide], ask="find star")))[
+                "pixel_values_videos"
+            ]
+        )
         for fit in ("crop", "pad", "resize")
     }
     assert all(
@@ -327,7 +338,10 @@ def test_folders_and_the_originals_format(world, tmp_path):
 
 
 def test_import_needs_no_lmms_eval(monkeypatch):
-    code = "import sys, longva.lmms as m; assert not [n for n in sys.modules if n.startswith('lmms_eval')]; print(m.Answerer.__name__)"
+    code = (
+        "import sys, longva.lmms as m; assert not [n for n in sys.modules if n.startswith('lmms_eval')];"
+        " print(m.Answerer.__name__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "Answerer", done.stderr
     monkeypatch.setattr("longva.lmms.model.find_spec", lambda name: None)
@@ -441,13 +455,17 @@ def test_begins_with():
 FAKE = """
 import json, pathlib, sys
 args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-with open(pathlib.Path(args["--output_path"]).parent / "calls.txt", "a") as log: log.write(args["--model_args"] + " " + args["--tasks"] + "\\n")
+with open(pathlib.Path(args["--output_path"]).parent / "calls.txt", "a") as log:
+    log.write(args["--model_args"] + " " + args["--tasks"] + "\\n")
 frames = int(dict(a.split("=") for a in args["--model_args"].split(","))["frames"])
 if frames == 99: print("Traceback"); print("ValueError: Task toy, document 3 of test can't be shown"); sys.exit(0)
 out = pathlib.Path(args["--output_path"]) / "m"
 out.mkdir(parents=True, exist_ok=True)
-(out / "20260101_results.json").write_text(json.dumps({"results": {"toy": {"alias": "toy", "acc,none": frames / 100, "acc_stderr,none": 0.1, "note": "x"}},
-    "n-samples": {"toy": {"original": 9, "effective": 7}}, "throughput": {"avg_seconds_model": frames / 1000, "avg_seconds_reading": 0.5}}))
+(out / "20260101_results.json").write_text(json.dumps({
+    "results": {"toy": {"alias": "toy", "acc,none": frames / 100, "acc_stderr,none": 0.1, "note": "x"}},
+    "n-samples": {"toy": {"original": 9, "effective": 7}},
+    "throughput": {"avg_seconds_model": frames / 1000, "avg_seconds_reading": 0.5},
+}))
 """
 
 
@@ -458,7 +476,10 @@ def test_curve(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'path'}{os.pathsep}{root}")
     monkeypatch.setattr("longva.lmms.curve.need_lmms", lambda: None)
     out = tmp_path / "out"
-    go = lambda frames, **more: run_curve("some/model", "toy", frames, out, **more)
+
+    def go(frames, **more):
+        return run_curve("some/model", "toy", frames, out, **more)
+
     rows = go([16, 8, 8])
     assert [
         (r["frames"], r["score"], r["stderr"], r["documents"], r["seconds_model"], r["seconds_reading"]) for r in rows
@@ -478,7 +499,10 @@ def test_curve(tmp_path, monkeypatch, capsys):
     assert record["rows"] == rows and {"longva", "torch", "transformers", "lmms_eval", "python", "device"} <= set(
         record["versions"]
     )
-    calls = lambda: (out / "calls.txt").read_text().splitlines()
+
+    def calls():
+        return (out / "calls.txt").read_text().splitlines()
+
     assert calls() == ["pretrained=some/model,frames=8 toy", "pretrained=some/model,frames=16 toy"]
     assert go([8, 16]) == rows and len(calls()) == 2  # what is there is not run again
     go([8], model_args="fps=1,frames={frames}")
@@ -530,7 +554,10 @@ def test_a_curve_that_cannot_be_is_one_sentence(wrong, sentence, tmp_path, monke
 
 
 def test_what_lmms_eval_said_is_cut_to_the_sentence():
-    line = "2026-11-29 13:51:45 | ERROR    | lmms_eval.__main__:cli_evaluate:614 - Error during evaluation: fps is -1.0, and must be a number above 0.. Please set `--verbosity=DEBUG` to get more information."
+    line = (
+        "2026-11-29 13:51:45 | ERROR    | lmms_eval.__main__:cli_evaluate:614 - Error during evaluation: fps is -1.0,"
+        " and must be a number above 0.. Please set `--verbosity=DEBUG` to get more information."
+    )
     assert last_error(f"noise\n{line}\nmore") == "fps is -1.0, and must be a number above 0"
     assert (
         last_error("ValueError: no such thing.\n") == "ValueError: no such thing"
@@ -539,17 +566,19 @@ def test_what_lmms_eval_said_is_cut_to_the_sentence():
 
 
 def test_the_commands(world, tmp_path):
-    ask = lambda frames, out: [
-        "vniah",
-        "--film",
-        str(world / "film.mp4"),
-        "--needles",
-        str(world / "needles"),
-        "--frames",
-        frames,
-        "--out",
-        str(tmp_path / out),
-    ]
+    def ask(frames, out):
+        return [
+            "vniah",
+            "--film",
+            str(world / "film.mp4"),
+            "--needles",
+            str(world / "needles"),
+            "--frames",
+            frames,
+            "--out",
+            str(tmp_path / out),
+        ]
+
     done = CliRunner().invoke(lmms_app, ask("4,8", "tasks"))
     assert done.exit_code == 0 and (tmp_path / "tasks" / "vniah_8_forced.yaml").is_file(), done.output
     assert CliRunner().invoke(lmms_app, ask("4,many", "more")).exit_code == 2
@@ -573,7 +602,8 @@ def real(tmp_path_factory):
     named = os.environ.get("LONGVA_LMMS_ENV")
     if not named:
         pytest.skip(
-            "lmms-eval is not run: make an environment for it by the lines of nbs/790_lmms.ipynb, and name it in LONGVA_LMMS_ENV; or LONGVA_LMMS_ENV=build"
+            "lmms-eval is not run: make an environment for it by the lines of nbs/790_lmms.ipynb, and name it in"
+            " LONGVA_LMMS_ENV; or LONGVA_LMMS_ENV=build"
         )
     place = tmp_path_factory.mktemp("real")
     if named == "build":
@@ -649,7 +679,9 @@ UTILS = """
 from PIL import Image
 from longva.lmms import part_of
 
-def messages(doc): return [{"role": "user", "content": [*map(part_of, doc["see"]), {"type": "text", "text": doc["ask"]}]}]
+def messages(doc):
+    parts = [*map(part_of, doc["see"]), {"type": "text", "text": doc["ask"]}]
+    return [{"role": "user", "content": parts}]
 def visual(doc): return [Image.open(v) if v.endswith("png") else v for v in doc["see"]]
 def results(doc, said): return {"right": float(said[0] == doc["answer"])}
 """
@@ -785,28 +817,31 @@ def test_real_two_ranks(real, tasks):
 
 def test_real_curve(real, tasks, tmp_path):
     folder, docs = tasks
-    go = lambda: subprocess.run(
-        [
-            str(real.python),
-            "-m",
-            "longva.lmms",
-            "curve",
-            "--pretrained",
-            "mini-longva",
-            "--tasks",
-            "toy_ask",
-            "--frames",
-            "2,4",
-            "--include-path",
-            str(folder),
-            "--out",
-            str(tmp_path),
-        ],
-        env=real.env,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+
+    def go():
+        return subprocess.run(
+            [
+                str(real.python),
+                "-m",
+                "longva.lmms",
+                "curve",
+                "--pretrained",
+                "mini-longva",
+                "--tasks",
+                "toy_ask",
+                "--frames",
+                "2,4",
+                "--include-path",
+                str(folder),
+                "--out",
+                str(tmp_path),
+            ],
+            env=real.env,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+
     done = go()
     record = json.loads((tmp_path / "curve.json").read_text())
     assert (

@@ -1,4 +1,5 @@
 """The training loop with several processes: exact resume, other numbers of ranks, lost ranks, signals."""
+
 import importlib.util
 import json
 import math
@@ -175,6 +176,7 @@ def test_zero3_in_bfloat16_resumes_bit_for_bit(zero3, tmp_path):
 
 class Here:
     """Rows that count upwards, for a training in this process."""
+
     length = 32
 
     def __call__(self, step, row):
@@ -203,22 +205,28 @@ def copied(done, folder):
     return out
 
 
-@pytest.mark.parametrize("other, message", [
-    (ABOUT | {"theta": 1e9}, "begun with theta 10000.0 (now 1000000000.0)"),
-    ({"theta": 1e4, "length": 32}, "begun with corpus 3fa1 (now none)"),
-    (None, "begun with corpus 3fa1"),
-])
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (ABOUT | {"theta": 1e9}, "begun with theta 10000.0 (now 1000000000.0)"),
+        ({"theta": 1e4, "length": 32}, "begun with corpus 3fa1 (now none)"),
+        (None, "begun with corpus 3fa1"),
+    ],
+)
 def test_another_identity_is_refused(done, tmp_path, other, message):
     with pytest.raises(TrainError, match=re.escape(message)):
         here(copied(done, tmp_path / "run"), identity=other)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_theta 10000.0 (now 1000000.0)"),
-    ({"num_hidden_layers": 1}, "num_hidden_layers 2 (now 1)"),
-    ({"num_attention_heads": 8, "head_dim": 4, "num_key_value_heads": 4}, "num_attention_heads 4 (now 8)"),
-    ({"intermediate_size": 48}, "intermediate_size 64 (now 48)"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_theta 10000.0 (now 1000000.0)"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers 2 (now 1)"),
+        ({"num_attention_heads": 8, "head_dim": 4, "num_key_value_heads": 4}, "num_attention_heads 4 (now 8)"),
+        ({"intermediate_size": 48}, "intermediate_size 64 (now 48)"),
+    ],
+)
 def test_another_model_is_refused(done, tmp_path, changes, message):
     with pytest.raises(TrainError, match=re.escape(message)):
         here(copied(done, tmp_path / "run"), toy.tiny(**changes), identity=ABOUT)
@@ -273,12 +281,38 @@ def test_one_run_in_a_folder(unbroken, tmp_path):
 
 
 WRONG = [
-    ("steps", -1), ("steps", 2.5), ("steps", "4"), ("steps", True), ("rows", 0), ("rows", -4),
-    ("lr", 0), ("lr", -1.0), ("lr", float("nan")), ("schedule", "step"), ("floor", 2), ("warmup", -5),
-    ("weight_decay", -0.1), ("betas", (0.9,)), ("betas", (0.9, 1.0)), ("betas", 0.9), ("clip", 0), ("clip", -1),
-    ("precision", "fp16"), ("seed", -1), ("micro", 0), ("cp", 0), ("kind", "rings"), ("engine", "deepsped"),
-    ("checkpointing", "no"), ("save_every", 0), ("keep", -1), ("keep", 0), ("spike", 1), ("timeout", 0),
-    ("trackers", "tensorboard"), ("trackers", (1,)),
+    ("steps", -1),
+    ("steps", 2.5),
+    ("steps", "4"),
+    ("steps", True),
+    ("rows", 0),
+    ("rows", -4),
+    ("lr", 0),
+    ("lr", -1.0),
+    ("lr", float("nan")),
+    ("schedule", "step"),
+    ("floor", 2),
+    ("warmup", -5),
+    ("weight_decay", -0.1),
+    ("betas", (0.9,)),
+    ("betas", (0.9, 1.0)),
+    ("betas", 0.9),
+    ("clip", 0),
+    ("clip", -1),
+    ("precision", "fp16"),
+    ("seed", -1),
+    ("micro", 0),
+    ("cp", 0),
+    ("kind", "rings"),
+    ("engine", "deepsped"),
+    ("checkpointing", "no"),
+    ("save_every", 0),
+    ("keep", -1),
+    ("keep", 0),
+    ("spike", 1),
+    ("timeout", 0),
+    ("trackers", "tensorboard"),
+    ("trackers", (1,)),
 ]
 
 
@@ -302,10 +336,13 @@ def test_no_steps_and_unknown_trackers_before_anything_is_made(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("largest, save_every, message", [
-    (40_000, 4, "The checkpoint of step 4 cannot be saved in"),
-    (2_000, 100, "metrics.jsonl cannot be written"),
-])
+@pytest.mark.parametrize(
+    "largest, save_every, message",
+    [
+        (40_000, 4, "The checkpoint of step 4 cannot be saved in"),
+        (2_000, 100, "metrics.jsonl cannot be written"),
+    ],
+)
 def test_full_disk_is_one_sentence_on_all_ranks(tmp_path, largest, save_every, message):
     """Files of rank 0 may have so many bytes: checkpoint or log don't fit, and no half of a checkpoint is left."""
     out = tmp_path / "run"
@@ -387,32 +424,43 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
 IDS = torch.arange(8)
 
 
-@pytest.mark.parametrize("sample", [
-    {"input_ids": IDS[:1]},
-    {"input_ids": IDS, "labels": torch.full((8,), -100)},
-    {"input_ids": IDS, "weights": torch.zeros(8)},
-], ids=["one token", "no labels", "no weights"])
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {"input_ids": IDS[:1]},
+        {"input_ids": IDS, "labels": torch.full((8,), -100)},
+        {"input_ids": IDS, "weights": torch.zeros(8)},
+    ],
+    ids=["one token", "no labels", "no weights"],
+)
 def test_samples_that_teach_nothing(tmp_path, sample):
     with pytest.raises(TrainError, match="step 1: no token of its 4 rows"):
         here(tmp_path / "run", batches=lambda step, row: sample)
 
 
-@pytest.mark.parametrize("samples, message", [
-    ([{"input_ids": IDS, "labels": IDS[1:]}], "7 labels for 8 tokens"),
-    ([{"input_ids": IDS, "weights": torch.ones(9)}], "9 weights for 8 tokens"),
-    ([{"input_ids": IDS[:0]}], "no tokens"),
-    ([{"labels": IDS}], "input_ids"),
-    ([{"input_ids": IDS}, {"input_ids": IDS, "kinds": IDS}], "kinds"),
-], ids=str)
+@pytest.mark.parametrize(
+    "samples, message",
+    [
+        ([{"input_ids": IDS, "labels": IDS[1:]}], "7 labels for 8 tokens"),
+        ([{"input_ids": IDS, "weights": torch.ones(9)}], "9 weights for 8 tokens"),
+        ([{"input_ids": IDS[:0]}], "no tokens"),
+        ([{"labels": IDS}], "input_ids"),
+        ([{"input_ids": IDS}, {"input_ids": IDS, "kinds": IDS}], "kinds"),
+    ],
+    ids=str,
+)
 def test_samples_that_make_no_batch(samples, message):
     with pytest.raises(TrainError, match=message):
         collate(samples)
 
 
-@pytest.mark.parametrize("save_every, message", [
-    (1, "In another folder, a lower"),
-    (9, "no checkpoint yet, and a lower"),
-])
+@pytest.mark.parametrize(
+    "save_every, message",
+    [
+        (1, "In another folder, a lower"),
+        (9, "no checkpoint yet, and a lower"),
+    ],
+)
 def test_advice_can_be_followed(tmp_path, save_every, message):
     """With a checkpoint, another recipe is refused in the same folder; without one, it isn't."""
     out = tmp_path / "run"

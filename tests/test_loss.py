@@ -179,7 +179,10 @@ def test_liger_is_called_as_it_wants_to_be(monkeypatch):
     assert calls == {"ignore_index": -100, "reduction": "sum", "accum_dtype": torch.float32}
 
     monkeypatch.setattr(loss_module, "find_spec", lambda name: name == "liger_kernel")
-    on_cuda = lambda *shape: types.SimpleNamespace(shape=torch.Size(shape), dtype=torch.bfloat16, is_cuda=True)
+
+    def on_cuda(*shape):
+        return types.SimpleNamespace(shape=torch.Size(shape), dtype=torch.bfloat16, is_cuda=True)
+
     assert loss_kernel(on_cuda(44_032, 3584), on_cuda(152_064, 3584))[0] == "liger"
     assert loss_kernel(on_cuda(45_000, 3584), on_cuda(152_064, 3584))[0] == "chunks"
 

@@ -1,4 +1,5 @@
 """Mistakes on the command line of `longva align` and `longva dpo`: one sentence each, nothing half-written."""
+
 import json
 import os
 import shutil
@@ -69,7 +70,7 @@ def test_lines_are_read_one_by_one(tmp_path):
     file = tmp_path / "rows.jsonl"
     row = dict(conversations=small.talk("say red", "red"))
     line = json.dumps(row).encode()
-    file.write_bytes(b"\n".join([b"\xef\xbb\xbf" + line, b"{\"a\": \"\xff\"}\r", b"[" * 100_000, line]))
+    file.write_bytes(b"\n".join([b"\xef\xbb\xbf" + line, b'{"a": "\xff"}\r', b"[" * 100_000, line]))
     rows = open_data(file)
     assert [r.number for r in rows] == [1, 2, 3, 4] and rows[0].data == rows[3].data == row
     assert rows[1].data == "it is no UTF-8 text" and rows[2].data.startswith("broken JSON")
@@ -79,22 +80,28 @@ def test_lines_are_read_one_by_one(tmp_path):
     assert open_data(whole)[0].data == row
 
 
-@pytest.mark.parametrize("options, code, sentence", [
-    (["--fps", "0"], 1, "fps is 0.0: it must be a number above 0."),
-    (["--fps", "nan"], 1, "fps is nan: it must be a number above 0."),
-    (["--fps", "-1"], 1, "fps is -1.0: it must be a number above 0."),
-    (["--model", " "], 2, EMPTY_MODEL),
-])
+@pytest.mark.parametrize(
+    "options, code, sentence",
+    [
+        (["--fps", "0"], 1, "fps is 0.0: it must be a number above 0."),
+        (["--fps", "nan"], 1, "fps is nan: it must be a number above 0."),
+        (["--fps", "-1"], 1, "fps is -1.0: it must be a number above 0."),
+        (["--model", " "], 2, EMPTY_MODEL),
+    ],
+)
 def test_dpo_options(say, options, code, sentence):
     assert say(*DPO, "--data", "pairs.jsonl", *options) == (code, [sentence], [])
 
 
-@pytest.mark.parametrize("options, model", [
-    ((), str(folder("mini-longva"))),
-    (("--model", "mini-short"), str(folder("mini-short"))),
-    (("--preset", "paper"), None),
-    (("--preset", "paper", "--model", "owner/name"), "owner/name"),
-])
+@pytest.mark.parametrize(
+    "options, model",
+    [
+        ((), str(folder("mini-longva"))),
+        (("--model", "mini-short"), str(folder("mini-short"))),
+        (("--preset", "paper"), None),
+        (("--preset", "paper", "--model", "owner/name"), "owner/name"),
+    ],
+)
 def test_where_dpo_starts(say, monkeypatch, options, model):
     """The paper's preset keeps its own model unless another is named."""
     seen = {}

@@ -117,7 +117,10 @@ def test_click_slider_drag_keys_and_model(page, bench, tmp_path):
     page.wait_for_selector('#strip button.here[data-index="16"]')
 
     box = page.locator("#strip .film .pictures").bounding_box()
-    x = lambda depth: box["x"] + box["width"] * (0.5 + 20 * depth) / 21
+
+    def x(depth):
+        return box["x"] + box["width"] * (0.5 + 20 * depth) / 21
+
     page.mouse.move(x(0.8), box["y"] + 15)
     page.mouse.down()
     for depth in (0.7, 0.5, 0.35, 0.3, 0.25):
@@ -151,7 +154,8 @@ def test_attention(page, bench):
     assert float(strip.get_attribute("data-needle")) == pytest.approx(seen[128], abs=1e-3)
     assert float(strip.get_attribute("data-text")) == pytest.approx(1 - seen.sum(), abs=1e-3)
     needle = page.evaluate(
-        "(() => { const b = document.querySelector('#strip .attention path.needle').getBoundingClientRect(); return b.x + b.width / 2; })()"
+        "(() => { const b = document.querySelector('#strip .attention path.needle').getBoundingClientRect(); return b.x"
+        " + b.width / 2; })()"
     )
     grip = page.locator("#strip .grip").bounding_box()
     assert abs(needle - grip["x"] - grip["width"] / 2) < 2, "the bar of the needle is not under the needle"
@@ -176,7 +180,10 @@ def test_heat_map_cells_log_and_short_twin(page, bench, tmp_path):
     page.wait_for_function("document.querySelector('#heat .ring').dataset.y === '4.000'")
     assert ring(page) == (4, 4)
     counts = cells(list(fill(bench, frames=(16,)))[-1])
-    cell = lambda d: page.locator(f'#heat button[data-frames="16"][data-depth="{d}"]')
+
+    def cell(d):
+        return page.locator(f'#heat button[data-frames="16"][data-depth="{d}"]')
+
     assert [int(cell(d).get_attribute("data-right")) for d in (0.0, 0.25, 0.5, 0.75, 1.0)] == [
         counts[16, d][0] for d in (0, 0.25, 0.5, 0.75, 1)
     ]

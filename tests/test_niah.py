@@ -601,8 +601,9 @@ def test_a_name_on_an_unreachable_hub_is_asked_for_once(book, tmp_path):
     call = [*LONGVA, *command("unknown/name", book, "out")]
     done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
-    assert done.stderr == (
-        "No language model can be loaded from unknown/name: it is no folder here, and the Hugging Face hub can't be "
+    assert (
+        done.stderr
+        == "No language model can be loaded from unknown/name: it is no folder here, and the Hugging Face hub can't be "
         "reached to look for the name there: check the path, or the network.\n"
     )
 

@@ -55,7 +55,10 @@ PLAIN = 1e4 ** (-2.0 * I / 32)
 
 def yarn_oracle(s, length, fast=32, slow=1):
     """The authors' code, in three lines: the ramp over pairs between floor and ceil of the two boundaries."""
-    boundary = lambda turns: 32 * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(1e4))
+
+    def boundary(turns):
+        return 32 * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(1e4))
+
     low, high = max(math.floor(boundary(fast)), 0), min(math.ceil(boundary(slow)), 31)
     keep = 1 - np.clip((I - low) / max(high - low, 1e-3), 0, 1)
     return PLAIN * keep + PLAIN / s * (1 - keep)
@@ -504,9 +507,9 @@ def test_families(name):
         assert rope_report(model).exact and not rope_report(model).ignored
         extend_rope(model, theta=1e8)
         moved, report = model(ids)[0], rope_report(model)
-        assert not report.ignored and abs(report.theta / 1e8 - 1) < 1e-3 and report.exact and report.survives_save, (
-            report
-        )
+        assert (
+            not report.ignored and abs(report.theta / 1e8 - 1) < 1e-3 and report.exact and report.survives_save
+        ), report
         assert not torch.allclose(moved, plain, atol=1e-5)
         torch.testing.assert_close(exact_rope(model, exact=False)(ids)[0], moved, rtol=1e-4, atol=1e-5)
 
@@ -525,9 +528,7 @@ def test_exact_at_four_million(name):
     layout = (
         (lambda t: t)
         if name == "llama4"
-        else (lambda t: np.repeat(t, 2, -1))
-        if name == "cohere"
-        else (lambda t: np.concatenate([t, t], -1))
+        else (lambda t: np.repeat(t, 2, -1)) if name == "cohere" else (lambda t: np.concatenate([t, t], -1))
     )
     assert cos.dtype == torch.float32
     assert (

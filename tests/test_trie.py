@@ -62,11 +62,11 @@ def by_hand(reader, path, answer):
     """All embeddings in a row, one call of the model, all logits."""
     words = reader.model.get_input_embeddings()
     rows = [
-        words(torch.tensor(p[1]))
-        if p[0] == "ids"
-        else reader.haystack[p[1] : p[2]].flatten(0, 1)
-        if p[0] == "hay"
-        else reader.needles[p[1]]
+        (
+            words(torch.tensor(p[1]))
+            if p[0] == "ids"
+            else reader.haystack[p[1] : p[2]].flatten(0, 1) if p[0] == "hay" else reader.needles[p[1]]
+        )
         for p in path
     ]
     rows.append(words(torch.tensor(answer[:-1], dtype=torch.long)))
@@ -85,7 +85,7 @@ def test_every_path_as_if_alone(reader, how):
 
 
 def test_exact_in_float64(reader):
-    (paths, answers) = odd_paths(20)
+    paths, answers = odd_paths(20)
     wide = Reader(toy()[0].double()).seeing(reader.haystack.double(), reader.needles.double())
     for i, logits, _ in decide_paths(wide, paths, answers, chunk=16):
         assert logits.dtype == torch.float64 and (logits - by_hand(wide, paths[i], answers[i])).abs().max() < 1e-11
@@ -127,9 +127,11 @@ def test_no_beginning_is_read_twice(reader):
             for t in (
                 [("id", x) for x in p[1]]
                 if p[0] == "ids"
-                else [("hay", f, t) for f in range(*p[1:]) for t in range(4)]
-                if p[0] == "hay"
-                else [(*p, t) for t in range(4)]
+                else (
+                    [("hay", f, t) for f in range(*p[1:]) for t in range(4)]
+                    if p[0] == "hay"
+                    else [(*p, t) for t in range(4)]
+                )
             )
         ]
         beginnings |= {tuple(row[: k + 1]) for k in range(len(row))}
@@ -175,9 +177,10 @@ def test_the_papers_grid():
         (place(i), place(n + 1)) for i, n in far.items()
     ] * J  # stretches that are read once
     asked = [(place(n + 1), place(n + 1) + q) for n, _ in cells] * J
-    read = lambda spans, layers: sum(
-        2 * layers * m.products * (y - x) + 2 * layers * m.H * m.E * (y**2 - x**2) for x, y in spans
-    )
+
+    def read(spans, layers):
+        return sum(2 * layers * m.products * (y - x) + 2 * layers * m.H * m.E * (y**2 - x**2) for x, y in spans)
+
     last = sum(2 * m.D * m.E * (m.H + 2 * m.K) * (y - x) for x, y in shared)
     head = 2 * m.D * m.V * len(paths)
     assert spent.tokens == sum(y - x for x, y in shared + asked) and full.tokens == sum(y for _, y in asked)
@@ -266,7 +269,7 @@ def test_original_numbers_through_the_trie(parity):  # noqa: F811
 def _rank(rank, folder, tensors):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = toy()[0]
-    (paths, answers) = odd_paths(6)
+    paths, answers = odd_paths(6)
     model.set_attn_implementation({"text_config": "longva_cp"})
     with context_parallel():
         with pytest.raises(NeedleError, match="naive=True"):

@@ -50,8 +50,8 @@ def inside(tmp_path, monkeypatch):
 def runs(tmp_path_factory):
     """Two variants of one small test."""
     out = tmp_path_factory.mktemp("runs")
-    (model, processor) = load("mini-longva")
-    (film, needles, alike) = mini_scene(24, 3, 5)
+    model, processor = load("mini-longva")
+    film, needles, alike = mini_scene(24, 3, 5)
 
     def go(name):
         variant = named_variant(name, wording=MINI_WORDING, distance=6, distractors=alike)
@@ -159,13 +159,16 @@ def test_adaptive_runs_are_compared(inside, tmp_path):
         and f"A holds {len(a)}, B {len(b)}. The {len(both)} that both hold are compared" in done.output
     ), done.output
     right = [{key(t): t.correct for t in run if key(t) in both} for run in (a, b)]
-    mean = lambda found: (
-        sum(
-            sum(v for k, v in found.items() if k[1:] == cell) / sum(k[1:] == cell for k in found)
-            for cell in {k[1:] for k in both}
+
+    def mean(found):
+        return (
+            sum(
+                sum(v for k, v in found.items() if k[1:] == cell) / sum(k[1:] == cell for k in found)
+                for cell in {k[1:] for k in both}
+            )
+            / 4
         )
-        / 4
-    )
+
     last = next(line for line in done.output.splitlines() if line.split()[:1] == ["all"]).split()
     assert last[1] == str(len(both)) and last[2:4] == [f"{mean(found):.2f}" for found in right]
     whole = inside("compare", "mini-longva", "mini-longva")
@@ -201,8 +204,8 @@ def decided(trials):
 
 @pytest.mark.parametrize("name", ["vniah", "tenth"])
 def test_a_second_sweep_encodes_nothing(tmp_path, name, monkeypatch):
-    (model, processor) = load("mini-longva")
-    (film, needles, _) = mini_scene(12, 2, 5)
+    model, processor = load("mini-longva")
+    film, needles, _ = mini_scene(12, 2, 5)
     calls = []
     see = type(model).encode_frames
     monkeypatch.setattr(
@@ -242,8 +245,8 @@ def test_a_second_sweep_encodes_nothing(tmp_path, name, monkeypatch):
 
 
 def test_a_short_haystack_starts_again(tmp_path):
-    (model, processor) = load("mini-longva")
-    (film, needles, _) = mini_scene(6, 1, 5)
+    model, processor = load("mini-longva")
+    film, needles, _ = mini_scene(6, 1, 5)
 
     def go(film, out, repeat=False):
         return run(
@@ -275,9 +278,9 @@ def test_haystacks_on_the_command_line(tmp_path, inside):
     ]
     for out, words in cases:
         done = inside("vniah", *base, *words)
-        assert done.exit_code == 0 and len(read_trials(tmp_path / "runs" / "vniah" / out / "trials.jsonl")) == 40, (
-            done.stderr
-        )
+        assert (
+            done.exit_code == 0 and len(read_trials(tmp_path / "runs" / "vniah" / out / "trials.jsonl")) == 40
+        ), done.stderr
     assert [f["file"] for f in settings(cases[0][0])["haystack"]["films"]] == ["a.mp4", "b.mp4"] and settings(
         cases[1][0]
     )["haystack"]["scenery"] == 7
@@ -300,9 +303,9 @@ def test_which_haystack(tmp_path, inside, words, code, said):
     for name, n in (("a", 8), ("b", 6)):
         write_film(tmp_path / "films" / f"{name}.mp4", n, seed=3, side=28)
     done = inside("vniah", "--model", "mini-longva", "--depths", "1", "--haystack", *words)
-    assert done.exit_code == code and (said is None or said in done.output) and "Traceback" not in done.output, (
-        done.output
-    )
+    assert (
+        done.exit_code == code and (said is None or said in done.output) and "Traceback" not in done.output
+    ), done.output
     if code:
         assert not (tmp_path / "runs").exists()
     else:
@@ -315,8 +318,8 @@ def test_clock_times_are_those_of_the_film(tmp_path):
 
     from longva.vision.video import write_video
 
-    (model, processor) = load("mini-longva")
-    (_, needles, _) = mini_scene(24, 3, 5)
+    model, processor = load("mini-longva")
+    _, needles, _ = mini_scene(24, 3, 5)
     film = tmp_path / "four.mp4"
     write_video([np.full((32, 32, 3), i, np.uint8) for i in range(80)], film, fps=4)
     for fps, n in ((None, 64), (2.0, 32), (1.0, 16)):

@@ -1,4 +1,5 @@
 """Small trainings of several ranks for tests. One server process imports torch once; ranks are forked from it."""
+
 import json
 import multiprocessing
 import os

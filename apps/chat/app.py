@@ -1,8 +1,9 @@
 """Talk with a LongVA about images and videos; the miniature that comes with the package is the default.
 
-    python apps/chat/app.py [--model mini-longva] [--device-map auto] [--memory GIB]
-                            [--host 127.0.0.1] [--port 7861] [--share]
+python apps/chat/app.py [--model mini-longva] [--device-map auto] [--memory GIB]
+                        [--host 127.0.0.1] [--port 7861] [--share]
 """
+
 import argparse
 import os
 import sys
@@ -21,8 +22,10 @@ FILM = 96  # frames of the example video
 SEED = 11  # what it shows
 # on the example image, and not in the video
 SHEET = [
-    ("heart", "blue", "rows"), ("cup", "yellow", "dots"),
-    ("cloud", "pink", "checks"), ("bolt", "green", "slant"),
+    ("heart", "blue", "rows"),
+    ("cup", "yellow", "dots"),
+    ("cloud", "pink", "checks"),
+    ("bolt", "green", "slant"),
 ]
 # objects that are shown once in videos of 96 frames
 RIGHT = {"mini-longva": "213 of 214", "mini-anyres": "103 of 107", "mini-short": "only 15 of 107"}
@@ -71,6 +74,7 @@ def panel(talk):
 # The handlers of events; each is a method of the desk. Whenever a value follows on gr.skip(), Gradio keeps one more
 # copy of the component with its value for as long as it knows the page. So what is shown is sent again, and skips are
 # for the rare cases and for the small box.
+
 
 def question_handlers(gr, desk):
     "A question comes in, from the box or from a button."
@@ -124,6 +128,7 @@ def answer_handlers(gr, desk, shown):
 
 def session_handlers(gr, desk, shown):
     "Stop, a new conversation, the end of a page."
+
     def stop(request: gr.Request):
         desk.stop(request.session_hash)
 
@@ -142,6 +147,7 @@ def session_handlers(gr, desk, shown):
 
 def example(gr, ask, text, file):
     "A button that asks; what it gives is read once."
+
     def click(request: gr.Request, *given):
         return ask(request.session_hash, text, [file], given)
 
@@ -149,6 +155,7 @@ def example(gr, ask, text, file):
 
 
 # The layout, in the order of the page.
+
 
 def place_conversation(gr, c, examples):
     with gr.Row(elem_id="examples"):
@@ -208,6 +215,7 @@ def connect_questions(gr, c, desk, question, examples):
 
 def connect_session(gr, page, c, desk, question):
     from longva.web.desk import BY_RATE
+
     c.way.change(lambda way: gr.update(visible=way == BY_RATE), c.way, c.rate, **QUIET)
     session = session_handlers(gr, desk, question.shown)
     c.stop.click(session.stop, None, None, queue=False, **QUIET)
@@ -220,6 +228,7 @@ def connect_session(gr, page, c, desk, question):
 def build(gr, desk, about, examples):
     "The page."
     from longva.web.desk import Settings
+
     start = Settings(frames=FILM, most=16) if examples else Settings()
     question = question_handlers(gr, desk)
     with gr.Blocks(title="Chat about videos", analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -239,6 +248,7 @@ def write_examples(folder):
     from PIL import Image
 
     from longva.mini.world import OBJECTS, draw_frame, film_scenes, scene_words, write_film
+
     film = write_film(folder / "film.mp4", FILM, SEED, side=56)
     sheet = folder / "picture.png"
     drawn = [draw_frame(scene) for scene in SHEET]
@@ -252,6 +262,7 @@ def write_examples(folder):
 def about(name, hint, share):
     "What the page says about the model."
     from longva.mini.world import OBJECTS
+
     text = ABOUT.format(escape(name), "" if share else "Nothing leaves this machine. ")
     if not hint:
         return text
@@ -289,6 +300,7 @@ def load(asked):
     from longva.commands.base import Usage
     from longva.commands.chat import chat_model
     from longva.model.prefill import ChatError
+
     try:
         return chat_model(asked.model, asked.device_map)
     except (ChatError, Usage, mini.UnknownModel) as error:
@@ -301,6 +313,7 @@ def load(asked):
 
 def make_desk(asked, model, processor, hint, examples):
     from longva.web.desk import Desk
+
     sample = "find heart" if hint else "What happens here?"
     own = [file for *_, file in examples]
     most_bytes = asked.memory and asked.memory * 2**30
@@ -316,6 +329,7 @@ def main():
         import gradio as gr
 
         from longva.commands.chat import what_it_knows
+
         hint = what_it_knows(processor)
         examples = write_examples(room) if hint else []
         desk = make_desk(asked, model, processor, hint, examples)

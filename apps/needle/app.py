@@ -1,7 +1,8 @@
 """Hide a needle in a video, move it about, and watch a miniature find it or lose it.
 
-    python apps/needle/app.py [--model mini-longva] [--demo runs/demo] [--host 127.0.0.1] [--port 7860] [--share]
+python apps/needle/app.py [--model mini-longva] [--demo runs/demo] [--host 127.0.0.1] [--port 7860] [--share]
 """
+
 import json
 import os
 import sys
@@ -53,6 +54,7 @@ SAVE = """text => {
 def bench(name):
     "The bench of a miniature, shared by all visitors; its video is encoded the first time only."
     from longva.mini.bench import mini_bench
+
     return mini_bench(name)
 
 
@@ -77,6 +79,7 @@ def heat_map(visit, demo, palette):
     from longva.study.demo import TRAIN_FRAMES
     from longva.web.page import map_html
     from longva.web.visit import lengths
+
     here = visit.bench(bench)
     trials = list(here.kept.values())
     columns = lengths(len(here.film))
@@ -93,6 +96,7 @@ def heat_map(visit, demo, palette):
 def opened(visit, trials):
     "The trials of the open cell."
     from longva.web.page import trials_html
+
     listed = [t for t in trials if (t.frames, t.depth) == visit.opened]
     return trials_html(listed, visit.bench(bench).processor.tokenizer)
 
@@ -104,6 +108,7 @@ def look(visit, demo, palette, which):
     from longva.needle.bench import one_pass, strip
     from longva.web.page import card_html, needles_html, strip_html
     from longva.web.visit import look_here
+
     visit.palette = palette
     with one_pass:  # so that of two events at once the later one shows both changes
         here = visit.bench(bench)
@@ -119,6 +124,7 @@ def look(visit, demo, palette, which):
 def read_upload(path, most, read):
     "Read an upload that is not too large; it is removed, whatever comes of it."
     from longva.needle.trials import NeedleError
+
     try:
         if Path(path).stat().st_size > most:
             raise NeedleError(f"{Path(path).name} is larger than {most >> 20} MiB: make it smaller.")
@@ -136,6 +142,7 @@ def status(sentence):
 
 
 # The handlers of events. Each gets a visit and what the page has chosen, and gives what changes on the page.
+
 
 def view_handlers(gr, demo):
     "What every handler ends with: the page as it is after a change."
@@ -159,6 +166,7 @@ def view_handlers(gr, demo):
 
 def slider_handlers(view):
     "Model, length and depth."
+
     def choose(visit, name, palette, which):
         visit.model = name
         visit.opened = None
@@ -177,6 +185,7 @@ def slider_handlers(view):
 
 def click_handlers(gr, view, demo):
     "Clicks and drags; what was clicked comes with the event."
+
     def drag(visit, palette, which, event: gr.EventData):
         visit.depth = min(max(float(event.depth), 0.0), 1.0)
         return round(100 * visit.depth, 2), *view.shown(visit, palette, which)
@@ -254,6 +263,7 @@ def new_needle(visit, question, answer):
     from longva.needle.needles import Needle
     from longva.needle.trials import NeedleError
     from longva.web.visit import take_needle
+
     if visit.picture is None:
         raise NeedleError("There is no picture yet: give one first.")
     if len(visit.own) >= MOST_NEEDLES:
@@ -293,6 +303,7 @@ def picture_handlers(gr, view):
 
 # The layout, in the order of the page. Each function puts its components where it is called.
 
+
 def html(gr, name, script=None):
     return gr.HTML(elem_id=name, js_on_load=script, apply_default_css=False)
 
@@ -300,6 +311,7 @@ def html(gr, name, script=None):
 def place_controls(gr, c, first):
     from longva.needle.bench import FRAMES
     from longva.web.page import CLICK, DRAG
+
     with gr.Row():
         with gr.Column(scale=5, min_width=430):
             c.model = gr.Radio(mini.NAMES, value=first, label="Model", elem_id="model")
@@ -315,6 +327,7 @@ def place_controls(gr, c, first):
 def place_results(gr, c, first):
     from longva.needle.bench import NEEDLES
     from longva.web.page import CLICK
+
     with gr.Row():
         with gr.Column(scale=5, min_width=430):
             c.verdict = html(gr, "verdict")
@@ -356,8 +369,11 @@ def place_uploads(gr, c, first):
 # The events: which component calls which handler.
 
 QUIET = dict(
-    show_progress="hidden", trigger_mode="always_last", api_visibility="private",
-    concurrency_limit=4, concurrency_id="look",
+    show_progress="hidden",
+    trigger_mode="always_last",
+    api_visibility="private",
+    concurrency_limit=4,
+    concurrency_id="look",
 )
 CLICKED = QUIET | dict(trigger_mode="multiple")  # "always_last" would keep what the first click brought
 READING = QUIET | dict(show_progress="minimal", trigger_mode="once", concurrency_limit=2, concurrency_id="read")
@@ -402,6 +418,7 @@ def connect_uploads(gr, c, view):
 def build(gr, first, demo):
     "The page."
     from longva.web.visit import Visit
+
     view = view_handlers(gr, demo)
     with gr.Blocks(title="Needle in a haystack", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         c = SimpleNamespace(visit=gr.State(Visit(first)))
@@ -436,6 +453,7 @@ def main():
         from transformers.utils import logging
 
         from longva.web.page import CSS
+
         logging.disable_progress_bar()
         try:
             bench(asked.model)

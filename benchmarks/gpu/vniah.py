@@ -15,6 +15,7 @@ longest_tokens, longest_gb, longest_seconds_per_trial
                                        of the longest cell: tokens, peak with weights and haystack, seconds (the
                                        haystack's prefill shared)
 """
+
 from time import perf_counter
 
 import torch
