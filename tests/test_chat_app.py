@@ -405,8 +405,9 @@ def test_refusals(tmp_path):
     assert "no-such-folder" in refusal("--model", "no-such-folder", "--port", free_port())
 
 
-"""def test_gradio_keeps_no_copies_of_what_was_shown():"""
-    "Each value that follows on a skip leaves a copy of the component in Gradio's memory of the page; a hundred answers leave none."
+def test_gradio_keeps_no_copies_of_what_was_shown():
+    """Each value that follows on a skip leaves a copy of the component in Gradio's memory of the page; a hundred
+    answers leave none."""
     import gradio as gr
     from gradio.state_holder import SessionState
 

@@ -116,8 +116,9 @@ def test_broken_text_is_one_sentence(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-"""def test_another_start_is_refused(tmp_path):"""
-    "A run that is half done, and one that is whole, whose checkpoints are gone: other weights of the same shapes, other weights of tokens, another seed."
+def test_another_start_is_refused(tmp_path):
+    """A run that is half done, and one that is whole, whose checkpoints are gone: other weights of the same shapes,
+    other weights of tokens, another seed."""
     from longva.mini.reader import short_reader
     from longva.train.extend import extend
 
