@@ -236,12 +236,12 @@ class Haystack:
         """Give `source` itself if it is a haystack, otherwise a haystack that is read with `settings`."""
         return source if isinstance(source, cls) else cls(source, **settings)
 
-    @property
+    @cached_property
     def length(self) -> float:  # math.inf for the scenery
         """Count the frames that the source has at this rate."""
         return self._opened.count(self.fps)
 
-    @property
+    @cached_property
     def rate(self) -> float:
         """Say how many frames stand for a second of video: clock times are counted by it."""
         return self._opened.rate(self.fps)
