@@ -38,7 +38,9 @@ def load_language_model(
         )
     try:
         if not book and not mini_wording(open_tokenizer(name)):
-            raise Usage("Say with --haystack in which text to hide the numbers: only a miniature has a book of its own.")
+            raise Usage(
+                "Say with --haystack in which text to hide the numbers: only a miniature has a book of its own."
+            )
         model, tokenizer = open_language(name)
     except OpenError as error:
         raise Usage(str(error)) from None
