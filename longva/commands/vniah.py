@@ -60,7 +60,7 @@ def check_inputs(
     depths: str,
     fps,
     repeat: bool = False,
-) -> tuple:  # (frames, depths) as lists
+) -> tuple:  # (Haystack, frames, depths), the grid as lists
     """Check lists, needles and the length of the haystack, before a model is loaded."""
     from longva.needle.haystack import Haystack
     from longva.needle.needles import load_needles
@@ -69,8 +69,9 @@ def check_inputs(
     check_fps(fps)
     if needles is not None:
         load_needles(needles)
-    Haystack(haystack, fps, repeat).check(max(lengths))
-    return grid(lengths, places, "frames")
+    source = Haystack(haystack, fps, repeat)
+    source.check(max(lengths))
+    return source, *grid(lengths, places, "frames")
 
 # %% ../../nbs/805_commands.vniah.ipynb #045f21f9
 def _world_seed(haystack):
@@ -292,10 +293,9 @@ def vniah_command(
         folder = needles or needles_beside(haystack)
         depths = depths or ("0" if variant in NOTHING else "0,0.5,1")
         where = model_folder(model, families=True)
-        lengths, places = check_inputs(haystack, folder, frames, depths, fps, repeat)
+        source, lengths, places = check_inputs(haystack, folder, frames, depths, fps, repeat)
         reader = load_reader(model, where, name, rope_base, plain, features)
         from longva.mini.world import put_needles
-        from longva.needle.haystack import Haystack
         from longva.needle.needles import load_needles
         from longva.needle.vniah import Reading, plan, run
         if folder is None:
@@ -304,7 +304,6 @@ def vniah_command(
             hidden, seed, origin = load_needles(folder), 0, f"those beside the film, in {folder}"
         if needles is None:
             typer.echo(f"Needles: {origin}.")
-        source = Haystack(haystack, fps, repeat)
         asked, hidden = choose_variant(variant, look_alikes, distance, hidden, reader.processor.tokenizer)
         reading = dict(naive=naive, generate=generate, workers=workers, kv=kv.value, features=features)
         _, asks = plan(reader, source, hidden, lengths, places, asked, seed)

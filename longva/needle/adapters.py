@@ -125,8 +125,10 @@ class Qwen2VL(Adapter):
 def features(self: Qwen2VL, pixels):  # [n,3,S,S]; returns what `get_video_features` does
     """Run the tower on n frames, each of them shown twice."""
     vision = self.model.config.vision_config
-    merge, patch = vision.spatial_merge_size, vision.patch_size  # a token is merge x merge patches of patch x patch pixels
-    n, side = len(pixels), self.cells * merge  # patches of a row
+    merge = vision.spatial_merge_size  # a token is merge x merge patches
+    patch = vision.patch_size  # pixels of its side
+    n = len(pixels)
+    side = self.cells * merge  # patches of a row
     squares = pixels.view(n, 3, self.cells, merge, patch, self.cells, merge, patch)
     # [frame, token row, token column, patch row, patch column, colour, pixel row, pixel column]
     patches = squares.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)

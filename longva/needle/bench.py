@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -275,7 +276,7 @@ def fill(
 ):  # yields, after each cell, the list of all trials that this bench has kept
     """Decide a grid of trials, cell by cell, the short videos first."""
     numbers = range(needles) if isinstance(needles, int) else needles
-    for n, depth in [(n, depth) for n in frames for depth in depths]:
+    for n, depth in product(frames, depths):
         spots = [bench.spot(j, n, depth) for j in numbers]
         todo = [spot for spot in spots if (bench.needles[spot.needle].name, n, depth) not in bench.kept]
         work = decisions(bench.reader, bench.prompts, todo)

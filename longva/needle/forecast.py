@@ -222,8 +222,11 @@ class Forecast:
 # %% ../../nbs/585_needle.forecast.ipynb #43c0022b
 def _pieces(walks, kind):
     """List the pieces of one kind."""
-    paths = [path for paths, _ in walks for path in paths]
-    return [piece for path in paths for piece in path if piece[0] == kind]
+    pieces = []
+    for paths, _ in walks:
+        for path in paths:
+            pieces += [piece for piece in path if piece[0] == kind]
+    return pieces
 
 def forecast_walks(
     reader,  # a Reader, or `Unloaded`
@@ -303,14 +306,20 @@ def forecast(
     """Forecast what a test will take, or the rest of it."""
     if any(one.seconds is not None for one in asks.values()):
         reading = replace(reading, generate=True)
-    pictures = len({piece for one in asks.values() for piece in one.path if piece[0] == "needle"})
+    paths = [one.path for one in asks.values()]
+    pictures = len(set(_pieces([(paths, ())], "needle")))
     forecasts = []
     for right in [_always] if half_width is None else [_always, _every_second]:
         walks = []
         count = 0
         for todo in rounds(trials, asks, half_width, right):
-            parts = [part for one in todo for part in one.readings()]
-            walks.append(([path for path, _ in parts], [answer for _, answer in parts]))
+            paths = []
+            answers = []
+            for one in todo:
+                for path, answer in one.readings():
+                    paths.append(path)
+                    answers.append(answer)
+            walks.append((paths, answers))
             count += len(todo)
         if walks:
             forecasts.append(forecast_walks(reader, walks, reading, pictures, count, **how))
