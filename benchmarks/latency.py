@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/latency.py --json benchmarks/results/latency.json
 
 The needle app is started, a browser moves the depth slider to drawn places, and the clock runs until the page shows
-that answer. p95 is the slowest of 20 moves in 19 of 20 cases; the aim is 1 s at 64 frames and 3 s at 512, on two cores
-with the miniature.
+that answer. p95 is the slowest of 20 moves in 19 of 20 cases; the aim is 1 s at 64 frames and 3 s at 512, on two
+cores with the miniature.
 """
 
 import argparse

@@ -4,10 +4,10 @@ Is every request answered, how long does it take, and does the server's memory s
 
     .venv/bin/python benchmarks/load.py --app needle --users 8 --seconds 300 --json benchmarks/results/load-needle.json
 
-Each user is a browser context with a page of its own. In the needle app a user moves the needle to a drawn place and
-waits for that answer, and now and then fills the heat map; in the chat app a user asks about the example video and
-image. An error is a page error, an answer of the server with status 400 or more, an alert, or an answer that does not
-come in time.
+Each user is a browser context with a page of its own. In the needle app a user moves the needle to a drawn place
+and waits for that answer, and now and then fills the heat map; in the chat app a user asks about the example video
+and image. An error is a page error, an answer of the server with status 400 or more, an alert, or an answer that
+does not come in time.
 """
 
 import argparse

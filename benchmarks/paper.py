@@ -7,8 +7,8 @@ Parts: bases (RoPE bases without training), sampling (more frames of the same vi
 images), text (the text needle test with distractors, after training the reader), dpo (a preference learned from
 pairs), beyond (videos longer than the text that was trained on), generated (forced verdicts beside generated
 answers). Each leaves one JSON file in benchmarks/results/paper/, with its settings, versions and machine, and keeps
-its work in runs/paper/. Videos, needles and images come from seeds that nothing was trained or chosen on. Shares are
-pairs [right, trials].
+its work in runs/paper/. Videos, needles and images come from seeds that nothing was trained or chosen on. Shares
+are pairs [right, trials].
 """
 
 import argparse

@@ -6,16 +6,12 @@
 All three run in one process, one after the other, on one thread, over the same visual tokens; each full pass computes
 logits for the answer only. In the file:
 
-token_ratio           tokens through the model, full passes over trie
-flop_ratio            operations of their products, likewise
-wall_ratio            seconds, likewise
-cpu_ratio             seconds of the processor, which other work on the machine doesn't lengthen
-wall_ratio_batched    seconds of full passes in batches of equal length, over the trie's
-decisions_equal       every arg-max of every trial is the same
-margin_difference     largest, over all trials
-kv_ratio              bytes that are alive during the walk, over one buffer of the longest sequence
-paper_token_ratio     the same on the paper's own grid with LongVA-7B, by counting
-paper_flop_ratio
+token_ratio           tokens through the model, full passes over trie flop_ratio            operations of their
+products, likewise wall_ratio            seconds, likewise cpu_ratio             seconds of the processor, which
+other work on the machine doesn't lengthen wall_ratio_batched    seconds of full passes in batches of equal length,
+over the trie's decisions_equal       every arg-max of every trial is the same margin_difference     largest, over
+all trials kv_ratio              bytes that are alive during the walk, over one buffer of the longest sequence
+paper_token_ratio     the same on the paper's own grid with LongVA-7B, by counting paper_flop_ratio
 """
 
 import argparse

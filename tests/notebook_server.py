@@ -1,8 +1,8 @@
 """Imports once what most notebooks import, then forks a fresh process for every notebook that a line of its input
 names: folder, name, log.
 
-It answers with two lines: the process (which leads a session of its own, so that its children can be killed with it),
-and its exit status.
+It answers with two lines: the process (which leads a session of its own, so that its children can be killed with
+it), and its exit status.
 """
 
 import os

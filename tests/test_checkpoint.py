@@ -1,4 +1,5 @@
-"""Checkpoints in the original's format, from folders that these tests write themselves, tensor by tensor; other processes; two ranks."""
+"""Checkpoints in the original's format, from folders that these tests write themselves, tensor by tensor; other
+processes; two ranks."""
 
 import json
 import socket
@@ -41,47 +42,134 @@ from longva.mini import load as load_mini
 from longva.model.weights import weight_files
 
 D, KV, FFN, V, C, S, P = 64, 32, 96, 160, 32, 28, 7
-TOWER = dict(hidden_size=C, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=S, patch_size=P, projection_dim=C)
+TOWER = dict(
+    hidden_size=C,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=S,
+    patch_size=P,
+    projection_dim=C,
+)
 RAW = dict(
-    architectures=["LlavaQwenForCausalLM"], model_type="llava_qwen", torch_dtype="bfloat16", attention_dropout=0.0, hidden_act="silu",
-    vocab_size=V, hidden_size=D, intermediate_size=FFN, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.02,
-    max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e9, rope_scaling=None, sliding_window=131072, use_sliding_window=False, max_window_layers=28,
-    bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, use_cache=True, transformers_version="4.40.0.dev0",
-    mm_vision_tower="openai/clip-tiny", mm_hidden_size=C, mm_projector_type="mlp2x_gelu", use_mm_proj=True, mm_vision_select_layer=-2,
-    mm_vision_select_feature="patch", mm_patch_merge_type="unires", mm_resampler_type=None, mm_spatial_pool_stride=2, mm_spatial_pool_mode="average",
-    mm_use_im_start_end=False, mm_use_im_patch_token=False, image_aspect_ratio="anyres", tokenizer_padding_side="right", tokenizer_model_max_length=32768,
+    architectures=["LlavaQwenForCausalLM"],
+    model_type="llava_qwen",
+    torch_dtype="bfloat16",
+    attention_dropout=0.0,
+    hidden_act="silu",
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=FFN,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.02,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-6,
+    rope_theta=1e9,
+    rope_scaling=None,
+    sliding_window=131072,
+    use_sliding_window=False,
+    max_window_layers=28,
+    bos_token_id=1,
+    eos_token_id=2,
+    tie_word_embeddings=False,
+    use_cache=True,
+    transformers_version="4.40.0.dev0",
+    mm_vision_tower="openai/clip-tiny",
+    mm_hidden_size=C,
+    mm_projector_type="mlp2x_gelu",
+    use_mm_proj=True,
+    mm_vision_select_layer=-2,
+    mm_vision_select_feature="patch",
+    mm_patch_merge_type="unires",
+    mm_resampler_type=None,
+    mm_spatial_pool_stride=2,
+    mm_spatial_pool_mode="average",
+    mm_use_im_start_end=False,
+    mm_use_im_patch_token=False,
+    image_aspect_ratio="anyres",
+    tokenizer_padding_side="right",
+    tokenizer_model_max_length=32768,
     image_grid_pinpoints=[[S * c, S * r] for c in range(1, 50) for r in range(1, 50) if 1 < c * r <= 49],
 )
 
 
 def tensors(tied=False, dtype=torch.bfloat16):
     """An original state dict, written down from the names."""
-    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)} | ({} if tied else {"lm_head.weight": (V, D)})
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)} | (
+        {} if tied else {"lm_head.weight": (V, D)}
+    )
     for i in range(2):
         at = f"model.layers.{i}."
         for name, out in (("q", D), ("k", KV), ("v", KV)):
             shapes |= {f"{at}self_attn.{name}_proj.weight": (out, D), f"{at}self_attn.{name}_proj.bias": (out,)}
-        shapes |= {f"{at}self_attn.o_proj.weight": (D, D), f"{at}mlp.gate_proj.weight": (FFN, D), f"{at}mlp.up_proj.weight": (FFN, D), f"{at}mlp.down_proj.weight": (D, FFN)}
+        shapes |= {
+            f"{at}self_attn.o_proj.weight": (D, D),
+            f"{at}mlp.gate_proj.weight": (FFN, D),
+            f"{at}mlp.up_proj.weight": (FFN, D),
+            f"{at}mlp.down_proj.weight": (D, FFN),
+        }
         shapes |= {f"{at}input_layernorm.weight": (D,), f"{at}post_attention_layernorm.weight": (D,)}
-    shapes |= {"model.mm_projector.0.weight": (D, C), "model.mm_projector.0.bias": (D,), "model.mm_projector.2.weight": (D, D), "model.mm_projector.2.bias": (D,)}
+    shapes |= {
+        "model.mm_projector.0.weight": (D, C),
+        "model.mm_projector.0.bias": (D,),
+        "model.mm_projector.2.weight": (D, D),
+        "model.mm_projector.2.bias": (D,),
+    }
     at = "model.vision_tower.vision_tower.vision_model."
-    shapes |= {f"{at}embeddings.class_embedding": (C,), f"{at}embeddings.patch_embedding.weight": (C, 3, P, P), f"{at}embeddings.position_embedding.weight": (17, C)}
-    for name in ("pre_layrnorm", "post_layernorm", *(f"encoder.layers.{i}.layer_norm{j}" for i in range(3) for j in (1, 2))):
+    shapes |= {
+        f"{at}embeddings.class_embedding": (C,),
+        f"{at}embeddings.patch_embedding.weight": (C, 3, P, P),
+        f"{at}embeddings.position_embedding.weight": (17, C),
+    }
+    for name in (
+        "pre_layrnorm",
+        "post_layernorm",
+        *(f"encoder.layers.{i}.layer_norm{j}" for i in range(3) for j in (1, 2)),
+    ):
         shapes |= {f"{at}{name}.weight": (C,), f"{at}{name}.bias": (C,)}
     for i in range(3):
-        for name, out, into in (*((f"self_attn.{n}_proj", C, C) for n in ("q", "k", "v", "out")), ("mlp.fc1", 48, C), ("mlp.fc2", C, 48)):
-            shapes |= {f"{at}encoder.layers.{i}.{name}.weight": (out, into), f"{at}encoder.layers.{i}.{name}.bias": (out,)}
+        for name, out, into in (
+            *((f"self_attn.{n}_proj", C, C) for n in ("q", "k", "v", "out")),
+            ("mlp.fc1", 48, C),
+            ("mlp.fc2", C, 48),
+        ):
+            shapes |= {
+                f"{at}encoder.layers.{i}.{name}.weight": (out, into),
+                f"{at}encoder.layers.{i}.{name}.bias": (out,),
+            }
     source = torch.Generator().manual_seed(0)
-    return {k: (torch.randn(shape, generator=source) * 0.1 + (k.endswith("norm.weight") or "layer_norm" in k)).to(dtype) for k, shape in shapes.items()}
+    return {
+        k: (torch.randn(shape, generator=source) * 0.1 + (k.endswith("norm.weight") or "layer_norm" in k)).to(dtype)
+        for k, shape in shapes.items()
+    }
 
 
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "<|im_start|>", "<|im_end|>", "system", "user", "assistant", *(f"w{i}" for i in range(100))]
+WORDS = [
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<unk>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "system",
+    "user",
+    "assistant",
+    *(f"w{i}" for i in range(100)),
+]
 
 
 def tokenizer():
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", extra_special_tokens=["<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<eos>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
 
 
 def write(folder, changes=None, state=None, words=True, tower=True):
@@ -95,7 +183,9 @@ def write(folder, changes=None, state=None, words=True, tower=True):
     if tower:
         torch.manual_seed(7)
         CLIPVisionModel(CLIPVisionConfig(**TOWER)).save_pretrained(folder.parent / "openai" / "clip-tiny")
-        (folder.parent / "openai" / "clip-tiny" / "preprocessor_config.json").write_text(json.dumps(dict(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25])))
+        (folder.parent / "openai" / "clip-tiny" / "preprocessor_config.json").write_text(
+            json.dumps(dict(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.25]))
+        )
     return folder
 
 
@@ -108,6 +198,7 @@ def original(tmp_path):
 def no_network(monkeypatch):
     def refuse(*args):
         raise AssertionError("something went to the network")
+
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
@@ -122,7 +213,9 @@ def refused(call, *words):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a
+    )
 
 
 def film(n=3):
@@ -131,12 +224,21 @@ def film(n=3):
 
 # ---- reading
 
+
 def test_every_tensor_and_no_network(original, no_network):
-    for model in (LongVA.from_pretrained(original), load_original(original), load_original(str(original), device_map="cpu")):
+    for model in (
+        LongVA.from_pretrained(original),
+        load_original(original),
+        load_original(str(original), device_map="cpu"),
+    ):
         assert same(dict(model.state_dict()), tensors()) and model.dtype == torch.bfloat16
         assert model.generation_config.pad_token_id == 0
     assert load_original(original, dtype=torch.float32).dtype == torch.float32
-    assert load_original(original, dtype="auto").dtype == LongVA.from_pretrained(original, torch_dtype="auto").dtype == torch.bfloat16
+    assert (
+        load_original(original, dtype="auto").dtype
+        == LongVA.from_pretrained(original, torch_dtype="auto").dtype
+        == torch.bfloat16
+    )
     assert load_original(original, dtype=torch.float16).dtype == torch.float16  # whoever asks for it gets it
     model, info = LongVA.from_pretrained(original, output_loading_info=True, max_grids=4, low_cpu_mem_usage=True)
     assert not any(info.values()) and model.config.max_grids == 4
@@ -144,10 +246,24 @@ def test_every_tensor_and_no_network(original, no_network):
         LongVA.from_pretrained(original, no_such_setting=1)
     assert LongVA.from_pretrained(original, attn_implementation="eager").model.config._attn_implementation == "eager"
     processor = LongVAProcessor.from_pretrained(original)
-    assert processor.image_processor.image_mean == [0.4, 0.5, 0.6] and processor.image_processor.image_std == [0.2, 0.3, 0.25]
-    assert (processor.image_token_id, processor.video_token_id) == (model.config.image_token_id, model.config.video_token_id) == (len(WORDS), len(WORDS) + 1)
-    prompt = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1"}]}], add_generation_prompt=True)
-    assert prompt == "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nw1<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.image_processor.image_mean == [0.4, 0.5, 0.6] and processor.image_processor.image_std == [
+        0.2,
+        0.3,
+        0.25,
+    ]
+    assert (
+        (processor.image_token_id, processor.video_token_id)
+        == (model.config.image_token_id, model.config.video_token_id)
+        == (len(WORDS), len(WORDS) + 1)
+    )
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1"}]}], add_generation_prompt=True
+    )
+    assert (
+        prompt
+        == "<|im_start|>system\nYou are a helpful"
+        " assistant.<|im_end|>\n<|im_start|>user\n<image>\nw1<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_a_known_clip_needs_nothing_at_all(tmp_path, no_network):
@@ -161,27 +277,57 @@ def test_a_known_clip_needs_nothing_at_all(tmp_path, no_network):
 def test_the_tower_folder_is_found(tmp_path):
     inside = write(tmp_path / "a" / "model", dict(mm_vision_tower="/their/cluster/clip-tiny"), tower=False)
     refused(lambda: LongVA.from_pretrained(inside), "clip-tiny", "config.json")
-    CLIPModel(CLIPConfig(vision_config=TOWER, text_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50))).config.save_pretrained(inside / "clip-tiny")
+    CLIPModel(
+        CLIPConfig(
+            vision_config=TOWER,
+            text_config=dict(
+                hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50
+            ),
+        )
+    ).config.save_pretrained(inside / "clip-tiny")
     model = LongVA.from_pretrained(inside)  # a CLIP with its text half; only its shape counts
-    assert same(dict(model.state_dict()), tensors()) and str(tmp_path) not in json.dumps(model.config.to_dict()["vision_config"])
+    assert same(dict(model.state_dict()), tensors()) and str(tmp_path) not in json.dumps(
+        model.config.to_dict()["vision_config"]
+    )
 
 
-@pytest.mark.parametrize("changes, fields", [
-    (dict(mm_spatial_pool_stride="absent", mm_spatial_pool_mode="absent"), dict(pool_stride=2, pool_mode="average", image_pool=(2, "average"))),
-    (dict(mm_spatial_pool_stride=None, mm_spatial_pool_mode=None), dict(pool_stride=2, pool_mode="average")),
-    (dict(mm_spatial_pool_stride=4, mm_spatial_pool_mode="max"), dict(pool_stride=4, pool_mode="max", image_pool=(2, "average"))),
-    (dict(mm_resampler_type="spatial_pool", mm_spatial_pool_out_channels=C), dict(pool_stride=2, image_pool=(2, "average"))),
-    (dict(image_aspect_ratio="pad"), dict(image_fit="pad", pool_stride=2, image_pool=(1, "average"))),
-    (dict(image_aspect_ratio="pad", mm_patch_merge_type="flat"), dict(image_fit="pad", image_pool=(1, "average"))),
-    (dict(image_aspect_ratio="square", mm_patch_merge_type="flat", image_grid_pinpoints="absent"), dict(image_fit="crop", image_pool=(1, "average"))),
-    (dict(mm_vision_select_layer=-1), dict(vision_feature_layer=-1)),
-    (dict(image_grid_pinpoints="[(28, 56), (56, 28), (56, 56), (84, 28), (28, 84)]"), dict(grids=[[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]])),
-    (dict(image_grid_pinpoints="(1x1),...,(3x3)"), dict(grids=[[i, j] for i in (1, 2, 3) for j in (1, 2, 3)])),
-    (dict(image_grid_pinpoints=[[28 * c, 28 * r] for c in range(1, 10) for r in range(1, 10) if 1 < c * r <= 9]), dict(grids=None, max_grids=9)),
-    (dict(model_type="qwen2"), dict(pool_stride=2)),
-    (dict(torch_dtype="float16"), dict(dtype=torch.bfloat16)),
-    (dict(rope_scaling=dict(type="linear", factor=4.0)), dict(pool_stride=2)),
-])
+@pytest.mark.parametrize(
+    "changes, fields",
+    [
+        (
+            dict(mm_spatial_pool_stride="absent", mm_spatial_pool_mode="absent"),
+            dict(pool_stride=2, pool_mode="average", image_pool=(2, "average")),
+        ),
+        (dict(mm_spatial_pool_stride=None, mm_spatial_pool_mode=None), dict(pool_stride=2, pool_mode="average")),
+        (
+            dict(mm_spatial_pool_stride=4, mm_spatial_pool_mode="max"),
+            dict(pool_stride=4, pool_mode="max", image_pool=(2, "average")),
+        ),
+        (
+            dict(mm_resampler_type="spatial_pool", mm_spatial_pool_out_channels=C),
+            dict(pool_stride=2, image_pool=(2, "average")),
+        ),
+        (dict(image_aspect_ratio="pad"), dict(image_fit="pad", pool_stride=2, image_pool=(1, "average"))),
+        (dict(image_aspect_ratio="pad", mm_patch_merge_type="flat"), dict(image_fit="pad", image_pool=(1, "average"))),
+        (
+            dict(image_aspect_ratio="square", mm_patch_merge_type="flat", image_grid_pinpoints="absent"),
+            dict(image_fit="crop", image_pool=(1, "average")),
+        ),
+        (dict(mm_vision_select_layer=-1), dict(vision_feature_layer=-1)),
+        (
+            dict(image_grid_pinpoints="[(28, 56), (56, 28), (56, 56), (84, 28), (28, 84)]"),
+            dict(grids=[[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]),
+        ),
+        (dict(image_grid_pinpoints="(1x1),...,(3x3)"), dict(grids=[[i, j] for i in (1, 2, 3) for j in (1, 2, 3)])),
+        (
+            dict(image_grid_pinpoints=[[28 * c, 28 * r] for c in range(1, 10) for r in range(1, 10) if 1 < c * r <= 9]),
+            dict(grids=None, max_grids=9),
+        ),
+        (dict(model_type="qwen2"), dict(pool_stride=2)),
+        (dict(torch_dtype="float16"), dict(dtype=torch.bfloat16)),
+        (dict(rope_scaling=dict(type="linear", factor=4.0)), dict(pool_stride=2)),
+    ],
+)
 def test_settings_as_the_original_treats_them(tmp_path, changes, fields):
     folder = write(tmp_path / "model", changes)
     model = LongVA.from_pretrained(folder)
@@ -201,23 +347,44 @@ def test_settings_as_the_original_treats_them(tmp_path, changes, fields):
 
 def test_images_have_their_own_pool(tmp_path):
     """Frames by the configured pool, grids of an image by a fixed 2x2 average, a single square not at all."""
-    model = LongVA.from_pretrained(write(tmp_path / "a" / "model", dict(mm_spatial_pool_stride=4, mm_spatial_pool_mode="max")), dtype=torch.float32)
+    model = LongVA.from_pretrained(
+        write(tmp_path / "a" / "model", dict(mm_spatial_pool_stride=4, mm_spatial_pool_mode="max")), dtype=torch.float32
+    )
     pixels = torch.randn(2, 3, S, S, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         patches = model.model.patch_features(pixels).unflatten(1, (4, 4))
         torch.testing.assert_close(model.encode_frames(pixels)[:, 0], patches.amax((1, 2)))
-        torch.testing.assert_close(model.encode_image(pixels, 2, 1), torch.stack([patches[g, i : i + 2, j : j + 2].mean((0, 1)) for g in (0, 1) for i in (0, 2) for j in (0, 2)]))
-        single = LongVA.from_pretrained(write(tmp_path / "b" / "model", dict(image_aspect_ratio="pad")), dtype=torch.float32)
+        torch.testing.assert_close(
+            model.encode_image(pixels, 2, 1),
+            torch.stack(
+                [patches[g, i : i + 2, j : j + 2].mean((0, 1)) for g in (0, 1) for i in (0, 2) for j in (0, 2)]
+            ),
+        )
+        single = LongVA.from_pretrained(
+            write(tmp_path / "b" / "model", dict(image_aspect_ratio="pad")), dtype=torch.float32
+        )
         torch.testing.assert_close(single.encode_image(pixels[:1], 1, 1), patches[0].flatten(0, 1))
 
 
-@pytest.mark.parametrize("changes, word", [
-    (dict(mm_projector_type="linear"), "linear"), (dict(mm_projector_type="absent"), "mm_projector_type"), (dict(mm_resampler_type="qformer"), "qformer"),
-    (dict(mm_patch_merge_type="spatial_unpad"), "spatial_unpad"), (dict(image_aspect_ratio="highres"), "highres"), (dict(mm_vision_select_feature="cls_patch"), "cls_patch"),
-    (dict(s2=True), "s2"), (dict(mm_use_im_start_end=True), "mm_use_im_start_end"), (dict(mm_vision_tower=None), "mm_vision_tower"),
-    (dict(mm_patch_merge_type="flat"), "flat"), (dict(image_grid_pinpoints="absent"), "image_grid_pinpoints"), (dict(image_grid_pinpoints=[[30, 56]]), "multiples of 28"),
-    (dict(image_grid_pinpoints="[]"), "image_grid_pinpoints"), (dict(image_grid_pinpoints="(1xa)"), "image_grid_pinpoints"),
-])
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        (dict(mm_projector_type="linear"), "linear"),
+        (dict(mm_projector_type="absent"), "mm_projector_type"),
+        (dict(mm_resampler_type="qformer"), "qformer"),
+        (dict(mm_patch_merge_type="spatial_unpad"), "spatial_unpad"),
+        (dict(image_aspect_ratio="highres"), "highres"),
+        (dict(mm_vision_select_feature="cls_patch"), "cls_patch"),
+        (dict(s2=True), "s2"),
+        (dict(mm_use_im_start_end=True), "mm_use_im_start_end"),
+        (dict(mm_vision_tower=None), "mm_vision_tower"),
+        (dict(mm_patch_merge_type="flat"), "flat"),
+        (dict(image_grid_pinpoints="absent"), "image_grid_pinpoints"),
+        (dict(image_grid_pinpoints=[[30, 56]]), "multiples of 28"),
+        (dict(image_grid_pinpoints="[]"), "image_grid_pinpoints"),
+        (dict(image_grid_pinpoints="(1xa)"), "image_grid_pinpoints"),
+    ],
+)
 def test_settings_that_are_not_built_are_named(tmp_path, changes, word):
     folder = write(tmp_path / "model", changes)
     refused(lambda: LongVA.from_pretrained(folder), word)
@@ -225,8 +392,12 @@ def test_settings_that_are_not_built_are_named(tmp_path, changes, word):
 
 def test_the_vocabulary_keeps_its_size(original):
     assert LongVA.from_pretrained(original).get_input_embeddings().weight.shape == (V, D)
-    rows = {k: v[:len(WORDS)] if k in ("model.embed_tokens.weight", "lm_head.weight") else v for k, v in tensors().items()}
-    tight = write(original.parent / "tight", dict(vocab_size=len(WORDS)), rows)  # no row is left for a placeholder, and none is needed
+    rows = {
+        k: v[: len(WORDS)] if k in ("model.embed_tokens.weight", "lm_head.weight") else v for k, v in tensors().items()
+    }
+    tight = write(
+        original.parent / "tight", dict(vocab_size=len(WORDS)), rows
+    )  # no row is left for a placeholder, and none is needed
     model, processor = LongVA.from_pretrained(tight), LongVAProcessor.from_pretrained(tight)
     assert model.lm_head.weight.shape == (len(WORDS), D) and model.config.video_token_id == len(WORDS) + 1
     reply = model.generate(**processor(text="w1 <video> w2", videos=film()), max_new_tokens=3)
@@ -235,7 +406,10 @@ def test_the_vocabulary_keeps_its_size(original):
 
 def test_without_a_tokenizer(tmp_path):
     folder = write(tmp_path / "model", words=False)
-    assert (LongVA.from_pretrained(folder).config.image_token_id, LongVA.from_pretrained(folder).config.video_token_id) == (-200, -201)
+    assert (
+        LongVA.from_pretrained(folder).config.image_token_id,
+        LongVA.from_pretrained(folder).config.video_token_id,
+    ) == (-200, -201)
     refused(lambda: LongVAProcessor.from_pretrained(folder), "tokenizer")
 
 
@@ -243,22 +417,67 @@ def test_qwen2s_own_tokenizer_from_its_slow_files(tmp_path):
     """vocab.json and merges.txt, as the original wants them: bytes, and ChatML's words as added tokens."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    folder = write(tmp_path / "model", dict(vocab_size=300), {k: v for k, v in tensors().items()} | {k: torch.zeros(300, D, dtype=torch.bfloat16) for k in ("model.embed_tokens.weight", "lm_head.weight")}, words=False)
+    folder = write(
+        tmp_path / "model",
+        dict(vocab_size=300),
+        {k: v for k, v in tensors().items()}
+        | {k: torch.zeros(300, D, dtype=torch.bfloat16) for k in ("model.embed_tokens.weight", "lm_head.weight")},
+        words=False,
+    )
     letters = list(bytes_to_unicode().values())
     (folder / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(letters)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    added = {str(256 + i): dict(content=c, lstrip=False, normalized=False, rstrip=False, single_word=False, special=True) for i, c in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))}
-    text_only = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    settings = dict(tokenizer_class="Qwen2Tokenizer", added_tokens_decoder=added, additional_special_tokens=["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                    bos_token=None, chat_template=text_only, model_max_length=32768)
+    added = {
+        str(256 + i): dict(content=c, lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+        for i, c in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    }
+    text_only = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{%"
+        " endfor %}"
+    )
+    settings = dict(
+        tokenizer_class="Qwen2Tokenizer",
+        added_tokens_decoder=added,
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        bos_token=None,
+        chat_template=text_only,
+        model_max_length=32768,
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     model, processor = LongVA.from_pretrained(folder), LongVAProcessor.from_pretrained(folder)
-    assert (model.config.image_token_id, model.config.video_token_id) == (processor.image_token_id, processor.video_token_id) == (259, 260)
-    talk = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (28, 56))}, {"type": "text", "text": "hi"}]}]
+    assert (
+        (model.config.image_token_id, model.config.video_token_id)
+        == (processor.image_token_id, processor.video_token_id)
+        == (259, 260)
+    )
+    talk = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": Image.new("RGB", (28, 56))}, {"type": "text", "text": "hi"}],
+        }
+    ]
     batch = processor.apply_chat_template(talk, tokenize=True, return_dict=True, add_generation_prompt=True)
     letter = {chr(b): letters.index(u) for b, u in bytes_to_unicode().items()}
-    def ids(text): return [letter[c] for c in text]
-    right = [257, *ids("system\nYou are a helpful assistant."), 258, *ids("\n"), 257, *ids("user\n"), *[259] * 8, *ids("\nhi"), 258, *ids("\n"), 257, *ids("assistant\n")]
+
+    def ids(text):
+        return [letter[c] for c in text]
+
+    right = [
+        257,
+        *ids("system\nYou are a helpful assistant."),
+        258,
+        *ids("\n"),
+        257,
+        *ids("user\n"),
+        *[259] * 8,
+        *ids("\nhi"),
+        258,
+        *ids("\n"),
+        257,
+        *ids("assistant\n"),
+    ]
     assert batch["input_ids"][0].tolist() == right
     (folder / "merges.txt").unlink()
     (folder / "vocab.json").write_text("{")
@@ -269,9 +488,11 @@ def test_a_hub_id_is_fetched_as_a_folder(original, monkeypatch):
     from longva.model import weights
 
     asked = []
+
     def snapshot(name, allow_patterns, **options):
         asked.append((name, allow_patterns[-1], options))
         return str(original)
+
     monkeypatch.setattr(weights, "snapshot_download", snapshot)
     for call in (LongVA.from_pretrained, load_original):
         assert same(dict(call("lmms-lab/LongVA-7B", revision="main", token="t").state_dict()), tensors())
@@ -292,14 +513,27 @@ def test_where_the_folder_is(original, monkeypatch):
 
 # ---- tensors that are not right
 
-@pytest.mark.parametrize("change, words", [
-    (lambda s: s.pop("model.norm.weight"), ("missing model.norm.weight",)),
-    (lambda s: s.pop("model.vision_tower.vision_tower.vision_model.post_layernorm.bias"), ("missing", "post_layernorm.bias")),
-    (lambda s: s.update({"model.image_newline": torch.zeros(D)}), ("extra model.image_newline",)),
-    (lambda s: s.update({"lm_head.weight": torch.zeros(V - 1, D)}), ("misshapen lm_head.weight", "[159, 64]", "[160, 64]")),
-    (lambda s: [s.pop(k) for k in list(s) if "vision_tower" in k], ("missing", "more")),
-    (lambda s: (s.pop("lm_head.weight"), s.update({"lm_head.bias": torch.zeros(V)})), ("missing lm_head.weight", "extra lm_head.bias")),
-])
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s: s.pop("model.norm.weight"), ("missing model.norm.weight",)),
+        (
+            lambda s: s.pop("model.vision_tower.vision_tower.vision_model.post_layernorm.bias"),
+            ("missing", "post_layernorm.bias"),
+        ),
+        (lambda s: s.update({"model.image_newline": torch.zeros(D)}), ("extra model.image_newline",)),
+        (
+            lambda s: s.update({"lm_head.weight": torch.zeros(V - 1, D)}),
+            ("misshapen lm_head.weight", "[159, 64]", "[160, 64]"),
+        ),
+        (lambda s: [s.pop(k) for k in list(s) if "vision_tower" in k], ("missing", "more")),
+        (
+            lambda s: (s.pop("lm_head.weight"), s.update({"lm_head.bias": torch.zeros(V)})),
+            ("missing lm_head.weight", "extra lm_head.bias"),
+        ),
+    ],
+)
 def test_wrong_tensors_are_named(tmp_path, change, words):
     state = tensors()
     change(state)
@@ -309,7 +543,10 @@ def test_wrong_tensors_are_named(tmp_path, change, words):
 
 
 def test_tensors_that_are_computed_may_be_there(tmp_path):
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8), "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    more = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8),
+        "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
+    }
     assert same(dict(LongVA.from_pretrained(write(tmp_path / "model", state=tensors() | more)).state_dict()), tensors())
 
 
@@ -317,7 +554,11 @@ def test_our_own_format_is_checked_as_well(original, tmp_path):
     LongVA.from_pretrained(original).save_pretrained(tmp_path / "ours")
     refused(lambda: load_original(tmp_path / "ours"), "ours", "llava_qwen")
     state = load_file(tmp_path / "ours" / "model.safetensors")
-    save_file({k: v for k, v in state.items() if k != "model.mm_projector.0.bias"}, tmp_path / "ours" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in state.items() if k != "model.mm_projector.0.bias"},
+        tmp_path / "ours" / "model.safetensors",
+        {"format": "pt"},
+    )
     refused(lambda: LongVA.from_pretrained(tmp_path / "ours"), "mm_projector.0.bias")
     (tmp_path / "ours" / "model.safetensors").unlink()
     torch.save(state, tmp_path / "ours" / "pytorch_model.bin")
@@ -353,7 +594,12 @@ def test_shards(original, suffix):
 def test_broken_files(original):
     file = original / "model.safetensors"
     whole = file.read_bytes()
-    for bytes_ in (whole[: len(whole) // 2], b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 15\n", b"", b"\xff" * 100):
+    for bytes_ in (
+        whole[: len(whole) // 2],
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 15\n",
+        b"",
+        b"\xff" * 100,
+    ):
         file.write_bytes(bytes_)
         refused(lambda: LongVA.from_pretrained(original), "model.safetensors")
     file.unlink()
@@ -385,6 +631,7 @@ def test_pickles(original, monkeypatch):
 
 # ---- and back
 
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_there_and_back(tmp_path, tied):
     first = write(tmp_path / "model", dict(tie_word_embeddings=tied), tensors(tied))
@@ -394,10 +641,18 @@ def test_there_and_back(tmp_path, tied):
     assert len(files) > 1 and same({k: v for f in files for k, v in load_file(f).items()}, tensors(tied))
     raw = json.loads((tmp_path / "back" / "config.json").read_text())
     assert {k: raw[k] for k in RAW} == RAW | dict(tie_word_embeddings=tied)
-    tower = load_file(tmp_path / "back" / "clip-tiny" / "model.safetensors")  # the tuned one, for code that builds its tower from here
-    assert torch.equal(tower["vision_model.pre_layrnorm.weight"], tensors(tied)["model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight"])
+    tower = load_file(
+        tmp_path / "back" / "clip-tiny" / "model.safetensors"
+    )  # the tuned one, for code that builds its tower from here
+    assert torch.equal(
+        tower["vision_model.pre_layrnorm.weight"],
+        tensors(tied)["model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight"],
+    )
     tokenizer().save_pretrained(tmp_path / "back")
-    a, b = (LongVAProcessor.from_pretrained(f)(text="w1 <image>", images=Image.new("RGB", (70, 40), "teal")) for f in (first, tmp_path / "back"))
+    a, b = (
+        LongVAProcessor.from_pretrained(f)(text="w1 <image>", images=Image.new("RGB", (70, 40), "teal"))
+        for f in (first, tmp_path / "back")
+    )
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -430,6 +685,7 @@ def test_what_the_original_has_no_word_for(original, tmp_path):
 
 # ---- other processes, and Hugging Face's doors
 
+
 @pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
 def test_auto_classes_in_a_fresh_process(original, tmp_path):
     model, processor = LongVA.from_pretrained(original, dtype=torch.float32), LongVAProcessor.from_pretrained(original)
@@ -442,16 +698,27 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 for folder in ({str(tmp_path / "ours")!r}, {str(original)!r}):
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32), AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+processor = AutoProcessor.from_pretrained(folder)
     assert type(model) is LongVA and type(processor).__name__ == "LongVAProcessor"
-    talk = [{{"role": "user", "content": [{{"type": "image", "image": Image.new("RGB", (70, 40), "teal")}}, {{"type": "text", "text": "w1"}}]}}]
-    batch = processor.apply_chat_template(talk, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+    image = {{"type": "image", "image": Image.new("RGB", (70, 40), "teal")}}
+talk = [{{"role": "user", "content": [image, {{"type": "text", "text": "w1"}}]}}]
+    batch = processor.apply_chat_template(
+    talk, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+)
     with torch.no_grad(): save_file({{"logits": model(**batch).logits}}, folder + "/logits.safetensors")
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
-    talk = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (70, 40), "teal")}, {"type": "text", "text": "w1"}]}]
+    talk = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": Image.new("RGB", (70, 40), "teal")}, {"type": "text", "text": "w1"}],
+        }
+    ]
     with torch.no_grad():
-        here = model(**processor.apply_chat_template(talk, tokenize=True, return_dict=True, add_generation_prompt=True)).logits
+        here = model(
+            **processor.apply_chat_template(talk, tokenize=True, return_dict=True, add_generation_prompt=True)
+        ).logits
     for folder in (tmp_path / "ours", original):
         torch.testing.assert_close(load_file(folder / "logits.safetensors")["logits"], here, atol=1e-6, rtol=0)
 
@@ -463,18 +730,45 @@ def test_the_pipeline(tmp_path):
     pipe = pipeline("image-text-to-text", model=str(mini_folder("mini-longva")))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     said = pipe(images=picture, text="<image> find ball", max_new_tokens=3, return_full_text=False)
-    talk = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "video", "video": film()}, {"type": "text", "text": "find ball"}]}]
+    talk = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": picture},
+                {"type": "video", "video": film()},
+                {"type": "text", "text": "find ball"},
+            ],
+        }
+    ]
     talked = pipe(text=talk, max_new_tokens=3, return_full_text=False)
-    batch = pipe.processor.apply_chat_template(talk, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
-    reply = pipe.model.generate(**batch, max_new_tokens=3)[0, batch["input_ids"].shape[1]:]
+    batch = pipe.processor.apply_chat_template(
+        talk, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    reply = pipe.model.generate(**batch, max_new_tokens=3)[0, batch["input_ids"].shape[1] :]
     model, processor = load_mini("mini-longva")
-    assert pipeline("image-text-to-text", model=model, processor=processor)(text=talk, max_new_tokens=3, return_full_text=False) == talked
-    assert isinstance(said[0]["generated_text"], str) and talked[0]["generated_text"].split() == pipe.processor.decode(reply, skip_special_tokens=True).split()
+    assert (
+        pipeline("image-text-to-text", model=model, processor=processor)(
+            text=talk, max_new_tokens=3, return_full_text=False
+        )
+        == talked
+    )
+    assert (
+        isinstance(said[0]["generated_text"], str)
+        and talked[0]["generated_text"].split() == pipe.processor.decode(reply, skip_special_tokens=True).split()
+    )
 
 
 # ---- parts
 
-LANGUAGE = dict(vocab_size=V, hidden_size=D, intermediate_size=FFN, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=1e9))
+LANGUAGE = dict(
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=FFN,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rope_parameters=dict(rope_type="default", rope_theta=1e9),
+)
 HALF = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50)
 SIGLIP = {k: v for k, v in TOWER.items() if k != "projection_dim"}
 
@@ -501,13 +795,17 @@ def test_from_parts(tmp_path, tied, which, live):
         qwen.save_pretrained(parts[0]), tower.save_pretrained(parts[1]), tokenizer().save_pretrained(parts[0])
     torch.manual_seed(1)
     model = LongVA.from_parts(*parts, tokenizer=tokenizer() if live else None, max_grids=9)
-    assert (model.config.image_token_id, model.config.max_grids, model.generation_config.max_new_tokens) == (len(WORDS), 9, 17)
+    assert (model.config.image_token_id, model.config.max_grids, model.generation_config.max_new_tokens) == (
+        len(WORDS),
+        9,
+        17,
+    )
     ours = model.state_dict()
     assert all(torch.equal(ours[k], v) for k, v in qwen.state_dict().items())
     vision = getattr(tower, "vision_model", tower)
     pixels = torch.randn(2, 3, S, S)
     with torch.no_grad():
-        right = vision(pixels, output_hidden_states=True).hidden_states[-2][:, 1 if which < 2 else 0:]
+        right = vision(pixels, output_hidden_states=True).hidden_states[-2][:, 1 if which < 2 else 0 :]
         torch.testing.assert_close(model.model.patch_features(pixels), model.model.mm_projector(right))
         assert model.encode_frames(pixels).shape == (2, 4, D)
         model.lm_head.weight.zero_()
@@ -585,14 +883,20 @@ def test_a_processor_that_is_not_there(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
 def test_settings_of_a_processor(original, tmp_path):
-    LongVAProcessor.from_pretrained(original, time_stamps=True, frame_delimiters=" w9 ").save_pretrained(tmp_path / "ours")
+    LongVAProcessor.from_pretrained(original, time_stamps=True, frame_delimiters=" w9 ").save_pretrained(
+        tmp_path / "ours"
+    )
     LongVA.from_pretrained(original).save_pretrained(tmp_path / "ours")
     for folder in (original, tmp_path / "ours"):
-        model, processor = LongVA.from_pretrained(folder, pool_stride=4, encoding="anyres"), LongVAProcessor.from_pretrained(folder, pool_stride=4, encoding="anyres", frames_fit="pad")
+        model, processor = LongVA.from_pretrained(
+            folder, pool_stride=4, encoding="anyres"
+        ), LongVAProcessor.from_pretrained(folder, pool_stride=4, encoding="anyres", frames_fit="pad")
         assert processor.image_processor.frames_fit == "pad"
         batch = processor(text="w1 <image> <video>", images=Image.new("RGB", (56, 28)), videos=film(), fps=1)
         with torch.no_grad():
-            assert model(**batch).logits.shape[1] == 1 + 3 + 3 + (3 * 2 + 2) * (folder != original)  # times and delimiters
+            assert model(**batch).logits.shape[1] == 1 + 3 + 3 + (3 * 2 + 2) * (
+                folder != original
+            )  # times and delimiters
     again = LongVAProcessor.from_pretrained(tmp_path / "ours")
     assert (again.time_stamps, again.frame_delimiters) == (True, " w9 ")
     text = again.decode(again(text="<video>", videos=film(), fps=2)["input_ids"][0])
@@ -601,17 +905,26 @@ def test_settings_of_a_processor(original, tmp_path):
 
 # ---- one sequence on one and on two ranks
 
+
 def cp_batch(model, processor):
     """Embeddings of pictures, a film and words; positions of two documents; labels already shifted."""
     rng = np.random.default_rng(3)
-    batch = processor(text="w1 <image> w2 w3 w4 <video> w5 w6 w7", images=Image.fromarray(rng.integers(0, 256, (50, 90, 3), dtype=np.uint8)), videos=film())
+    batch = processor(
+        text="w1 <image> w2 w3 w4 <video> w5 w6 w7",
+        images=Image.fromarray(rng.integers(0, 256, (50, 90, 3), dtype=np.uint8)),
+        videos=film(),
+    )
     ids, split = batch["input_ids"], 11
     labels = torch.where(ids >= len(WORDS), -100, ids)
     positions = torch.cat([torch.arange(split), torch.arange(ids.shape[1] - split)])[None]
     pixels = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")}
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
     shifted[:, split - 1] = -100
-    return dict(inputs_embeds=model.embed(ids, **pixels), position_ids=positions, shift_labels=shifted), (ids, pixels, labels)
+    return dict(inputs_embeds=model.embed(ids, **pixels), position_ids=positions, shift_labels=shifted), (
+        ids,
+        pixels,
+        labels,
+    )
 
 
 def cp_gradients(model, batch, ranks):
@@ -631,7 +944,9 @@ def cp_gradients(model, batch, ranks):
 
 
 def cp_model(folder, attention):
-    model, processor = LongVA.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention), LongVAProcessor.from_pretrained(folder)
+    model, processor = LongVA.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    ), LongVAProcessor.from_pretrained(folder)
     return model.train(), processor
 
 
@@ -689,7 +1004,9 @@ def test_training_with_context_parallel(original, tmp_path):
         worst = max(((found[f"{kind}.{n}"] - g).abs().max() / max(1, g.abs().max())).item() for n, g in right.items())
         assert worst <= 1e-5
     with torch.no_grad():
-        alone = one.eval()(inputs_embeds=batch["inputs_embeds"].detach(), position_ids=batch["position_ids"], use_cache=False).logits
+        alone = one.eval()(
+            inputs_embeds=batch["inputs_embeds"].detach(), position_ids=batch["position_ids"], use_cache=False
+        ).logits
     torch.testing.assert_close(found["logits"], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -700,7 +1017,9 @@ def test_labels_and_positions_on_one_rank(original):
     for attention in ("sdpa", "longva_cp"):
         model, processor = cp_model(original, attention)
         batch = processor(text=["w1 <image> w2 w3", "w4 <video> w5"], images=image, videos=film(), padding_side="right")
-        labels = torch.where(batch["attention_mask"].bool() & (batch["input_ids"] < len(WORDS)), batch["input_ids"], -100)
+        labels = torch.where(
+            batch["attention_mask"].bool() & (batch["input_ids"] < len(WORDS)), batch["input_ids"], -100
+        )
         positions = torch.arange(labels.shape[1]).expand(2, -1)
         loss = model(**batch, labels=labels, position_ids=positions).loss
         loss.backward()

@@ -1,9 +1,10 @@
 """The same numbers as the original code, from its own checkpoints.
 
-The parity folder (tiny random checkpoints in the original format, pictures, and what the original computes from them) lies beside the
-repository in shared/parity. Without it these tests are skipped. Limits are those of its README. Everything goes through the doors a user
-takes: `LongVA.from_pretrained` on an original folder, and the processor that belongs to it. The checkpoints have no tokenizer, so each gets
-one whose words t0 to t511 are its ids.
+The parity folder (tiny random checkpoints in the original format, pictures, and what the original computes from
+them) lies beside the repository in shared/parity. Without it these tests are skipped. Limits are those of its
+README. Everything goes through the doors a user takes: `LongVA.from_pretrained` on an original folder, and the
+processor that belongs to it. The checkpoints have no tokenizer, so each gets one whose words t0 to t511 are its
+ids.
 """
 
 import json
@@ -19,7 +20,11 @@ from PIL import Image
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
 if not PARITY.is_dir():
-    pytest.skip("The parity data is not here (shared/parity beside the repository), so parity with the original is not checked.", allow_module_level=True)
+    pytest.skip(
+        "The parity data is not here (shared/parity beside the repository), so parity with the original is not"
+        " checked.",
+        allow_module_level=True,
+    )
 
 from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
@@ -83,7 +88,11 @@ def text_of(ids, pictures):
 def inputs_of(case):
     """Model and inputs of a case."""
     model, processor = opened(case)
-    pictures = [p for p in case.get("images", [{"video_frames": case["frames"]}] if "frames" in case else []) if "zeros" not in p]
+    pictures = [
+        p
+        for p in case.get("images", [{"video_frames": case["frames"]}] if "frames" in case else [])
+        if "zeros" not in p
+    ]
     rows = case["input_ids"] if case["kind"] == "batch" else [case["input_ids"]]
     if case["kind"] == "batch":
         rows = [[i for i, keep in zip(ids, mask) if keep] for ids, mask in zip(rows, case["attention_mask"])]
@@ -91,7 +100,13 @@ def inputs_of(case):
     texts = [text_of(row, [next(left) for i in row if i == -200]) for row in rows]
     images = [Image.open(PARITY / p["file"]) for p in pictures if "file" in p]
     videos = [frames_of(p["video_frames"]) for p in pictures if "video_frames" in p]
-    return model, processor, processor(text=texts, images=images or None, videos=videos or None, padding_side=processor.tokenizer.padding_side)
+    return (
+        model,
+        processor,
+        processor(
+            text=texts, images=images or None, videos=videos or None, padding_side=processor.tokenizer.padding_side
+        ),
+    )
 
 
 def check_logits(case, logits, tensors):
@@ -104,7 +119,7 @@ def check_greedy(case, model, inputs):
     for key, eos in (("eight_ids_ignoring_eos", None), ("ids_with_eos_511", 511)):
         if "greedy" in case:
             out = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=eos, pad_token_id=509)
-            assert out[0, inputs["input_ids"].shape[1]:].tolist() == case["greedy"][key]
+            assert out[0, inputs["input_ids"].shape[1] :].tolist() == case["greedy"][key]
 
 
 def check_case(case, tensors):
@@ -121,7 +136,9 @@ def check_case(case, tensors):
         positions = torch.tensor([case["position_ids"]]) if "position_ids" in case else None
         keep = torch.tensor(case["logit_positions"])
         check_logits(case, model(inputs_embeds=rows, position_ids=positions, logits_to_keep=keep).logits[0], tensors)
-        if case["merged_length"] == inputs["input_ids"].shape[1] and positions is None:  # not cut to the tokenizer's length, as the original does
+        if (
+            case["merged_length"] == inputs["input_ids"].shape[1] and positions is None
+        ):  # not cut to the tokenizer's length, as the original does
             check_logits(case, model(**inputs, logits_to_keep=keep).logits[0], tensors)
             check_greedy(case, model, inputs)
 
@@ -131,8 +148,14 @@ def test_names_and_shapes_are_the_original_ones(folder):
     model = LongVA.from_pretrained(PARITY / folder)
     state = {k: v for file in weight_files(PARITY / folder) for k, v in load_file(file).items()}
     ours = model.state_dict()
-    assert model.dtype == torch.bfloat16 and ours.keys() == state.keys() and all(torch.equal(ours[k], v) for k, v in state.items())
-    tower = load_file(PARITY / json.loads((PARITY / folder / "config.json").read_text())["mm_vision_tower"] / "model.safetensors")
+    assert (
+        model.dtype == torch.bfloat16
+        and ours.keys() == state.keys()
+        and all(torch.equal(ours[k], v) for k, v in state.items())
+    )
+    tower = load_file(
+        PARITY / json.loads((PARITY / folder / "config.json").read_text())["mm_vision_tower"] / "model.safetensors"
+    )
     name = "vision_model.embeddings.class_embedding"
     assert not torch.equal(ours[f"model.vision_tower.vision_tower.{name}"], tower[name])  # the checkpoint's wins
     assert model.generation_config.eos_token_id == 511
@@ -142,13 +165,25 @@ def test_names_and_shapes_are_the_original_ones(folder):
 def test_there_and_back(folder, tmp_path):
     """Original, ours on disk, original: the same bits, and settings that open to the same model."""
     LongVA.from_pretrained(PARITY / folder).save_pretrained(tmp_path / "ours")
-    save_original(LongVA.from_pretrained(tmp_path / "ours"), tmp_path / "back", max_shard_size="200KB" if folder == "checkpoint_336" else "5GB")
-    first, last = ({k: v for file in weight_files(f) for k, v in load_file(file).items()} for f in (PARITY / folder, tmp_path / "back"))
-    assert first.keys() == last.keys() and all(v.dtype == last[k].dtype and torch.equal(v.view(torch.int16), last[k].view(torch.int16)) for k, v in first.items())
+    save_original(
+        LongVA.from_pretrained(tmp_path / "ours"),
+        tmp_path / "back",
+        max_shard_size="200KB" if folder == "checkpoint_336" else "5GB",
+    )
+    first, last = (
+        {k: v for file in weight_files(f) for k, v in load_file(file).items()}
+        for f in (PARITY / folder, tmp_path / "back")
+    )
+    assert first.keys() == last.keys() and all(
+        v.dtype == last[k].dtype and torch.equal(v.view(torch.int16), last[k].view(torch.int16))
+        for k, v in first.items()
+    )
     before, after = (json.loads((f / "config.json").read_text()) for f in (PARITY / folder, tmp_path / "back"))
     assert {k: v for k, v in after.items() if k in before} == before
     again, once = (LongVA.from_pretrained(f).config.to_dict() for f in (tmp_path / "back", PARITY / folder))
-    assert {k: v for k, v in again.items() if k != "_name_or_path"} == {k: v for k, v in once.items() if k != "_name_or_path"}
+    assert {k: v for k, v in again.items() if k != "_name_or_path"} == {
+        k: v for k, v in once.items() if k != "_name_or_path"
+    }
 
 
 @pytest.mark.parametrize("case", named(IMAGE_CASES, "image", "image+video", "text"))
@@ -218,7 +253,9 @@ def test_tower_and_projector():
     with torch.no_grad():
         tower = model.model.vision_tower["vision_tower"]["vision_model"].features(pixels, -2)
         assert (tower - tensors[case["tensors"]["tower_features"]]).abs().max() <= VISUAL
-        assert (model.model.patch_features(pixels) - tensors[case["tensors"]["projector_features"]]).abs().max() <= VISUAL
+        assert (
+            model.model.patch_features(pixels) - tensors[case["tensors"]["projector_features"]]
+        ).abs().max() <= VISUAL
 
 
 @pytest.mark.parametrize("case", named(IMAGE_CASES, "batch"))
@@ -230,11 +267,15 @@ def test_padded_batches(case):
         out = model(**inputs, labels=torch.tensor(case["merged_labels"]))
     assert abs(out.loss.item() - case["loss"]) <= 1e-4 * case["loss"]
     for i, row in enumerate(case["rows"]):
-        check_logits(row, out.logits[i, row["row_offset"] + torch.tensor(row["logit_positions"])], stored("image_cases"))
+        check_logits(
+            row, out.logits[i, row["row_offset"] + torch.tensor(row["logit_positions"])], stored("image_cases")
+        )
 
 
 def test_every_needle_is_found_or_missed_as_in_the_original():
-    data, tensors = json.loads((PARITY / "vniah" / "vniah_cases.json").read_text()), load_file(PARITY / "vniah" / "vniah.safetensors")
+    data, tensors = json.loads((PARITY / "vniah" / "vniah_cases.json").read_text()), load_file(
+        PARITY / "vniah" / "vniah.safetensors"
+    )
     model = LongVA.from_pretrained(PARITY / data["checkpoint"], dtype=torch.float32)
     word, hay, passed, row = (lambda ids: model.get_input_embeddings()(torch.tensor(ids))), tensors["haystack"], 0, 0
     assert np.mean([c["score"] for c in data["cells"]]) == pytest.approx(data["average_accuracy"])
@@ -243,10 +284,22 @@ def test_every_needle_is_found_or_missed_as_in_the_original():
             n, i = cell["num_frames"], int(cell["depth"] * cell["num_frames"])
             assert i == cell["insert_index"]
             for j, (question, answer) in enumerate(zip(data["question_ids"], data["answer_ids"])):
-                rows = torch.cat([word(data["pre_ids"]), *hay[:i], tensors["needles"][j], *hay[i:n], word(question), word(data["post_ids"]), word(answer)])
+                rows = torch.cat(
+                    [
+                        word(data["pre_ids"]),
+                        *hay[:i],
+                        tensors["needles"][j],
+                        *hay[i:n],
+                        word(question),
+                        word(data["post_ids"]),
+                        word(answer),
+                    ]
+                )
                 assert len(rows) - len(answer) == cell["prompt_length"][j]
                 span = torch.arange(len(rows) - len(answer) - 1, len(rows) - 1)
-                logits = model(inputs_embeds=rows[None], position_ids=torch.arange(len(rows))[None], logits_to_keep=span).logits[0]
+                logits = model(
+                    inputs_embeds=rows[None], position_ids=torch.arange(len(rows))[None], logits_to_keep=span
+                ).logits[0]
                 assert (logits - tensors["answer_span_logits"][row : row + len(answer)]).abs().max() <= LOGITS
                 assert logits.argmax(-1).tolist() == cell["argmax_answer_span"][j]
                 assert (logits.argmax(-1).tolist() == answer) == bool(cell["pass"][j])
@@ -266,7 +319,7 @@ def test_log_probabilities_of_answers():
     sums, means = [], []
     for prompt, answer in zip(data["prompts"] * 2, data["chosen"] + data["rejected"]):
         inputs = processor(text=text_of(prompt + answer, [{}]), images=picture)
-        ids = inputs["input_ids"][0, -len(answer):]
+        ids = inputs["input_ids"][0, -len(answer) :]
         with torch.no_grad():
             logps = model(**inputs).logits[0, -len(answer) - 1 : -1].log_softmax(-1).gather(1, ids[:, None])
         sums.append(logps.sum().item()), means.append(logps.mean().item())

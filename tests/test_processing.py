@@ -1,4 +1,5 @@
-"""Model and processor together, where notebooks are the wrong place: other processes, real vocabulary sizes, random batches, training."""
+"""Model and processor together, where notebooks are the wrong place: other processes, real vocabulary sizes, random
+batches, training."""
 
 import subprocess
 import sys
@@ -24,7 +25,9 @@ def word_tokenizer(words, special):
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", extra_special_tokens=special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", extra_special_tokens=special
+    )
 
 
 @pytest.fixture
@@ -96,13 +99,20 @@ def test_padded_generation_equals_generation_alone(pair):
     how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     together = model.generate(**processor(text=list(texts), images=list(images), videos=list(videos)), **how)[:, -5:]
     for row, (text, pictures, films) in enumerate(zip(texts, images, videos)):
-        assert torch.equal(together[row], model.generate(**processor(text=text, images=pictures, videos=films), **how)[0, -5:])
+        assert torch.equal(
+            together[row], model.generate(**processor(text=text, images=pictures, videos=films), **how)[0, -5:]
+        )
     right = processor(text=["w1", "w1 w2 w3"], padding_side="right")  # for training
-    assert right["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]] and processor(text=["w1", "w1 w2 w3"])["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert right["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]] and processor(text=["w1", "w1 w2 w3"])[
+        "attention_mask"
+    ].tolist() == [[0, 0, 1], [1, 1, 1]]
     refused(lambda: model.generate(**right, **how), "padded on the right", "left")
     refused(lambda: processor(text="w1", padding_side="top"), "padding_side", "'top'")
     talks = [[{"role": "user", "content": "w1"}], [{"role": "user", "content": "w1 w2"}]]
-    sides = [processor.apply_chat_template(talks, tokenize=True, return_dict=True, **more)["attention_mask"][0].tolist() for more in ({}, {"padding_side": "right"})]
+    sides = [
+        processor.apply_chat_template(talks, tokenize=True, return_dict=True, **more)["attention_mask"][0].tolist()
+        for more in ({}, {"padding_side": "right"})
+    ]
     assert sides[0][::-1] == sides[1] and sides[0][0] == 0
 
 
@@ -187,7 +197,11 @@ def test_wrong_numbers_are_one_sentence(pair, tmp_path):
     with pytest.raises(ValueError, match="The text has 4 image placeholders, but the images give"):
         model(input_ids=cut, pixel_values=batch["pixel_values"], image_layouts=batch["image_layouts"])
     with pytest.raises(ValueError, match="must be normalised floats of shape"):
-        model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"].movedim(1, -1), image_layouts=batch["image_layouts"])
+        model(
+            input_ids=batch["input_ids"],
+            pixel_values=batch["pixel_values"].movedim(1, -1),
+            image_layouts=batch["image_layouts"],
+        )
 
 
 def test_three_thousand_frames_of_placeholders(tokenizer):
@@ -200,6 +214,7 @@ def test_three_thousand_frames_of_placeholders(tokenizer):
 
 
 # ---- what does not add up
+
 
 def refused(call, *words):
     """The one sentence that a call must raise."""
@@ -217,7 +232,12 @@ def test_each_text_gets_its_own_pictures(pair):
     a, b, c = (Image.new("RGB", size, "teal") for size in ((30, 30), (40, 90), (90, 40)))
     texts = ["<image> w1", "<image> <image> w2"]
     refused(lambda: processor(text=texts, images=[[a, b], [c]]), "'<image> w1'", "1 <image>", "2 images")
-    refused(lambda: processor(text=["w1", "<video> w2"], videos=[[film(np.random.default_rng(0))], []]), "'w1'", "0 <video>", "1 video")
+    refused(
+        lambda: processor(text=["w1", "<video> w2"], videos=[[film(np.random.default_rng(0))], []]),
+        "'w1'",
+        "0 <video>",
+        "1 video",
+    )
     refused(lambda: processor(text=texts, images=[[a], [b, c], []]), "3 lists", "2 texts")
     refused(lambda: processor(text=texts, images=[[a], b, c]), "one list per text")
     refused(lambda: processor(text="<image> <image>", images=[[a], [b]]), "2 lists", "1 text")
@@ -227,7 +247,10 @@ def test_each_text_gets_its_own_pictures(pair):
     for none in ([None, [a]], [[], [a]]):
         assert len(processor(text=["w1", "w2 <image>"], images=none)["image_layouts"]) == 1
     assert processor(text="<image> <image>", images=[[a, b]])["image_layouts"].shape == (2, 2)
-    talks = [[{"role": "user", "content": [{"type": "text", "text": "w1"}]}], [{"role": "user", "content": [{"type": "image", "image": a}]}]]
+    talks = [
+        [{"role": "user", "content": [{"type": "text", "text": "w1"}]}],
+        [{"role": "user", "content": [{"type": "image", "image": a}]}],
+    ]
     assert len(processor.apply_chat_template(talks, tokenize=True, return_dict=True)["image_layouts"]) == 1
 
 
@@ -237,8 +260,15 @@ def test_what_is_no_picture(pair, tmp_path, monkeypatch):
     Path("notes.png").write_text("no picture")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)).save("whole.png")
     Path("half.png").write_bytes(Path("whole.png").read_bytes()[:2000])
-    for name, words in {"nope.png": ("no file nope.png",), ".": ("folder",), "": ("empty",), "notes.png": ("notes.png", "image"), "half.png": ("half.png",),
-                        "a" * 5000: (), "nul\0.png": ()}.items():
+    for name, words in {
+        "nope.png": ("no file nope.png",),
+        ".": ("folder",),
+        "": ("empty",),
+        "notes.png": ("notes.png", "image"),
+        "half.png": ("half.png",),
+        "a" * 5000: (),
+        "nul\0.png": (),
+    }.items():
         refused(lambda: processor(text="<image>", images=name), *words)
         refused(lambda: processor.image_processor(name), *words)
     assert len(processor(text="<image>", images=Path("whole.png"))["image_layouts"]) == 1
@@ -260,16 +290,37 @@ def test_a_processor_needs_both_parts(pair, tokenizer):
     refused(lambda: LongVAProcessor(tokenizer=tokenizer), "image_processor")
 
 
-@pytest.mark.parametrize("setting, word", [
-    ({"frames_fit": "stretch"}, "stretch"), ({"encoding": "x"}, "'x'"), ({"max_grids": 0}, "max_grids"), ({"max_grids": 1}, "max_grids"), ({"pool_stride": 0}, "pool"),
-    ({"grid": 0}, "grid"), ({"patch_size": 0}, "patch"), ({"pool_stride": 25}, "token")])
+@pytest.mark.parametrize(
+    "setting, word",
+    [
+        ({"frames_fit": "stretch"}, "stretch"),
+        ({"encoding": "x"}, "'x'"),
+        ({"max_grids": 0}, "max_grids"),
+        ({"max_grids": 1}, "max_grids"),
+        ({"pool_stride": 0}, "pool"),
+        ({"grid": 0}, "grid"),
+        ({"patch_size": 0}, "patch"),
+        ({"pool_stride": 25}, "token"),
+    ],
+)
 def test_image_settings_that_do_not_exist(setting, word):
     refused(lambda: LongVAImageProcessor(**setting), word)
 
 
-@pytest.mark.parametrize("setting, word", [
-    ({"pool_stride": 0}, "pool_stride"), ({"pool_stride": -2}, "pool_stride"), ({"pool_stride": 5}, "4 x 4"), ({"max_grids": 0}, "max_grids"), ({"max_grids": 1}, "max_grids"),
-    ({"vision_feature_layer": 99}, "vision_feature_layer"), ({"vision_feature_layer": 4}, "-4 to 3"), ({"vision_feature_layer": -5}, "-4 to 3"), ({"encoding": "x"}, "encoding")])
+@pytest.mark.parametrize(
+    "setting, word",
+    [
+        ({"pool_stride": 0}, "pool_stride"),
+        ({"pool_stride": -2}, "pool_stride"),
+        ({"pool_stride": 5}, "4 x 4"),
+        ({"max_grids": 0}, "max_grids"),
+        ({"max_grids": 1}, "max_grids"),
+        ({"vision_feature_layer": 99}, "vision_feature_layer"),
+        ({"vision_feature_layer": 4}, "-4 to 3"),
+        ({"vision_feature_layer": -5}, "-4 to 3"),
+        ({"encoding": "x"}, "encoding"),
+    ],
+)
 def test_settings_that_do_not_exist(setting, word):
     refused(lambda: mini_config(64, 62, 63, **setting), word)
 
@@ -289,7 +340,9 @@ def test_pictures_as_numpy(pair):
     assert all(isinstance(v, np.ndarray) for v in arrays.values()), {k: type(v) for k, v in arrays.items()}
     assert all(isinstance(v, torch.Tensor) for v in tensors.values())
     assert all(np.array_equal(arrays[k], v.numpy()) for k, v in tensors.items())
-    assert all(isinstance(v, np.ndarray) for v in processor.image_processor(what["images"], return_tensors="np").values())
+    assert all(
+        isinstance(v, np.ndarray) for v in processor.image_processor(what["images"], return_tensors="np").values()
+    )
     for other in ("tf", "x", 5):
         refused(lambda: processor(**what, return_tensors=other), "return_tensors")
 
@@ -302,7 +355,11 @@ def test_placeholders_without_pixels(pair):
         for call in (model, model.embed, lambda input_ids: model.generate(input_ids=input_ids, max_new_tokens=2)):
             refused(lambda: call(input_ids=batch["input_ids"]), f"{kind} placeholder", "pixel_values")
     both = torch.cat([images["input_ids"], videos["input_ids"]], 1)
-    refused(lambda: model(input_ids=both, pixel_values=images["pixel_values"], image_layouts=images["image_layouts"]), "video", "pixel_values_videos")
+    refused(
+        lambda: model(input_ids=both, pixel_values=images["pixel_values"], image_layouts=images["image_layouts"]),
+        "video",
+        "pixel_values_videos",
+    )
 
 
 def test_a_placeholder_that_the_model_itself_says_is_a_word(pair):
@@ -310,7 +367,7 @@ def test_a_placeholder_that_the_model_itself_says_is_a_word(pair):
     model, _ = pair
     ids = torch.tensor([[7, 8, 9]])
     with torch.no_grad():
-        model.lm_head.weight.zero_()          # tied: every logit is 0, and the first id wins ...
+        model.lm_head.weight.zero_()  # tied: every logit is 0, and the first id wins ...
         model.model.embed_tokens.weight[3] = 50 * model.model.norm.weight  # ... or this one
     cache = model(input_ids=ids, use_cache=True).past_key_values
     assert model(input_ids=torch.tensor([[3]]), past_key_values=cache).logits.shape[1] == 1
@@ -333,10 +390,14 @@ def test_wrong_shapes_are_one_sentence(pair):
     for frames, chunk in ((0, 64), (2, 0), (2, -1), (2, 1.5), (2, None)):
         for gradients in (False, True):
             with torch.set_grad_enabled(gradients):
-                refused(lambda: model.encode_frames(torch.zeros(frames, 3, 28, 28), chunk=chunk), "chunk" if frames else "no frames")
+                refused(
+                    lambda: model.encode_frames(torch.zeros(frames, 3, 28, 28), chunk=chunk),
+                    "chunk" if frames else "no frames",
+                )
 
 
 # ---- conversations, and text between frames
+
 
 @pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
 def test_conversations_with_files(pair, tmp_path):
@@ -346,14 +407,42 @@ def test_conversations_with_files(pair, tmp_path):
     a.save(tmp_path / "a.png")
     frames = rng.integers(0, 256, (8, 32, 48, 3), dtype=np.uint8)
     path = write_video(frames, tmp_path / "film.mp4", fps=2.0)
-    first = [{"role": "system", "content": "w0"}, {"role": "user", "content": [
-        {"type": "video", "video": str(path)}, {"type": "text", "text": "w1"}, {"type": "image", "path": str(tmp_path / "a.png")}, {"type": "image", "image": b}, {"type": "text", "text": "w2"}]}]
-    second = [*first, {"role": "assistant", "content": [{"type": "text", "text": "w3"}]}, {"role": "user", "content": [{"type": "video", "video": frames[:3]}, {"type": "text", "text": "w4"}]}]
-    batch = processor.apply_chat_template([first, second], tokenize=True, return_dict=True, add_generation_prompt=True, num_frames=4, frames_fit="pad")
-    assert batch["video_frames"].tolist() == [4, 4, 3] and len(batch["image_layouts"]) == 4 and len(batch["input_ids"]) == 2
-    texts = ["<|im_start|>system\nw0<|im_end|>\n<|im_start|>user\n<video>\nw1<image>\n<image>\nw2<|im_end|>\n<|im_start|>"]
-    texts = [texts[0] + "assistant\n", texts[0] + "assistant\nw3<|im_end|>\n<|im_start|>user\n<video>\nw4<|im_end|>\n<|im_start|>assistant\n"]
-    right = processor(text=texts, images=[[a, b]] * 2, videos=[[path], [path, frames[:3]]], num_frames=4, frames_fit="pad")
+    first = [
+        {"role": "system", "content": "w0"},
+        {
+            "role": "user",
+            "content": [
+                {"type": "video", "video": str(path)},
+                {"type": "text", "text": "w1"},
+                {"type": "image", "path": str(tmp_path / "a.png")},
+                {"type": "image", "image": b},
+                {"type": "text", "text": "w2"},
+            ],
+        },
+    ]
+    second = [
+        *first,
+        {"role": "assistant", "content": [{"type": "text", "text": "w3"}]},
+        {"role": "user", "content": [{"type": "video", "video": frames[:3]}, {"type": "text", "text": "w4"}]},
+    ]
+    batch = processor.apply_chat_template(
+        [first, second], tokenize=True, return_dict=True, add_generation_prompt=True, num_frames=4, frames_fit="pad"
+    )
+    assert (
+        batch["video_frames"].tolist() == [4, 4, 3]
+        and len(batch["image_layouts"]) == 4
+        and len(batch["input_ids"]) == 2
+    )
+    texts = [
+        "<|im_start|>system\nw0<|im_end|>\n<|im_start|>user\n<video>\nw1<image>\n<image>\nw2<|im_end|>\n<|im_start|>"
+    ]
+    texts = [
+        texts[0] + "assistant\n",
+        texts[0] + "assistant\nw3<|im_end|>\n<|im_start|>user\n<video>\nw4<|im_end|>\n<|im_start|>assistant\n",
+    ]
+    right = processor(
+        text=texts, images=[[a, b]] * 2, videos=[[path], [path, frames[:3]]], num_frames=4, frames_fit="pad"
+    )
     assert all(torch.equal(batch[k], v) for k, v in right.items())
     assert processor.apply_chat_template([first, second], add_generation_prompt=True) == texts
 
@@ -369,8 +458,18 @@ def test_time_stamps_and_delimiters(pair, tmp_path):
         return processor.decode(ids).replace(" ", "")
 
     frame, stamp = "<video>" * 4, "<unk><unk>"  # "<0.5" and "seconds>" are no words of this vocabulary
-    assert words(videos=path) == words(videos=frames) == words(videos=[Image.fromarray(f) for f in frames]) == "w1" + frame * 4 + "w2"
-    assert words(videos=path, time_stamps=True) == words(videos=frames, time_stamps=True, fps=2) == words(videos=Frames(frames, np.arange(4.0), 2.0), time_stamps=True) == "w1" + (stamp + frame) * 4 + "w2"
+    assert (
+        words(videos=path)
+        == words(videos=frames)
+        == words(videos=[Image.fromarray(f) for f in frames])
+        == "w1" + frame * 4 + "w2"
+    )
+    assert (
+        words(videos=path, time_stamps=True)
+        == words(videos=frames, time_stamps=True, fps=2)
+        == words(videos=Frames(frames, np.arange(4.0), 2.0), time_stamps=True)
+        == "w1" + (stamp + frame) * 4 + "w2"
+    )
     assert words(videos=frames, frame_delimiters="w7") == "w1" + "w7".join([frame] * 4) + "w2"
     with pytest.raises(ValueError, match="fps"):
         words(videos=frames, time_stamps=True)
@@ -378,12 +477,17 @@ def test_time_stamps_and_delimiters(pair, tmp_path):
     made.save_pretrained(tmp_path / "saved")
     again = LongVAProcessor.from_pretrained(tmp_path / "saved")
     a, b = (p(text="w1 <video>", videos=path) for p in (made, again))
-    assert all(torch.equal(a[k], b[k]) for k in a) and torch.equal(again(text="<video>", videos=path, time_stamps=False, frame_delimiters="")["input_ids"], processor(text="<video>", videos=path)["input_ids"])
+    assert all(torch.equal(a[k], b[k]) for k in a) and torch.equal(
+        again(text="<video>", videos=path, time_stamps=False, frame_delimiters="")["input_ids"],
+        processor(text="<video>", videos=path)["input_ids"],
+    )
     with torch.no_grad():
         assert model(**a).logits.isfinite().all()  # text between frames is text to the model
         rows = model.embed(**{k: v for k, v in a.items() if k != "attention_mask"})[0]
         assert torch.equal(rows[a["input_ids"][0] == 4], model.encode_frames(a["pixel_values_videos"]).flatten(0, 1))
-    assert [processor.tokenizer.tokenize(frames_text("<video>", 1, 2, [0.0, 61.25], ";"))] and frames_text("<video>", 1, 2, [0.0, 61.25], ";") == "<0.0 seconds><video>;<61.2 seconds><video>"
+    assert [processor.tokenizer.tokenize(frames_text("<video>", 1, 2, [0.0, 61.25], ";"))] and frames_text(
+        "<video>", 1, 2, [0.0, 61.25], ";"
+    ) == "<0.0 seconds><video>;<61.2 seconds><video>"
 
 
 def test_one_square_per_image(pair):
@@ -394,7 +498,11 @@ def test_one_square_per_image(pair):
     model, single = LongVA(config).eval(), LongVAProcessor.from_config(config, processor.tokenizer)
     for image in (Image.new("RGBA", (90, 30), "teal"), Image.new("L", (30, 90)), Image.new("P", (28, 28))):
         batch = single(text="w1 <image> <video>", images=image, videos=film(np.random.default_rng(0)))
-        assert batch["image_layouts"].tolist() == [[1, 1]] and (batch["input_ids"] == 3).sum() == 16 and len(batch["pixel_values"]) == 1
+        assert (
+            batch["image_layouts"].tolist() == [[1, 1]]
+            and (batch["input_ids"] == 3).sum() == 16
+            and len(batch["pixel_values"]) == 1
+        )
         with torch.no_grad():
             assert model(**batch).logits.isfinite().all()
 
@@ -410,16 +518,27 @@ def test_a_slip_of_the_pen_is_no_setting(pair, tmp_path):
     config, tokenizer, frames = model.config, processor.tokenizer, np.zeros((2, 30, 30, 3), np.uint8)
     processor.save_pretrained(tmp_path)
     for call, word in (
-        (lambda: LongVAImageProcessor(frame_fit="pad"), "frames_fit"), (lambda: LongVAImageProcessor.from_config(config, max_grid=4), "max_grids"),
-        (lambda: LongVAProcessor.from_config(config, tokenizer, frame_fit="pad"), "frames_fit"), (lambda: LongVAProcessor.from_pretrained(tmp_path, time_stamp=True), "time_stamps"),
-        (lambda: LongVAProcessor.from_pretrained(tmp_path, frame_fit="pad"), "frames_fit"), (lambda: processor(text="w1", vidoes=frames), "videos"),
-        (lambda: processor(text="<video>", videos=frames, frame_fit="pad"), "frames_fit"), (lambda: processor(text="w1", zebra=1), "zebra"),
+        (lambda: LongVAImageProcessor(frame_fit="pad"), "frames_fit"),
+        (lambda: LongVAImageProcessor.from_config(config, max_grid=4), "max_grids"),
+        (lambda: LongVAProcessor.from_config(config, tokenizer, frame_fit="pad"), "frames_fit"),
+        (lambda: LongVAProcessor.from_pretrained(tmp_path, time_stamp=True), "time_stamps"),
+        (lambda: LongVAProcessor.from_pretrained(tmp_path, frame_fit="pad"), "frames_fit"),
+        (lambda: processor(text="w1", vidoes=frames), "videos"),
+        (lambda: processor(text="<video>", videos=frames, frame_fit="pad"), "frames_fit"),
+        (lambda: processor(text="w1", zebra=1), "zebra"),
         (lambda: processor.image_processor(Image.new("RGB", (30, 30)), max_grid=2), "max_grid"),
         (lambda: processor(text="<video>", videos=frames, num_frames=1), "2 frames"),
     ):
         refused(call, word)
-    again = LongVAProcessor.from_pretrained(tmp_path, time_stamps=True, frame_delimiters="w7", frames_fit="resize", max_grids=4)
-    assert (again.time_stamps, again.frame_delimiters, again.image_processor.frames_fit, again.image_processor.max_grids) == (True, "w7", "resize", 4)
+    again = LongVAProcessor.from_pretrained(
+        tmp_path, time_stamps=True, frame_delimiters="w7", frames_fit="resize", max_grids=4
+    )
+    assert (
+        again.time_stamps,
+        again.frame_delimiters,
+        again.image_processor.frames_fit,
+        again.image_processor.max_grids,
+    ) == (True, "w7", "resize", 4)
 
 
 def test_pictures_as_people_see_them(pair, tmp_path, monkeypatch):
@@ -428,7 +547,12 @@ def test_pictures_as_people_see_them(pair, tmp_path, monkeypatch):
 
     grey = np.linspace(0, 255, 60 * 40).astype(np.uint8).reshape(40, 60)
     colour = Image.fromarray(np.stack([grey, grey[::-1], grey[:, ::-1]], -1))
-    saved = {"deep.png": Image.fromarray(grey.astype(np.uint16) * 257), "deep.tif": Image.fromarray(grey.astype(np.uint16) * 257), "plain.png": Image.fromarray(grey), "la.png": Image.fromarray(grey).convert("LA")}
+    saved = {
+        "deep.png": Image.fromarray(grey.astype(np.uint16) * 257),
+        "deep.tif": Image.fromarray(grey.astype(np.uint16) * 257),
+        "plain.png": Image.fromarray(grey),
+        "la.png": Image.fromarray(grey).convert("LA"),
+    }
     for name, image in saved.items():
         image.save(tmp_path / name)
         assert np.array_equal(np.asarray(open_image(tmp_path / name)), grey[..., None].repeat(3, -1)), name
@@ -442,7 +566,9 @@ def test_pictures_as_people_see_them(pair, tmp_path, monkeypatch):
     few.save(tmp_path / "few.gif")
     assert np.array_equal(np.asarray(open_image(tmp_path / "few.gif")), np.asarray(few.convert("RGB")))
     colour.convert("CMYK").save(tmp_path / "print.tif")
-    assert np.array_equal(np.asarray(open_image(tmp_path / "print.tif")), np.asarray(colour.convert("CMYK").convert("RGB")))
+    assert np.array_equal(
+        np.asarray(open_image(tmp_path / "print.tif")), np.asarray(colour.convert("CMYK").convert("RGB"))
+    )
     exif = colour.getexif()
     exif[0x112] = 6
     colour.save(tmp_path / "phone.png", exif=exif)
@@ -477,6 +603,7 @@ def test_a_long_file_is_read_in_parts(pair, tmp_path):
 
 # ---- as people know it from transformers
 
+
 def test_unknown_words_are_named(pair, recwarn, monkeypatch):
     """The tokenizer writes <unk> for them, and the model would answer another question."""
     _, processor = pair
@@ -502,7 +629,9 @@ def test_a_tokenizer_without_an_unknown_word_is_not_asked(recwarn):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=None)
     config = mini_config(300, 256, 257)
-    assert LongVAProcessor.from_config(config, fast)(text="Find heart?")["input_ids"].shape == (1, 11) and not recwarn.list
+    assert (
+        LongVAProcessor.from_config(config, fast)(text="Find heart?")["input_ids"].shape == (1, 11) and not recwarn.list
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The tokenizer does not know")  # nor need it, here
@@ -511,10 +640,20 @@ def test_settings_in_transformers_nested_way(pair):
     rng = np.random.default_rng(6)
     what = dict(text=["w1 <image>", "w2 w3 <video>"], images=picture(rng), videos=film(rng))
     plain = processor(**what, padding_side="right", frames_fit="pad", frame_delimiters="w7", return_tensors="np")
-    nested = processor(**what, text_kwargs={"padding": True, "padding_side": "right"}, videos_kwargs={"frames_fit": "pad", "frame_delimiters": "w7"}, images_kwargs={}, audio_kwargs=None, common_kwargs={"return_tensors": "np"})
+    nested = processor(
+        **what,
+        text_kwargs={"padding": True, "padding_side": "right"},
+        videos_kwargs={"frames_fit": "pad", "frame_delimiters": "w7"},
+        images_kwargs={},
+        audio_kwargs=None,
+        common_kwargs={"return_tensors": "np"},
+    )
     assert nested.keys() == plain.keys() and all(np.array_equal(nested[k], plain[k]) for k in plain)
     talk = [{"role": "user", "content": [{"type": "video", "video": np.zeros((2, 30, 60, 3), np.uint8)}]}]
-    a, b = (processor.apply_chat_template(talk, tokenize=True, return_dict=True, **how) for how in ({"frames_fit": "pad"}, {"videos_kwargs": {"frames_fit": "pad"}}))
+    a, b = (
+        processor.apply_chat_template(talk, tokenize=True, return_dict=True, **how)
+        for how in ({"frames_fit": "pad"}, {"videos_kwargs": {"frames_fit": "pad"}})
+    )
     assert all(torch.equal(a[k], b[k]) for k in a)
     refused(lambda: processor(**what, padding=True, text_kwargs={"padding": True}), "padding", "text_kwargs", "twice")
     refused(lambda: processor(**what, videos_kwargs={"frame_fit": "pad"}), "videos_kwargs", "frames_fit")
@@ -527,42 +666,88 @@ def test_settings_in_transformers_nested_way(pair):
 def test_assistants_words_are_marked(pair):
     _, processor = pair
     rng = np.random.default_rng(7)
-    talk = [{"role": "user", "content": [{"type": "image", "image": picture(rng)}, {"type": "text", "text": "w1"}, {"type": "video", "video": film(rng)}]},
-            {"role": "assistant", "content": " w2 w3 "}, {"role": "user", "content": "w4"}, {"role": "assistant", "content": [{"type": "text", "text": " w5 "}]}]
+    talk = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": picture(rng)},
+                {"type": "text", "text": "w1"},
+                {"type": "video", "video": film(rng)},
+            ],
+        },
+        {"role": "assistant", "content": " w2 w3 "},
+        {"role": "user", "content": "w4"},
+        {"role": "assistant", "content": [{"type": "text", "text": " w5 "}]},
+    ]
     short = [{"role": "user", "content": "w6"}, {"role": "assistant", "content": " w7 "}]
     for side in ("left", "right"):
         plain = processor.apply_chat_template([talk, short], tokenize=True, return_dict=True, padding_side=side)
-        batch = processor.apply_chat_template([talk, short], tokenize=True, return_dict=True, return_assistant_tokens_mask=True, padding_side=side, frame_delimiters=None)
+        batch = processor.apply_chat_template(
+            [talk, short],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            padding_side=side,
+            frame_delimiters=None,
+        )
         assert batch.keys() == {*plain, "assistant_masks"} and all(torch.equal(batch[k], plain[k]) for k in plain)
-        assert isinstance(batch["assistant_masks"], torch.Tensor) and batch["assistant_masks"].shape == batch["input_ids"].shape
+        assert (
+            isinstance(batch["assistant_masks"], torch.Tensor)
+            and batch["assistant_masks"].shape == batch["input_ids"].shape
+        )
         for row, words in enumerate((["w2", "w3", "<|im_end|>", "w5", "<|im_end|>"], ["w7", "<|im_end|>"])):
             ids = batch["input_ids"][row][batch["assistant_masks"][row].bool()]
             assert processor.tokenizer.convert_ids_to_tokens(ids) == words
-    one = processor.apply_chat_template(short, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="np")
+    one = processor.apply_chat_template(
+        short, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, return_tensors="np"
+    )
     assert isinstance(one["assistant_masks"], np.ndarray) and one["assistant_masks"].sum() == 2
     unmarked = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    refused(lambda: processor.apply_chat_template(short, chat_template=unmarked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True), "generation", "chat_template")
+    refused(
+        lambda: processor.apply_chat_template(
+            short, chat_template=unmarked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        ),
+        "generation",
+        "chat_template",
+    )
 
 
 def test_the_marks_do_not_change_what_is_written(pair):
     """Qwen2's ChatML written out here, with all that can stand in a message."""
     _, processor = pair
-    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " a\n"}, {"type": "video"}]},
-            {"role": "assistant", "content": "b\n\n"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": [{"type": "text", "text": "d"}, {"type": "image"}]}]
+    talk = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " a\n"}, {"type": "video"}]},
+        {"role": "assistant", "content": "b\n\n"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": [{"type": "text", "text": "d"}, {"type": "image"}]},
+    ]
     said = ["s", "<image>\n a\n<video>\n", "b\n\n", "c", "d<image>\n"]
     for n in range(1, 6):
         for ask in (False, True):
-            want = "".join(f"<|im_start|>{m['role']}\n{text}<|im_end|>\n" for m, text in zip(talk[:n], said)) + "<|im_start|>assistant\n" * ask
+            want = (
+                "".join(f"<|im_start|>{m['role']}\n{text}<|im_end|>\n" for m, text in zip(talk[:n], said))
+                + "<|im_start|>assistant\n" * ask
+            )
             assert processor.apply_chat_template(talk[:n], add_generation_prompt=ask) == want
-            assert processor.tokenizer.apply_chat_template(talk[:n], chat_template=processor.chat_template, tokenize=False, add_generation_prompt=ask) == want
-    assert processor.apply_chat_template(talk[1:2]).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>")
+            assert (
+                processor.tokenizer.apply_chat_template(
+                    talk[:n], chat_template=processor.chat_template, tokenize=False, add_generation_prompt=ask
+                )
+                == want
+            )
+    assert processor.apply_chat_template(talk[1:2]).startswith(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>"
+    )
 
 
 def test_outputs_as_a_tuple(pair):
     model, processor = pair
     batch = processor(text="w1 <image> w2", images=Image.new("RGB", (50, 70), "teal"))
     with torch.no_grad():
-        named, plain = model(**batch, labels=batch["input_ids"]), model(**batch, labels=batch["input_ids"], return_dict=False)
+        named, plain = model(**batch, labels=batch["input_ids"]), model(
+            **batch, labels=batch["input_ids"], return_dict=False
+        )
         assert type(plain) is tuple and torch.equal(plain[0], named.loss) and torch.equal(plain[1], named.logits)
         assert type(model(**batch, return_dict=True)) is type(named)
         model.config.return_dict = False
@@ -574,15 +759,23 @@ def test_features_of_pictures(pair):
     """The rows that `embed` puts into the text, picture by picture."""
     model, processor = pair
     rng = np.random.default_rng(8)
-    batch = processor(text="<image> w1 <image> <video> <video>", images=[picture(rng), picture(rng)], videos=[film(rng), film(rng)])
+    batch = processor(
+        text="<image> w1 <image> <video> <video>", images=[picture(rng), picture(rng)], videos=[film(rng), film(rng)]
+    )
     with torch.no_grad():
         rows = model.embed(**{k: v for k, v in batch.items() if k != "attention_mask"})[0]
-        images = model.get_image_features(pixel_values=batch["pixel_values"], image_layouts=batch["image_layouts"]).pooler_output
-        videos = model.get_video_features(pixel_values_videos=batch["pixel_values_videos"], video_frames=batch["video_frames"]).pooler_output
+        images = model.get_image_features(
+            pixel_values=batch["pixel_values"], image_layouts=batch["image_layouts"]
+        ).pooler_output
+        videos = model.get_video_features(
+            pixel_values_videos=batch["pixel_values_videos"], video_frames=batch["video_frames"]
+        ).pooler_output
         whole = model.get_video_features(batch["pixel_values_videos"]).pooler_output
         assert type(model.get_image_features(batch["pixel_values"], batch["image_layouts"], return_dict=False)) is tuple
     assert len(images) == len(videos) == 2 and len(whole) == 1 and torch.equal(whole[0], torch.cat(videos))
-    assert torch.equal(torch.cat(images), rows[batch["input_ids"][0] == 3]) and torch.equal(torch.cat(videos), rows[batch["input_ids"][0] == 4])
+    assert torch.equal(torch.cat(images), rows[batch["input_ids"][0] == 3]) and torch.equal(
+        torch.cat(videos), rows[batch["input_ids"][0] == 4]
+    )
     assert [len(v) for v in videos] == [4 * n for n in batch["video_frames"].tolist()]
     refused(lambda: model.get_image_features(batch["pixel_values"]), "image_layouts")
     refused(lambda: model.get_video_features(batch["pixel_values_videos"], [99]), "99 frames")
@@ -607,27 +800,63 @@ def test_arrays_are_seen_as_pillow_sees_them(pair):
     """Each array beside the PIL image made of the same bytes."""
     _, processor = pair
     rng = np.random.default_rng(9)
-    look = lambda image: processor(text="<image>", images=image)
-    grey, colour, clear = (rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((40, 60), (40, 60, 3), (40, 60, 4)))
-    for array, mode, size in ((grey, "L", grey.shape[::-1]), (grey[..., None], "L", grey.shape[::-1]), (colour, "RGB", (60, 40)), (clear, "RGBA", (60, 40)),
-                              (clear[..., :2], "LA", (60, 40)), (colour.transpose(2, 0, 1), "RGB", (60, 40)), (colour[:, ::-1][:, ::-1], "RGB", (60, 40))):
+
+    def look(image):
+        return processor(text="<image>", images=image)
+
+    grey, colour, clear = (
+        rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((40, 60), (40, 60, 3), (40, 60, 4))
+    )
+    for array, mode, size in (
+        (grey, "L", grey.shape[::-1]),
+        (grey[..., None], "L", grey.shape[::-1]),
+        (colour, "RGB", (60, 40)),
+        (clear, "RGBA", (60, 40)),
+        (clear[..., :2], "LA", (60, 40)),
+        (colour.transpose(2, 0, 1), "RGB", (60, 40)),
+        (colour[:, ::-1][:, ::-1], "RGB", (60, 40)),
+    ):
         right = array.transpose(1, 2, 0) if array.shape[0] == 3 else array
         seen = look(Image.frombytes(mode, size, np.ascontiguousarray(right).tobytes()))
         for same in (array, torch.from_numpy(array.copy()), [torch.from_numpy(array.copy())]):
             assert all(torch.equal(look(same)[k], v) for k, v in seen.items()), (array.shape, mode)
-    assert all(torch.equal(look(np.full((30, 30, 4), (9, 9, 9, 0), np.uint8))[k], v) for k, v in look(Image.new("RGB", (30, 30), "white")).items())
-    for wrong in (grey.astype(np.uint16), grey.astype(np.float32), grey > 9, torch.zeros(30, 30), torch.zeros(3, 30, 30, dtype=torch.bfloat16), np.zeros((5, 30, 30), np.uint8), np.zeros((30, 30, 5), np.uint8),
-                  np.zeros((2, 30, 30, 3), np.uint8), np.zeros(9, np.uint8), np.zeros((0, 3), np.uint8), np.zeros((3, 0, 9), np.uint8), torch.zeros(30, 0, 3, dtype=torch.uint8)):
+    assert all(
+        torch.equal(look(np.full((30, 30, 4), (9, 9, 9, 0), np.uint8))[k], v)
+        for k, v in look(Image.new("RGB", (30, 30), "white")).items()
+    )
+    for wrong in (
+        grey.astype(np.uint16),
+        grey.astype(np.float32),
+        grey > 9,
+        torch.zeros(30, 30),
+        torch.zeros(3, 30, 30, dtype=torch.bfloat16),
+        np.zeros((5, 30, 30), np.uint8),
+        np.zeros((30, 30, 5), np.uint8),
+        np.zeros((2, 30, 30, 3), np.uint8),
+        np.zeros(9, np.uint8),
+        np.zeros((0, 3), np.uint8),
+        np.zeros((3, 0, 9), np.uint8),
+        torch.zeros(30, 0, 3, dtype=torch.uint8),
+    ):
         refused(lambda: look(wrong), str(list(wrong.shape)), "uint8")
 
 
-@pytest.mark.parametrize("first", ["from longva import LongVA", "from longva import LongVAProcessor", "import longva; longva.LongVAConfig", "from longva import mini; mini.load('mini-longva')"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from longva import LongVA",
+        "from longva import LongVAProcessor",
+        "import longva; longva.LongVAConfig",
+        "from longva import mini; mini.load('mini-longva')",
+    ],
+)
 def test_what_makes_the_auto_classes_know_longva(first):
     code = f"""
 {first}
 from longva.mini import folder
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
-for auto in (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoImageProcessor): print(type(auto.from_pretrained(folder("mini-longva"))).__name__)
+for auto in (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoImageProcessor):
+    print(type(auto.from_pretrained(folder("mini-longva"))).__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["LongVAConfig", "LongVA", "LongVAProcessor", "LongVAImageProcessor"], done.stderr

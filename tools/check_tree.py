@@ -2,10 +2,9 @@
 
     python tools/check_tree.py
 
-Finds modules edited by hand, modules that no notebook exports any more, exports that were forgotten, notebooks that are
-unclean, too big or show a path of a machine, and a README out of step. It works on a copy in a temporary folder and
-never writes into
-the tree.
+Finds modules edited by hand, modules that no notebook exports any more, exports that were forgotten, notebooks that
+are unclean, too big or show a path of a machine, and a README out of step. It works on a copy in a temporary folder
+and never writes into the tree.
 """
 
 import json

@@ -3,10 +3,9 @@
     python tools/docs.py            write _docs
     python tools/docs.py --serve    and show it on 127.0.0.1:8000
 
-nbdev's processors prepare the notebooks (directives and hidden cells removed, names linked), mkdocs makes the pages.
-nbdev_docs would do the same with quarto, which it fetches from the network. Nothing is fetched here, and no code is
-run:
-the pages show the saved outputs. Search works from disk, too.
+nbdev's processors prepare the notebooks (directives and hidden cells removed, names linked), mkdocs makes the
+pages. nbdev_docs would do the same with quarto, which it fetches from the network. Nothing is fetched here, and no
+code is run: the pages show the saved outputs. Search works from disk, too.
 """
 
 import ast

@@ -3,9 +3,9 @@
     python tools/house.py              draw nbs/images/house.svg
     python tools/house.py --check      print faults of the order and exit 1; draw nothing
 
-A notebook's number is its place in the reading order, the first digit its floor. A module may import only modules of
-lower numbers, and on its own floor only its own room (late imports count). Exported code is followed by a call that
-shows it: at most two exported cells stand in a row.
+A notebook's number is its place in the reading order, the first digit its floor. A module may import only modules
+of lower numbers, and on its own floor only its own room (late imports count). Exported code is followed by a call
+that shows it: at most two exported cells stand in a row.
 """
 
 import argparse

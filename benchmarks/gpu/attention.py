@@ -3,14 +3,14 @@
     python benchmarks/gpu/attention.py --json attention.json
 
 Shapes are Qwen2-7B's (28 query heads, 4 key/value heads, head dimension 128), in bfloat16. The ranks are played one
-after the other on the same GPU
-with the package's own schedule, so that a rank's time is known without a network. In the file:
+after the other on the same GPU with the package's own schedule, so that a rank's time is known without a network.
+In the file:
 
 KERNEL_error                 out and gradients against float64, relative in norm, the largest of the four
-KERNEL_forward_tflops        causal, products that are needed; KERNEL_backward_tflops likewise
-ring8_error_vs_kernel        error of the merged out of a ring of 8 over that of the single call
-gather8_error_vs_kernel      the same for all-gather
-ring8_time_vs_kernel         time of all ranks' blocks over that of the single call; gather8_time_vs_kernel likewise
+KERNEL_forward_tflops        causal, products that are needed; KERNEL_backward_tflops likewise ring8_error_vs_kernel
+error of the merged out of a ring of 8 over that of the single call gather8_error_vs_kernel      the same for all-
+gather ring8_time_vs_kernel         time of all ranks' blocks over that of the single call; gather8_time_vs_kernel
+likewise
 """
 
 import torch

@@ -5,10 +5,9 @@
 Qwen2-7B's head: 3,584 numbers of a hidden state, 152,064 words, bfloat16; forward and backward. Extra memory is the
 peak above inputs and gradients. In the file:
 
-extra_gb_L                   extra memory of ours at L tokens, in GB
-full_logits_extra_gb         of F.cross_entropy on all logits at the shortest length
-speed_vs_full                time of F.cross_entropy on all logits over ours, at the shortest length
-loss_difference              of ours against float64 on a sample of tokens, relative
+extra_gb_L                   extra memory of ours at L tokens, in GB full_logits_extra_gb         of F.cross_entropy
+on all logits at the shortest length speed_vs_full                time of F.cross_entropy on all logits over ours,
+at the shortest length loss_difference              of ours against float64 on a sample of tokens, relative
 gradient_difference          of the hidden states, likewise
 """
 

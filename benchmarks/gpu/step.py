@@ -6,9 +6,8 @@ Qwen2-0.5B's shape with random weights, whole in memory with its optimizer (weig
 layers recomputed, one row a step, through `longva.train.loop.train`.
 In the file, for a row of L tokens:
 
-seconds_L                    of a step after the first
-mfu_L                        model operations a second over the card's peak (989 TFLOPS for Hopper)
-peak_gb_L                    peak of allocated memory
+seconds_L                    of a step after the first mfu_L                        model operations a second over
+the card's peak (989 TFLOPS for Hopper) peak_gb_L                    peak of allocated memory
 """
 
 import json
