@@ -125,7 +125,7 @@ class NeedleBench:
         """Give a place that exists; raise NeedleError if it doesn't."""
         (frames,), (depth,) = check_grid([frames], [depth])
         if frames > len(self.film):
-            raise NeedleError(f"The film holds {len(self.film)} frames, and {frames} are wanted: ask for fewer.")
+            raise NeedleError(f"The video holds {len(self.film)} frames, and {frames} are wanted: ask for fewer.")
         if needle not in range(len(self.needles)):
             raise NeedleError(
                 f"There are {len(self.needles)} needles, numbered from 0: there is no number {needle}."
