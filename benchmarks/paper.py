@@ -67,6 +67,28 @@ def bases():
     )
 
 
+def shot_trials(reader, needles, starts, count, seconds, shot):
+    """Ask for each needle at each start, with `count` of the frames read: (how often right, how often seen)."""
+    import numpy as np
+
+    from longva.needle.sweep import judge
+    from longva.needle.vniah import Spot, answer_logits
+
+    prompts = [reader.prompt(needle) for needle in needles]
+    hidden = reader.encode_needles(needles)
+    taken = np.linspace(0, seconds - 1, count).astype(int)
+    right = 0
+    seen = 0
+    for j, prompt in enumerate(prompts):
+        for start in starts[j]:
+            tokens = reader.haystack.clone()
+            tokens[start : start + shot] = hidden[j]
+            seen += int(((taken >= start) & (taken < start + shot)).any())
+            logits = answer_logits(reader.seeing(tokens[taken]), prompts, [Spot(j, count, 0.0)])[0]
+            right += bool(judge(logits, prompt.answer)[1])
+    return right, seen
+
+
 def sampling():
     """Read a video of 512 seconds with a shot of 8 seconds in it through more and more frames."""
     import numpy as np
@@ -75,34 +97,24 @@ def sampling():
     from longva.mini.world import film_frames
     from longva.needle.needles import load_needles
     from longva.needle.reader import Reader
-    from longva.needle.sweep import judge
-    from longva.needle.vniah import Spot, answer_logits
 
-    seconds, shot, counts, places = 512, 8, (4, 8, 16, 32, 64, 128, 256, 512), 5
-    _, folder = film(512, SEED + 1)
-    needles = load_needles(folder)
-    found, seen = {}, {}
+    seconds = 512
+    shot = 8
+    places = 5
+    needles = load_needles(film(512, SEED + 1)[1])
+    trials = len(needles) * places
+    found = {}
+    visible = {}
     for name in ("mini-longva", "mini-short"):
-        model, processor = load(name)
-        reader = Reader(model, processor)
-        plain = reader.encode(film_frames(seconds, SEED + 1))
-        hidden = reader.encode_needles(needles)
-        prompts = [reader.prompt(n) for n in needles]
-        rng = np.random.default_rng(SEED + 1)
-        starts = rng.integers(0, seconds - shot, (len(needles), places))
-        found[name] = {str(k): [0, 0] for k in counts}
-        for k in counts:
-            taken, visible = np.linspace(0, seconds - 1, k).astype(int), 0
-            for j, prompt in enumerate(prompts):
-                for start in starts[j]:
-                    tokens = plain.clone()
-                    tokens[start : start + shot] = hidden[j]
-                    visible += ((taken >= start) & (taken < start + shot)).any()
-                    logits = answer_logits(reader.seeing(tokens[taken]), prompts, [Spot(j, k, 0.0)])[0]
-                    found[name][str(k)][0] += bool(judge(logits, prompt.answer)[1])
-                    found[name][str(k)][1] += 1
-            seen[str(k)] = [int(visible), len(prompts) * places]
-    return dict(seed=SEED + 1, seconds_of_film=seconds, seconds_of_shot=shot, by_frames=found, shot_was_seen=seen)
+        reader = Reader(*load(name))
+        reader = reader.seeing(reader.encode(film_frames(seconds, SEED + 1)))
+        starts = np.random.default_rng(SEED + 1).integers(0, seconds - shot, (len(needles), places))
+        found[name] = {}
+        for count in (4, 8, 16, 32, 64, 128, 256, 512):
+            right, seen = shot_trials(reader, needles, starts, count, seconds, shot)
+            found[name][str(count)] = [right, trials]
+            visible[str(count)] = [seen, trials]
+    return dict(seed=SEED + 1, seconds_of_film=seconds, seconds_of_shot=shot, by_frames=found, shot_was_seen=visible)
 
 
 def sheets(count, grids, seed):
@@ -168,33 +180,44 @@ def images():
 def text():
     """The text needle test with 0, 3 and 5 distractors, before and after the first step of the paper."""
     from longva.mini.reader import DIGITS, WORDING, extend_reader, write_book
+    from longva.model.open import open_language
     from longva.needle import niah
-    from longva.needle.book import Wording
+    from longva.needle.book import TextTest, TextWording
     from longva.needle.trials import cells
 
     trained, book, panels = extend_reader(WORK / "reader"), write_book(WORK / "book"), []
     for name, folder in zip(("unextended", "extended"), trained):
-        model, tokenizer = niah.load(folder)
+        reader = niah.TextReader(*open_language(folder), name)
         for k in (0, 3, 5):
-            trials = niah.run(
-                model,
-                tokenizer,
-                book,
-                [64, 128, 256, 384, 496],
-                DEPTHS,
-                WORK / f"text-{name}-{k}",
-                10,
-                k,
-                wording=Wording(**WORDING),
-                digits=DIGITS,
-                name=name,
-            )
-            panels.append(
-                dict(
-                    model=name, distractors=k, cells=[[n, depth, *count] for (n, depth), count in cells(trials).items()]
-                )
-            )
+            test = TextTest(book, 10, k, DIGITS, wording=TextWording(**WORDING))
+            trials = niah.run(reader, test, [64, 128, 256, 384, 496], DEPTHS, WORK / f"text-{name}-{k}")
+            rows = [[n, depth, *count] for (n, depth), count in cells(trials).items()]
+            panels.append(dict(model=name, distractors=k, cells=rows))
     return dict(text_tokens=dict(unextended=128, extended=512), panels=panels)
+
+
+def write_pairs(folder):
+    """Write images with a preference each: the background alone is the better answer, the colour the worse."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, (image, thing, (colour, background)) in enumerate(sheets(64, 6, SEED + 3)):
+        image.save(folder / f"{i}.png")
+        pair = dict(image=f"{i}.png", prompt=f"<image>\nfind {thing}", chosen=background, rejected=colour)
+        lines.append(json.dumps(pair) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    return folder / "pairs.jsonl"
+
+
+def preferences(model, processor):
+    """Ask 150 held-out images: how much likelier is the background than the colour, in nats?"""
+    leads = []
+    model.eval()
+    for image, thing, (colour, background) in sheets(150, 6, SEED + 4):
+        logits, (better,) = image_logits(model, processor, image, thing, [background])
+        _, (worse,) = image_logits(model, processor, image, thing, [colour])
+        scores = logits.log_softmax(-1)[0]
+        leads.append((scores[better] - scores[worse]).item())
+    return leads
 
 
 def dpo():
@@ -202,42 +225,22 @@ def dpo():
     from longva.mini import folder, load
     from longva.train.dpo import dpo as train
 
-    here, start = WORK / "dpo", load("mini-longva")
-    here.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for i, (image, thing, (colour, background)) in enumerate(sheets(64, 6, SEED + 3)):
-        image.save(here / f"{i}.png")
-        lines.append(dict(image=f"{i}.png", prompt=f"<image>\nfind {thing}", chosen=background, rejected=colour))
-    (here / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    made = train("mini", here / "pairs.jsonl", here / "run", model=str(folder("mini-longva")))
-    leads = {}
-    for name, (model, processor) in dict(before=start, after=load(str(made))).items():
-        model.eval()
-        leads[name] = []
-        for image, thing, (colour, background) in sheets(150, 6, SEED + 4):
-            (logits, wanted), (_, other) = (
-                image_logits(model, processor, image, thing, [word]) for word in (background, colour)
-            )
-            scores = logits.log_softmax(-1)[0]
-            leads[name].append((scores[wanted[0]] - scores[other[0]]).item())
-    # in nats; times beta, the reward margin
-    moved = [after - before for before, after in zip(leads["before"], leads["after"])]
-    log = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]
-    return dict(
-        seed=SEED + 3,
-        pairs=64,
-        epochs=3,
-        beta=0.1,
-        held_out=dict(
-            moved_to_the_better=[sum(m > 0 for m in moved), 150],
-            preferred_before=[sum(x > 0 for x in leads["before"]), 150],
-            preferred_after=[sum(x > 0 for x in leads["after"]), 150],
-            reward_margin=0.1 * sum(moved) / 150,
-        ),
-        steps=[
-            dict(step=r["step"], margin=r["reward_margin"], accuracy=r["reward_accuracy"], loss=r["loss"]) for r in log
-        ],
+    here = WORK / "dpo"
+    before = preferences(*load("mini-longva"))
+    made = train("mini", write_pairs(here), here / "run", model=str(folder("mini-longva")))
+    after = preferences(*load(str(made)))
+    moved = [b - a for a, b in zip(before, after)]  # times beta, the reward margin
+    held_out = dict(
+        moved_to_the_better=[sum(m > 0 for m in moved), 150],
+        preferred_before=[sum(x > 0 for x in before), 150],
+        preferred_after=[sum(x > 0 for x in after), 150],
+        reward_margin=0.1 * sum(moved) / 150,
     )
+    steps = []
+    for line in (here / "run/metrics.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        steps.append(dict(step=r["step"], margin=r["reward_margin"], accuracy=r["reward_accuracy"], loss=r["loss"]))
+    return dict(seed=SEED + 3, pairs=64, epochs=3, beta=0.1, held_out=held_out, steps=steps)
 
 
 def beyond():

@@ -77,7 +77,7 @@ def show_table(rows):
 @app.command("paper")
 def paper_command(
     row: Annotated[Optional[str], typer.Argument(help="One of them, such as 'Figure 4'; by default all.")] = None,
-    file: Annotated[Optional[Path], typer.Option("--json", parser=path, help="Also write the rows to this file.")] = None,
+    file: Annotated[Optional[Path], typer.Option("--json", parser=path, help="Also write them to this file.")] = None,
 ):
     """The paper's tables and figures: claims, published numbers, ours with intervals, commands and what they cost."""
     with one_sentence("."):

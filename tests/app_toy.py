@@ -1,4 +1,5 @@
 """Start an app as a user does, and hear what it says."""
+
 import os
 import socket
 import subprocess
@@ -23,13 +24,22 @@ def start(app, *options, **env):
     "`app` is the name of its folder."
     env = os.environ | {"NO_PROXY": "127.0.0.1,localhost", "PYTHONUNBUFFERED": "1"} | env
     file = root / "apps" / app / "app.py"
-    return subprocess.Popen([sys.executable, file, *map(str, options)], env=env, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, file, *map(str, options)],
+        env=env,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for(process, word):
     "The first printed line with this word."
     lines, said = Queue(), []
-    threading.Thread(target=lambda: ([lines.put(line) for line in process.stdout], lines.put(None)), daemon=True).start()
+    threading.Thread(
+        target=lambda: ([lines.put(line) for line in process.stdout], lines.put(None)), daemon=True
+    ).start()
     try:
         while (line := lines.get(timeout=patience)) is not None:
             said.append(line)

@@ -1,4 +1,5 @@
 """The chat app in a real browser: it answers about uploads, stops, refuses in sentences, keeps no upload, and sends nothing out."""
+
 import asyncio
 import importlib.util
 import socket
@@ -57,15 +58,19 @@ def endless(chromium, tmp_path_factory):
     for seed in range(20):
         torch.manual_seed(seed)
         model = LongVA(mini_config(158, 3, 4, eos_token_id=5, pad_token_id=0)).eval()
-        if len(list(Chat(model, processor).ask("find heart", max_new_tokens=60))) == 60: break  # it repeats itself
+        if len(list(Chat(model, processor).ask("find heart", max_new_tokens=60))) == 60:
+            break  # it repeats itself
     folder, rooms = tmp_path_factory.mktemp("endless"), tmp_path_factory.mktemp("endless-rooms")
-    for part in (model, processor): part.save_pretrained(folder)
+    for part in (model, processor):
+        part.save_pretrained(folder)
     yield from serve(rooms, "--model", folder)
 
 
 @pytest.fixture(scope="module")
 def browser(address, chromium):
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed, so the chat app is not tested (make env)")
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed, so the chat app is not tested (make env)"
+    )
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
         yield browser
@@ -76,21 +81,30 @@ def browser(address, chromium):
 def visit(browser):
     "Opens pages, and sees that nothing went out and nothing broke."
     asked, broken, contexts = [], [], []
+
     def visit(address):
         contexts.append(browser.new_context(viewport=dict(width=1280, height=900)))
         page = contexts[-1].new_page()
         page.set_default_timeout(patience * 1000)
         page.on("request", lambda request: asked.append(request.url))
         page.on("websocket", lambda websocket: asked.append(websocket.url))
-        page.on("response", lambda response: response.status >= 400 and broken.append(f"{response.status} {response.url}"))
+        page.on(
+            "response", lambda response: response.status >= 400 and broken.append(f"{response.status} {response.url}")
+        )
         page.on("pageerror", lambda error: broken.append(str(error)))
         page.goto(address)
         page.wait_for_selector("#box textarea")
         return page
+
     yield visit
-    assert [url for url in asked if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).hostname not in ("127.0.0.1", "localhost")] == []
+    assert [
+        url
+        for url in asked
+        if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).hostname not in ("127.0.0.1", "localhost")
+    ] == []
     assert broken == []
-    for context in contexts: context.close()
+    for context in contexts:
+        context.close()
 
 
 @pytest.fixture
@@ -111,13 +125,17 @@ def say(page, text):
 
 def hears(page, number, text):
     "Wait until the answer of this number is this text."
-    page.wait_for_function("([n, text]) => document.querySelectorAll('#history [data-testid=bot]')[n]?.innerText.trim() === text", arg=[number, text])
+    page.wait_for_function(
+        "([n, text]) => document.querySelectorAll('#history [data-testid=bot]')[n]?.innerText.trim() === text",
+        arg=[number, text],
+    )
 
 
 def kept_uploads(rooms):
     "Uploads that are still there a moment after the answer."
     end = time.time() + 20
-    while (files := [p for p in rooms.glob("longva-chat-*/uploads/**/*") if p.is_file()]) and time.time() < end: time.sleep(0.2)
+    while (files := [p for p in rooms.glob("longva-chat-*/uploads/**/*") if p.is_file()]) and time.time() < end:
+        time.sleep(0.2)
     return files
 
 
@@ -129,21 +147,29 @@ def once(seed, frames):
 
 def takes(page, frames, tokens):
     "Wait until the panel says that a turn has so many frames and tokens."
-    page.wait_for_function("([frames, tokens]) => { const t = document.querySelector('#takes table'); return t?.rows[0].cells[0].innerText === frames && t.rows[1].cells[1].innerText === tokens }",
-                           arg=[f"{frames:,} frames", f"{tokens:,}"])
+    page.wait_for_function(
+        "([frames, tokens]) => { const t = document.querySelector('#takes table'); return t?.rows[0].cells[0].innerText === frames && t.rows[1].cells[1].innerText === tokens }",
+        arg=[f"{frames:,} frames", f"{tokens:,}"],
+    )
 
 
 def take_frames(page, frames):
-    for _ in range(9):  # Gradio puts the old number back if an answer to something else comes between a key and the next
+    for _ in range(
+        9
+    ):  # Gradio puts the old number back if an answer to something else comes between a key and the next
         page.fill("#frames input[type=number]", str(frames))
         page.press("#frames input[type=number]", "Tab")
         page.wait_for_timeout(150)
-        if page.input_value("#frames input[type=number]") == str(frames): break
+        if page.input_value("#frames input[type=number]") == str(frames):
+            break
 
 
 def hears_two_words(page, number):
     "Wait for a whole answer, right or wrong."
-    page.wait_for_function("n => /^[a-z]+ [a-z]+$/.test(document.querySelectorAll('#history [data-testid=bot]')[n]?.innerText.trim())", arg=number)
+    page.wait_for_function(
+        "n => /^[a-z]+ [a-z]+$/.test(document.querySelectorAll('#history [data-testid=bot]')[n]?.innerText.trim())",
+        arg=number,
+    )
 
 
 def take_frames_in_settings(page, frames):
@@ -155,7 +181,11 @@ def take_frames_in_settings(page, frames):
 def long(tmp_path_factory):
     "A film of 3000 frames."
     rng = np.random.default_rng(0)
-    return write_video((rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(3000)), tmp_path_factory.mktemp("long") / "long.mp4", fps=30)
+    return write_video(
+        (rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(3000)),
+        tmp_path_factory.mktemp("long") / "long.mp4",
+        fps=30,
+    )
 
 
 def test_examples(page, rooms, tmp_path):
@@ -166,9 +196,17 @@ def test_examples(page, rooms, tmp_path):
     for number, thing in enumerate(things):
         page.click(f"#example-{number}")
         hears(page, number, right[thing])
-        if number == 0: takes(page, 96, 96 * 4 + 2)
-        if number == 0: assert page.locator("#takes tr").nth(2).inner_text().split("\t")[1] == f"{96 * 144 + 2:,}" and page.locator("#takes .seen img").count() == 12
-        if number == 2: assert int(page.locator("#takes tr").nth(1).inner_text().split("\t")[1]) == 96 * 4 + 2 + 2 * 5, "the film was read again, or forgotten"
+        if number == 0:
+            takes(page, 96, 96 * 4 + 2)
+        if number == 0:
+            assert (
+                page.locator("#takes tr").nth(2).inner_text().split("\t")[1] == f"{96 * 144 + 2:,}"
+                and page.locator("#takes .seen img").count() == 12
+            )
+        if number == 2:
+            assert int(page.locator("#takes tr").nth(1).inner_text().split("\t")[1]) == 96 * 4 + 2 + 2 * 5, (
+                "the film was read again, or forgotten"
+            )
     assert kept_uploads(rooms) == [] and "213 of 214" in page.inner_text(".about")
     page.screenshot(path=tmp_path / "chat.png", full_page=True)
     assert (tmp_path / "chat.png").stat().st_size > 20_000
@@ -181,7 +219,10 @@ def test_the_miniature_is_as_good_as_the_page_says(tmp_path):
     "All examples, in any order, and other films than those that were counted."
     app = the_app()
     model, processor = mini.load("mini-longva")
-    examples, right = app.write_examples(tmp_path), once(11, 96) | {thing: f"{colour} {ground}" for thing, colour, ground in app.SHEET}
+    examples, right = (
+        app.write_examples(tmp_path),
+        once(11, 96) | {thing: f"{colour} {ground}" for thing, colour, ground in app.SHEET},
+    )
     assert not {thing for thing, *_ in app.SHEET} & {scene_words(scene)[0] for scene in film_scenes(96, 11)}
     for order in (examples, examples[::-1], examples[2:] + examples[:2]):
         desk = Desk(model, processor, "mini-longva", own=[file for *_, file in examples])
@@ -191,7 +232,8 @@ def test_the_miniature_is_as_good_as_the_page_says(tmp_path):
     said, wanted = [], []
     for seed in range(500, 504):
         chat, film = Chat(model, processor, num_frames=96), write_film(tmp_path / f"{seed}.mp4", 96, seed, side=56)
-        for thing in once(seed, 96): said.append("".join(chat.ask(f"find {thing}", videos=() if chat.turns else film)))
+        for thing in once(seed, 96):
+            said.append("".join(chat.ask(f"find {thing}", videos=() if chat.turns else film)))
         wanted += once(seed, 96).values()
     assert len(said) > 6 and np.mean([a == b for a, b in zip(said, wanted)]) > 0.85
 
@@ -201,10 +243,14 @@ def test_a_question_while_another_one_is_answered(page, long):
     take_frames_in_settings(page, 1500)
     give(page, long)
     say(page, "find heart")
-    page.wait_for_function("document.querySelectorAll('#history [data-testid=user]').length === 1 && document.querySelector('#box textarea').value === ''")
+    page.wait_for_function(
+        "document.querySelectorAll('#history [data-testid=user]').length === 1 && document.querySelector('#box textarea').value === ''"
+    )
     say(page, "find star")
     page.wait_for_function("document.querySelectorAll('#history [data-testid=user]').length === 2")
-    assert page.locator("#history [data-testid=bot]").nth(1).inner_text().strip() == "…", "the first answer came too soon for this test"
+    assert page.locator("#history [data-testid=bot]").nth(1).inner_text().strip() == "…", (
+        "the first answer came too soon for this test"
+    )
     hears_two_words(page, 1)
     assert page.locator("#history [data-testid=bot]").count() == 2 and not page.locator("#history [role=alert]").count()
 
@@ -259,7 +305,9 @@ def test_too_large(page, rooms, long, tmp_path):
     (tmp_path / "again.mp4").write_bytes(long.read_bytes())
     take_frames_in_settings(page, 3000)
     give(page, long, tmp_path / "again.mp4")
-    page.wait_for_selector("#takes [role=alert] >> text=of memory beside the model, and there is 30.7 MiB for it")  # before it was asked
+    page.wait_for_selector(
+        "#takes [role=alert] >> text=of memory beside the model, and there is 30.7 MiB for it"
+    )  # before it was asked
     say(page, "heart red rows . find heart")
     page.wait_for_selector("#history [role=alert] >> text=take at most")
     page.wait_for_function("document.querySelectorAll('#box .thumbnail-item').length === 2")
@@ -293,7 +341,9 @@ def test_stop(page, rooms, long):
     began = time.time()
     page.wait_for_selector("#history [role=alert] >> text=Stopped before the answer began")
     assert time.time() - began < patience
-    page.wait_for_function("document.querySelectorAll('#box .thumbnail-item').length === 1")  # not read, so it is still there
+    page.wait_for_function(
+        "document.querySelectorAll('#box .thumbnail-item').length === 1"
+    )  # not read, so it is still there
     page.click("#box .delete-button")
     assert kept_uploads(rooms) == []
     say(page, "heart red rows . find heart")  # the conversation goes on
@@ -308,10 +358,14 @@ def test_a_new_conversation_while_the_old_one_is_answered(visit, endless):
     page.press("#most input[type=number]", "Tab")
     for _ in range(3):
         say(page, "find heart")
-        page.wait_for_function("document.querySelector('#history [data-testid=bot]')?.innerText.trim().split(' ').length > 5")
+        page.wait_for_function(
+            "document.querySelector('#history [data-testid=bot]')?.innerText.trim().split(' ').length > 5"
+        )
         page.click("#fresh")
         page.wait_for_function("document.querySelectorAll('#history [data-testid=user]').length === 0")
-        page.evaluate("window.late = 0; window.look = new MutationObserver(() => window.late += document.querySelectorAll('#history [data-testid=bot]').length); window.look.observe(document.querySelector('#history'), {childList: true, subtree: true})")
+        page.evaluate(
+            "window.late = 0; window.look = new MutationObserver(() => window.late += document.querySelectorAll('#history [data-testid=bot]').length); window.look.observe(document.querySelector('#history'), {childList: true, subtree: true})"
+        )
         page.wait_for_timeout(700)
         assert page.evaluate("window.look.disconnect() ?? window.late") == 0
     say(page, "find heart")
@@ -319,7 +373,9 @@ def test_a_new_conversation_while_the_old_one_is_answered(visit, endless):
     page.wait_for_timeout(1500)
     assert page.locator("#history [data-testid=user]").count() == 0
     say(page, "find heart")
-    page.wait_for_function("document.querySelector('#history [data-testid=bot]')?.innerText.trim().split(' ').length > 5")
+    page.wait_for_function(
+        "document.querySelector('#history [data-testid=bot]')?.innerText.trim().split(' ').length > 5"
+    )
     page.click("#stop")
     page.wait_for_timeout(300)
     said = page.inner_text("#history [data-testid=bot]")
@@ -347,9 +403,16 @@ def test_gradio_keeps_no_copies_of_what_was_shown():
     "Each value that follows on a skip leaves a copy of the component in Gradio's memory of the page; a hundred answers leave none."
     import gradio as gr
     from gradio.state_holder import SessionState
+
     app = the_app()
-    talk = SimpleNamespace(lines=[dict(role="user", content="find heart"), dict(role="assistant", content="red rows")], takes="takes", seen="seen")
-    desk = SimpleNamespace(talks=dict(me=talk), talk=lambda who: talk, answer=lambda who: iter(range(3)), weigh=lambda *given: None)
+    talk = SimpleNamespace(
+        lines=[dict(role="user", content="find heart"), dict(role="assistant", content="red rows")],
+        takes="takes",
+        seen="seen",
+    )
+    desk = SimpleNamespace(
+        talks=dict(me=talk), talk=lambda who: talk, answer=lambda who: iter(range(3)), weigh=lambda *given: None
+    )
     page, me = app.build(gr, desk, "", []), SimpleNamespace(session_hash="me")
     memory, fns = SessionState(page), {fn.name: fn for fn in page.fns.values()}
     before = len(memory.blocks_config.blocks)
@@ -357,6 +420,9 @@ def test_gradio_keeps_no_copies_of_what_was_shown():
     async def converse():
         for _ in range(100):
             await page.postprocess_data(fns["weigh"], fns["weigh"].fn(me, None, 64), memory)
-            for said in fns["answer"].fn(me): await page.postprocess_data(fns["answer"], list(said), memory)
-    with ThreadPoolExecutor(1) as pool: pool.submit(asyncio.run, converse()).result()  # the browser's event loop has this thread
+            for said in fns["answer"].fn(me):
+                await page.postprocess_data(fns["answer"], list(said), memory)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, converse()).result()  # the browser's event loop has this thread
     assert len(memory.blocks_config.blocks) == before

@@ -1,4 +1,5 @@
 """The needle app in a real browser: nothing leaves the machine, and what the page says is what the bench says."""
+
 import socket
 import time
 from urllib.parse import urlsplit
@@ -16,7 +17,9 @@ def rooms(tmp_path_factory):
 @pytest.fixture(scope="module")
 def process(chromium, rooms, tmp_path_factory):
     pytest.importorskip("gradio", reason="gradio is not installed, so the needle app is not tested (make env)")
-    process = start("needle", "--port", free_port(), "--demo", tmp_path_factory.mktemp("none"), TMPDIR=str(rooms))  # whatever runs/demo holds, the maps begin empty
+    process = start(
+        "needle", "--port", free_port(), "--demo", tmp_path_factory.mktemp("none"), TMPDIR=str(rooms)
+    )  # whatever runs/demo holds, the maps begin empty
     yield process
     process.terminate()
     process.wait(30)
@@ -26,6 +29,7 @@ def process(chromium, rooms, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bench(process):  # made while the app starts
     from longva.mini.bench import mini_bench
+
     return mini_bench("mini-longva")
 
 
@@ -36,7 +40,9 @@ def address(process, bench):
 
 @pytest.fixture
 def page(address, chromium):
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed, so the needle app is not tested (make env)")
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed, so the needle app is not tested (make env)"
+    )
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
         page = browser.new_page(viewport=dict(width=1280, height=800))
@@ -44,7 +50,10 @@ def page(address, chromium):
         page.asked, page.broken = [], []
         page.on("request", lambda request: page.asked.append(request.url))
         page.on("websocket", lambda websocket: page.asked.append(websocket.url))
-        page.on("response", lambda response: response.status >= 400 and page.broken.append(f"{response.status} {response.url}"))
+        page.on(
+            "response",
+            lambda response: response.status >= 400 and page.broken.append(f"{response.status} {response.url}"),
+        )
         page.on("pageerror", lambda error: page.broken.append(str(error)))
         page.goto(address)
         page.wait_for_selector("#verdict .card")
@@ -53,7 +62,11 @@ def page(address, chromium):
 
 
 def outside(urls):
-    return [url for url in urls if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).hostname not in ("127.0.0.1", "localhost")]
+    return [
+        url
+        for url in urls
+        if urlsplit(url).scheme not in ("data", "blob") and urlsplit(url).hostname not in ("127.0.0.1", "localhost")
+    ]
 
 
 def shows(page, answer):
@@ -66,7 +79,10 @@ def shows(page, answer):
     assert card.locator(".verdict").inner_text() == ("✓ right" if t.correct else "✗ wrong")
     assert card.get_attribute("data-correct") == str(t.correct).lower()
     assert abs(float(card.get_attribute("data-margin")) - t.margin) < 2e-3
-    assert card.locator(".insert").inner_text() == str(t.insert) and card.locator(".question").inner_text() == answer.question
+    assert (
+        card.locator(".insert").inner_text() == str(t.insert)
+        and card.locator(".question").inner_text() == answer.question
+    )
 
 
 def ring(page):
@@ -82,7 +98,8 @@ def clean(page):
 def kept_uploads(rooms):
     "Uploads that are still there a moment after they were read."
     end = time.time() + 20
-    while (files := [p for p in rooms.glob("longva-needle-*/uploads/**/*") if p.is_file()]) and time.time() < end: time.sleep(0.2)
+    while (files := [p for p in rooms.glob("longva-needle-*/uploads/**/*") if p.is_file()]) and time.time() < end:
+        time.sleep(0.2)
     return files
 
 
@@ -103,7 +120,8 @@ def test_click_slider_drag_keys_and_model(page, bench, tmp_path):
     x = lambda depth: box["x"] + box["width"] * (0.5 + 20 * depth) / 21
     page.mouse.move(x(0.8), box["y"] + 15)
     page.mouse.down()
-    for depth in (0.7, 0.5, 0.35, 0.3, 0.25): page.mouse.move(x(depth), box["y"] + 15)
+    for depth in (0.7, 0.5, 0.35, 0.3, 0.25):
+        page.mouse.move(x(depth), box["y"] + 15)
     page.mouse.up()
     shows(page, bench.ask(0, 256, 0.25))
     page.wait_for_function("document.querySelector('#depth input[type=number]').value === '25'")
@@ -132,7 +150,9 @@ def test_attention(page, bench):
     strip = page.locator("#strip .attention")
     assert float(strip.get_attribute("data-needle")) == pytest.approx(seen[128], abs=1e-3)
     assert float(strip.get_attribute("data-text")) == pytest.approx(1 - seen.sum(), abs=1e-3)
-    needle = page.evaluate("(() => { const b = document.querySelector('#strip .attention path.needle').getBoundingClientRect(); return b.x + b.width / 2; })()")
+    needle = page.evaluate(
+        "(() => { const b = document.querySelector('#strip .attention path.needle').getBoundingClientRect(); return b.x + b.width / 2; })()"
+    )
     grip = page.locator("#strip .grip").bounding_box()
     assert abs(needle - grip["x"] - grip["width"] / 2) < 2, "the bar of the needle is not under the needle"
     page.click("#which input")
@@ -147,6 +167,7 @@ def test_heat_map_cells_log_and_short_twin(page, bench, tmp_path):
     from longva.needle.bench import fill
     from longva.needle.trials import cells, read_trials
     from longva.web.page import shade
+
     page.click("#fill")
     page.wait_for_selector('#heat button[data-frames="16"][data-all="10"]')
     page.click('#strip button[data-index="20"]')  # the needle can be moved while the map grows
@@ -156,12 +177,17 @@ def test_heat_map_cells_log_and_short_twin(page, bench, tmp_path):
     assert ring(page) == (4, 4)
     counts = cells(list(fill(bench, frames=(16,)))[-1])
     cell = lambda d: page.locator(f'#heat button[data-frames="16"][data-depth="{d}"]')
-    assert [int(cell(d).get_attribute("data-right")) for d in (0.0, 0.25, 0.5, 0.75, 1.0)] == [counts[16, d][0] for d in (0, 0.25, 0.5, 0.75, 1)]
+    assert [int(cell(d).get_attribute("data-right")) for d in (0.0, 0.25, 0.5, 0.75, 1.0)] == [
+        counts[16, d][0] for d in (0, 0.25, 0.5, 0.75, 1)
+    ]
     assert "Num. of Frames" in page.inner_text("#heat") and "Depth Percent" in page.inner_text("#heat")
 
     page.locator("#palette label").nth(1).click()
     back = shade(counts[16, 0.5][0] / 10, "cividis")[0].replace(",", ", ")
-    page.wait_for_function("back => getComputedStyle(document.querySelector('#heat button[data-depth=\"0.5\"]')).backgroundColor === back", arg=back)
+    page.wait_for_function(
+        "back => getComputedStyle(document.querySelector('#heat button[data-depth=\"0.5\"]')).backgroundColor === back",
+        arg=back,
+    )
 
     cell(0.5).click()  # opens its trials
     page.wait_for_selector("#trials td")
@@ -170,7 +196,8 @@ def test_heat_map_cells_log_and_short_twin(page, bench, tmp_path):
     shows(page, bench.ask(4, 16, 0.5))
     page.wait_for_function("document.querySelector('#frames input[type=number]').value === '16'")
 
-    with page.expect_download() as given: page.click("#save")
+    with page.expect_download() as given:
+        page.click("#save")
     assert given.value.suggested_filename == "trials.jsonl"
     given.value.save_as(tmp_path / "trials.jsonl")
     trials = {(t.needle, t.frames, t.depth): t for t in read_trials(tmp_path / "trials.jsonl")}
@@ -189,6 +216,7 @@ def test_heat_map_cells_log_and_short_twin(page, bench, tmp_path):
 def real_film(tmp_path):
     "A film from a telephone where it is there; a drawn one elsewhere. (path, frames taken)"
     from longva.mini.world import write_film
+
     film = root.parent / "shared" / "data" / "media" / "jobs.mp4"
     return (film, 512) if film.exists() else (write_film(tmp_path / "jobs.mp4", 40, seed=3, side=56), 40)
 
@@ -199,6 +227,7 @@ def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):
     from longva.mini.world import draw_frame
     from longva.needle.needles import Needle
     from longva.web.visit import add_needle, with_film
+
     film, count = real_film
     page.locator("#own > button").click()
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)
@@ -247,5 +276,6 @@ def test_refusals():
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert "in use" in refusal("--port", server.getsockname()[1])
     assert "mini-giant" in refusal("--model", "mini-giant")
-    for port in ("99999", "²"): assert "from 1 to 65535" in refusal("--port", port)
+    for port in ("99999", "²"):
+        assert "from 1 to 65535" in refusal("--port", port)
     assert "no-such-host" in refusal("--host", "no-such-host.invalid")

@@ -2,8 +2,9 @@
 
 from longva.mini import reader
 from longva.mini import world as W
+from longva.model.open import open_language
 from longva.needle import niah
-from longva.needle.book import Wording, sentence_stops
+from longva.needle.book import TextTest, TextWording, sentence_stops
 from longva.needle.trials import by_frames
 
 
@@ -15,18 +16,8 @@ def test_a_full_stop_that_also_ends_documents_ends_sentences():
 def test_extended_reads_what_unextended_does_not(tmp_path):
     book, right = reader.write_book(tmp_path / "book", seed=3), {}
     for name, folder in zip(("unextended", "extended"), reader.extend_reader(tmp_path / "runs", seed=1)):
-        trials = niah.run(
-            *niah.load(folder),
-            book,
-            [128, 496],
-            [0, 0.5, 1],
-            tmp_path / name,
-            10,
-            0,
-            wording=Wording(**reader.WORDING),
-            digits=reader.DIGITS,
-            progress=False,
-        )
+        test = TextTest(book, 10, digits=reader.DIGITS, wording=TextWording(**reader.WORDING))
+        trials = niah.run(open_language(folder), test, [128, 496], [0, 0.5, 1], tmp_path / name, progress=False)
         right[name] = {n: k / of for n, (k, of) in by_frames(trials).items()}
     assert min(right["extended"].values()) >= 0.95
     assert right["unextended"][496] <= 0.2

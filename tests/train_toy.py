@@ -1,4 +1,4 @@
-"""Small trainings of several ranks for tests. One server process imports torch once; ranks are forked from it, so that they start at once."""
+"""Small trainings of several ranks for tests. One server process imports torch once; ranks are forked from it."""
 import json
 import multiprocessing
 import os
@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from longva.testing import small_qwen2
 from longva.train.loop import TrainError, train
 
 folder = Path(__file__).resolve().parent
@@ -20,39 +20,56 @@ context.set_forkserver_preload(["preloaded"])
 
 
 def start(out, world=1, **settings):
-    "Start all ranks. `settings` are those of a Recipe and, for mischief, `die`, `nan` and `broken` (a step), `slow` (seconds a row), `largest` (bytes of a file that the first rank may write); or what `body(out, settings)` takes, another training."
+    """Start all ranks.
+
+    `settings` are those of a Recipe and, for mischief, `die`, `nan` and `broken` (a step), `slow` (seconds a row),
+    `largest` (bytes of a file that the first rank may write); or what `body(out, settings)` takes, another training.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     path = os.environ.get("PYTHONPATH", "")
     if str(folder) not in path.split(os.pathsep):  # the server looks there for what it imports
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), str(folder.parent), path]))
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    env = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     ranks = []
     for r in range(world):
-        said = Path(f"{out}.{time.time_ns()}.{r}.err")
-        ranks.append(context.Process(target=rank, args=(str(out), settings, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, str(said))))
-        ranks[-1].said = said
-        ranks[-1].start()
+        stderr = Path(f"{out}.{time.time_ns()}.{r}.err")
+        own = env | {"RANK": str(r), "LOCAL_RANK": str(r)}
+        process = context.Process(target=rank, args=(str(out), settings, own, str(stderr)))
+        process.stderr = stderr
+        process.start()
+        ranks.append(process)
     return ranks
 
 
+def stderr_of(process):
+    return process.stderr.read_text() if process.stderr.exists() else ""
+
+
 def wait(ranks, seconds=400):
-    "(exit code, stderr) of every rank; a deadlock is killed and fails."
+    """Give (exit code, stderr) of every rank; a deadlock is killed and fails."""
     end = time.time() + seconds
     try:
         for r in ranks:
             r.join(max(end - time.time(), 0.1))
-        assert all(r.exitcode is not None for r in ranks), "deadlock: " + " | ".join(r.said.read_text()[-1500:] for r in ranks if r.said.exists())
+        stuck = any(r.exitcode is None for r in ranks)
+        assert not stuck, "deadlock: " + " | ".join(stderr_of(r)[-1500:] for r in ranks)
     finally:
         for r in ranks:
             r.kill()
-    return [(r.exitcode, r.said.read_text() if r.said.exists() else "") for r in ranks]
+    return [(r.exitcode, stderr_of(r)) for r in ranks]
 
 
 def run(out, world=1, **settings):
-    "Train to the end; returns the losses."
+    """Train to the end, and give the losses."""
     for code, error in wait(start(out, world, **settings)):
         assert code == 0, error[-3000:]
     return losses(out)
@@ -63,21 +80,24 @@ def losses(out):
 
 
 def weights(checkpoint):
-    "All tensors of a checkpoint."
+    """Read all tensors of a checkpoint."""
     from safetensors.torch import load_file
-    return {k: v for f in sorted(Path(checkpoint).glob("*.safetensors")) for k, v in load_file(f).items()}
+
+    tensors = {}
+    for file in sorted(Path(checkpoint).glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
 
 
-def tiny(seed=0):
-    torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                        rope_parameters=dict(rope_type="default", rope_theta=1e4), max_position_embeddings=128))
+def tiny(seed=0, **changes):
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    return small_qwen2(seed=seed, **{"rope_parameters": rope, "max_position_embeddings": 128, **changes})
 
 
-def rank(out, settings, env, said):
-    "One rank."
+def rank(out, settings, env, stderr):
+    """Be one rank."""
     os.environ.update(env)
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     torch.set_num_threads(1)
     limit(settings.pop("largest", None))
     try:
@@ -88,38 +108,50 @@ def rank(out, settings, env, said):
 
 
 def limit(largest):
-    "A full disk: the first rank can write so many bytes into a file, and no more."
+    """Imitate a full disk: the first rank can write so many bytes into a file, and no more."""
     if largest and os.environ["RANK"] == "0":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
 
-def count(out, settings):
-    "Rows that count upwards, and a small Qwen2."
-    die, nan, slow, packed, broken = (settings.pop(k, None) for k in ("die", "nan", "slow", "packed", "broken"))
-    length = settings.pop("length", 48)
+class Mischief:
+    """Rows that count upwards, until something goes wrong."""
 
-    def batches(step, row):
-        if die == step and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+    def __init__(self, settings):
+        self.die = settings.pop("die", None)  # the last rank is killed in this step
+        self.nan = settings.pop("nan", None)  # a loss that isn't a number
+        self.slow = settings.pop("slow", 0)  # seconds a row
+        self.packed = settings.pop("packed", False)  # two documents in every row
+        self.broken = settings.pop("broken", None)  # a row that can't be read
+        self.tokens = settings.pop("length", 48)
+
+    def __call__(self, step, row):
+        if self.die == step and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
             os.kill(os.getpid(), signal.SIGKILL)
-        if broken == step and row == 1:
+        if self.broken == step and row == 1:
             raise OSError(5, "shard-1 cannot be read")
-        time.sleep(slow or 0)
-        sample = dict(input_ids=(torch.arange(length) * (1 + row % 3) + 7 * step + 3 * row) % 64, weights=torch.full((length,), float("nan") if nan == step else 1.0))
-        if packed:  # two documents
+        time.sleep(self.slow)
+        ids = (torch.arange(self.tokens) * (1 + row % 3) + 7 * step + 3 * row) % 64
+        weight = float("nan") if self.nan == step else 1.0
+        sample = {"input_ids": ids, "weights": torch.full((self.tokens,), weight)}
+        if self.packed:
             cut = 7 + 5 * row
-            sample["position_ids"] = torch.cat([torch.arange(cut), torch.arange(length - cut)])
+            sample["position_ids"] = torch.cat([torch.arange(cut), torch.arange(self.tokens - cut)])
         return sample
 
+
+def count(out, settings):
+    """Train a small Qwen2 to count upwards."""
+    batches = Mischief(settings)
     train(tiny(), batches, Path(out), **{"precision": "fp32", "lr": 1e-2, **settings})
 
 
 def train_and_save(out, settings):
-    "A step, and the model as transformers saves it; the device is left to the code, and DeepSpeed is as in a process that has not imported it."
-    os.environ.pop("DS_ACCELERATOR")
+    """Train a step and save the model as transformers does, as a process that has not imported DeepSpeed."""
+    os.environ.pop("DS_ACCELERATOR")  # the device is left to the code
     for name in [n for n in sys.modules if n.partition(".")[0] == "deepspeed"]:
         del sys.modules[name]
     os.dup2(2, 1)  # what is printed, too
     model = tiny()
-    train(model, lambda step, row: dict(input_ids=torch.arange(9)), out, steps=1, precision="fp32")
+    train(model, lambda step, row: {"input_ids": torch.arange(9)}, out, steps=1, precision="fp32")
     model.save_pretrained(Path(out) / "model")

@@ -29,7 +29,10 @@ def read_run(
     return read_trials(file), settings
 
 # %% ../../nbs/807_commands.compare.ipynb #044ee2a0
-_HEADING = f"{'length':>6}  {'trials':>6}  {'A':>5}  {'B':>5}  {'A - B':>6}  {'95% interval':>15}  {'only A':>6}  {'only B':>6}  {'p':>7}"
+_HEADING = (
+    f"{'length':>6}  {'trials':>6}  {'A':>5}  {'B':>5}  {'A - B':>6}  {'95% interval':>15}  "
+    f"{'only A':>6}  {'only B':>6}  {'p':>7}"
+)
 
 def comparison_row(
     gap,  # a row of `needle.statistics.compare`
@@ -44,7 +47,7 @@ def comparison_row(
 @app.command("compare")
 def compare_command(
     a: Annotated[Path, typer.Argument(parser=path, metavar="RUN_A", help="Results folder of a run.")],
-    b: Annotated[Path, typer.Argument(parser=path, metavar="RUN_B", help="Results folder of another, on the same grid.")],
+    b: Annotated[Path, typer.Argument(parser=path, metavar="RUN_B", help="Results folder of another run.")],
 ):
     """Compare two runs trial by trial: the difference at each length, with its interval."""
     with one_sentence("."):

@@ -127,5 +127,5 @@ def mini_wording(
     if not is_miniature(tokenizer):
         return {}
     from longva.mini.reader import DIGITS, WORDING
-    from longva.needle.book import Wording
-    return dict(wording=Wording(**WORDING), digits=DIGITS)
+    from longva.needle.book import TextWording
+    return dict(wording=TextWording(**WORDING), digits=DIGITS)

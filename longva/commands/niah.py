@@ -38,7 +38,9 @@ def load_language_model(
         )
     try:
         if not book and not mini_wording(open_tokenizer(name)):
-            raise Usage("Say with --haystack in which text to hide the numbers: only a miniature has a book of its own.")
+            raise Usage(
+                "Say with --haystack in which text to hide the numbers: only a miniature has a book of its own."
+            )
         model, tokenizer = open_language(name)
     except OpenError as error:
         raise Usage(str(error)) from None
@@ -66,7 +68,8 @@ def write_mini_book(
 ) -> Path:  # out/book
     """Write a book of the miniature's world; raise NeedleError if it is too short or other files lie there."""
     from longva.mini.reader import write_book
-    from longva.needle.book import NeedleError, check_fit
+    from longva.needle.book import check_fit
+    from longva.needle.trials import NeedleError
     with tempfile.TemporaryDirectory() as drawn:
         text = (write_book(drawn) / "scenes.txt").read_bytes()
     check_fit(len(text.split()), longest, repeat, "The book of the miniature's world")
@@ -82,7 +85,7 @@ def write_mini_book(
 
 # %% ../../nbs/810_commands.niah.ipynb #c71acb19
 def show_perplexity(
-    rows: list,  # see `longva.needle.niah.perplexity`
+    rows: list,  # see `longva.needle.perplexity`
     out: Path,  # the results folder
 ):
     """Print the table and keep it as JSON."""
@@ -149,28 +152,30 @@ def niah_command(
     with one_sentence(out):
         counts = numbers(distractors, int, "--distractors")
         check_base(rope_base)
-        from longva.needle.book import PAPER, draw_numbers, text_files
+        from longva.needle.book import TextTest, text_files
         if haystack:
             text_files(haystack)
         columns, rows = parse_grid(lengths, depths, perplexity)
         from longva.needle import niah
+        from longva.needle.perplexity import perplexity as measure_perplexity
         net, tokenizer = load_language_model(model, rope_base, bool(haystack))
+        reader = niah.TextReader(net, tokenizer, name)
         mini = mini_wording(tokenizer)
         if lengths is None:
             columns = [64, 128, 256, 384, 496] if mini else [1000, 2000, 4000, 8000]
-        for count in counts:  # all are checked before the first is run
-            niah.check_counts(count, mini.get("wording", PAPER), train_length)
-            draw_numbers(hidden, count)
-        book = haystack or write_mini_book(out, columns[-1], repeat)
+        book = haystack or out / "book"
+        tests = [TextTest(book, hidden, count, repeat=repeat, **mini) for count in counts]  # all are checked first
+        niah.check_train_length(train_length)
+        if not haystack:
+            write_mini_book(out, columns[-1], repeat)
         if mini:
             typer.echo(f"Wording: the miniature's own, {mini['digits']} digits of {mini['wording'].city}.")
         if not haystack:
             typer.echo(f"Haystack: a book of the miniature's world, written to {book}.")
-        for count in counts:
-            where = out / f"distractors_{count}"
-            options = dict(name=name, repeat=repeat, train_length=train_length, **mini)
-            trials = niah.run(net, tokenizer, book, columns, rows, where, hidden, count, **options)
-            typer.echo(f"\n{count} distractors")
+        for test in tests:
+            where = out / f"distractors_{test.distractors}"
+            trials = niah.run(reader, test, columns, rows, where, train_length)
+            typer.echo(f"\n{test.distractors} distractors")
             show_rows(trials, where, "tokens")
         if perplexity:
-            show_perplexity(niah.perplexity(net, tokenizer, book, columns), out)
+            show_perplexity(measure_perplexity(reader, book, columns), out)

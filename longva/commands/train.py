@@ -56,7 +56,7 @@ def plan_command(
 def extend_command(
     preset: Annotated[str, typer.Option(help="paper or mini.")],
     text: Annotated[Optional[str], typer.Option(
-        help="Folder of .txt and .jsonl files, name of a data set on the Hugging Face hub, or a prepared corpus.")] = None,
+        help="Folder of .txt and .jsonl files, data set on the Hugging Face hub, or a prepared corpus.")] = None,
     out: path_option("Folder of the run; by default runs/extend/PRESET.") = None,
     model: Annotated[Optional[str], typer.Option(
         help="Folder or hub name of the model to start from, if not the preset's.")] = None,
@@ -134,9 +134,9 @@ def dpo_command(
     media: Media = None,
     out: path_option("Folder of the run; by default runs/dpo/PRESET.") = None,
     reference: path_option(
-        "Folder for the reference model's log-probabilities, which several runs can share; by default in --out.") = None,
+        "Folder for the reference model's log-probabilities, shared by several runs; by default in --out.") = None,
     model: Annotated[Optional[str], typer.Option(
-        help="Folder or hub name of the model to start from, if not the preset's; mini starts from mini-longva.")] = None,
+        help="Folder or hub name of the model to start from; by default the preset's, mini-longva for mini.")] = None,
     loss: Annotated[Optional[str], typer.Option(help="sigmoid, hinge or ipo.")] = None,
     beta: Annotated[Optional[float], typer.Option(help="KL penalty (beta).")] = None,
     label_smoothing: Annotated[Optional[float], typer.Option(

@@ -94,7 +94,8 @@ def curve_table(
     rows: list,  # of `read_point`
 ) -> str:
     """Write score against frames against seconds as text."""
-    columns = [("score", ".4f"), ("stderr", ".4f"), ("documents", "d"), ("seconds_model", ".3f"), ("seconds_reading", ".3f")]
+    columns = [("score", ".4f"), ("stderr", ".4f"), ("documents", "d")]
+    columns += [("seconds_model", ".3f"), ("seconds_reading", ".3f")]
     lines = [["frames", "task", "metric", "score", "+-", "documents", "s model", "s reading"]]
     for row in rows:
         line = [str(row["frames"]), row["task"], row["metric"]]

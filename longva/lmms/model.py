@@ -113,7 +113,7 @@ class Answerer:
         pretrained: str = "lmms-lab/LongVA-7B-DPO",  # a miniature's name, a folder, or a name on the hub
         frames: int = None,  # of each video: 32 without `fps`; with `fps`, at most so many
         fps: float = None,  # frames per second of video
-        frames_fit: str = None,  # "crop" as the original chat, "pad" as its needle test, "resize"; None: the processor's
+        frames_fit: str = None,  # "crop" (the original's chat), "pad" (its needle test), "resize"; None: its own
         device_map=None,
         attn_implementation: str = None,
         device: str = None,
@@ -282,9 +282,13 @@ def _each(self: Answerer, requests, title):
 @patch
 def generate_until(
     self: Answerer,
-    requests: list,  # simple args (context, settings, doc_to_visual, id, task, split), chat (context, doc_to_messages, settings, ...)
+    requests: list,
 ) -> list:  # of texts
-    """Answer, one request after the other."""
+    """Answer, one request after the other.
+
+    Arguments of a simple request: (context, settings, doc_to_visual, doc_id, task, split);
+    of a chat request: (context, doc_to_messages, settings, doc_id, task, split).
+    """
     answers = []
     for request, clock in self._each(requests, "LongVA answers"):
         started = time.perf_counter()
@@ -321,9 +325,13 @@ def score(
 @patch
 def loglikelihood(
     self: Answerer,
-    requests: list,  # args (context, target: a function of the document, or the text of a choice, doc_to_visual, id, task, split)
+    requests: list,
 ) -> list:  # of (score, is_greedy)
-    """Score continuations; for a choice among several, lower is better, as lmms-eval takes it."""
+    """Score continuations; for a choice among several, lower is better, as lmms-eval takes it.
+
+    Arguments of a request: (context, target, doc_to_visual, doc_id, task, split); the target is a function of the
+    document, or the text of one of several choices.
+    """
     scores = []
     last = None
     for request, clock in self._each(requests, "LongVA scores"):

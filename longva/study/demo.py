@@ -76,8 +76,8 @@ class DemoPlan:
         return dict(seed=self.seed, film=length, needles=self.needles, control=self.control, weights=weights)
 
 # %% ../../nbs/700_study.demo.ipynb #998e4689
-def _read_record(file, folder) -> dict:
-    """Read demo.json."""
+def _read_record(file) -> dict:
+    """Read demo.json; raise NeedleError."""
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError, RecursionError):
@@ -90,7 +90,7 @@ def prepare_demo(
     file = plan.out / "demo.json"
     record = plan.identity
     if file.exists():
-        old = _read_record(file, plan.out)
+        old = _read_record(file)
         other = [name for name, value in record.items() if old.get(name) != value]
         if other:
             raise NeedleError(

@@ -30,6 +30,18 @@ CHOICES = {
 def _is_number(x) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
+def _is_positive(x) -> bool:
+    return _is_number(x) and x > 0
+
+def _is_not_negative(x) -> bool:
+    return _is_number(x) and x >= 0
+
+def _is_share(x) -> bool:
+    return _is_number(x) and 0 <= x <= 1
+
+def _is_above_1(x) -> bool:
+    return _is_number(x) and x > 1
+
 def _are_betas(x) -> bool:
     return isinstance(x, (tuple, list)) and len(x) == 2 and all(_is_number(b) and 0 <= b < 1 for b in x)
 
@@ -38,11 +50,11 @@ def _are_names(x) -> bool:
 
 # of all other settings: how a valid value is described, and the test for it
 RULES = {
-    "lr": ("a number above 0", lambda x: _is_number(x) and x > 0),
-    "clip": ("a number above 0", lambda x: _is_number(x) and x > 0),
-    "weight_decay": ("a number from 0", lambda x: _is_number(x) and x >= 0),
-    "floor": ("a share from 0 to 1", lambda x: _is_number(x) and 0 <= x <= 1),
-    "spike": ("a number above 1", lambda x: _is_number(x) and x > 1),
+    "lr": ("a number above 0", _is_positive),
+    "clip": ("a number above 0", _is_positive),
+    "weight_decay": ("a number from 0", _is_not_negative),
+    "floor": ("a share from 0 to 1", _is_share),
+    "spike": ("a number above 1", _is_above_1),
     "betas": ("two numbers from 0 to below 1", _are_betas),
     "trackers": ("a tuple of names, such as ('tensorboard',)", _are_names),
 }
