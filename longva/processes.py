@@ -23,7 +23,7 @@ def cores() -> int:  # at least 1
 # %% ../nbs/110_processes.ipynb #790968e9
 @contextmanager
 def deaf_to_ctrl_c():
-    """Start processes here that never hear SIGINT; this process hears it when the block ends."""
+    """Block SIGINT while processes are started: they never receive it, this process does when the block ends."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -35,7 +35,7 @@ def deaf_to_ctrl_c():
 
 # %% ../nbs/110_processes.ipynb #c8d4323e
 def _end_with_parent():
-    """Wait for the end of the process that started this one, then leave at once."""
+    """Wait for the end of the process that started this one, then exit at once."""
     parent_process().join()
     os._exit(1)
 
@@ -43,7 +43,7 @@ def _work(job, tasks, errors):
     """Take tasks until none is left."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exit that closes files
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    import torch  # here, as counting cores needs no torch
+    import torch  # imported here, since counting cores needs no torch
     torch.set_num_threads(1)
     try:
         while (task := tasks.get()) is not None:
@@ -52,7 +52,7 @@ def _work(job, tasks, errors):
         errors.put(error)
 
 def _end(processes):
-    """End processes, politely first."""
+    """Terminate processes; kill those that are alive after two seconds."""
     for process in processes:
         process.terminate()
     for process in processes:

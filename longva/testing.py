@@ -37,7 +37,7 @@ def refused(
     words="",  # must occur in the message
     error=ValueError,
 ):
-    """Assert that the block raises `error` and says `words`; print the message."""
+    """Assert that the block raises `error` with `words` in its message; print the message."""
     try:
         yield
     except error as refusal:
@@ -49,7 +49,7 @@ def refused(
 
 # %% ../nbs/105_testing.ipynb #15d1dcc2
 def word_tokenizer(
-    words,  # distinct words; a word's place is its id
+    words,  # distinct words; a word's index is its id
     special=(),  # those of the words that are special tokens
     unknown="<unk>",  # one of the words, or None
     eos=None,  # one of the words
@@ -155,7 +155,7 @@ _CHAT = (
 def byte_tokenizer(
     video: str,  # what the chat template writes for a video
 ):  # a PreTrainedTokenizerFast: 256 bytes and FAMILY_TOKENS
-    """Make a tokenizer that knows every text."""
+    """Make a byte-level tokenizer, which can encode any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -188,7 +188,7 @@ _WIDE = {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _DEEP_ROPE = _ROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
 
-SMALL_TEXT = {  # what a family's language model has beside _TEXT
+SMALL_TEXT = {  # settings of each family's language model, added to _TEXT
     "llava_onevision": {"model_type": "qwen2"},
     "llava_next_video": {"model_type": "llama"},
     "qwen2_vl": {"rope_parameters": _ROPE},
@@ -232,7 +232,7 @@ def _family_ids(family, tokenizer) -> dict:
 
 def small_family(
     family: str,  # one of SMALL_TEXT
-    processor,  # is called with tokenizer, image processor and video token: PlainProcessor of longva.model.open
+    processor,  # called with tokenizer, image processor and video token, such as longva.model.open.PlainProcessor
     seed: int = 0,
 ) -> tuple:  # (model, what `processor` returns)
     """Make a small random model of a family; the global random state stays as it was."""
@@ -253,5 +253,5 @@ def small_family(
         model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(6 if p.ndim == 2 else 1)  # larger weights, so that what it says depends on what it sees
+            p.mul_(6 if p.ndim == 2 else 1)  # larger weights, so that the answer depends on the frames
     return model, processor(tokenizer, _family_images(family), video)

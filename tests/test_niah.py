@@ -595,7 +595,7 @@ def test_unknown_models(tmp_path):
 
 
 def test_a_name_on_an_unreachable_hub_is_asked_for_once(book, tmp_path):
-    "Port 9 doesn't answer. The hub itself would try five more times, with pauses of 23 seconds together and a warning each."
+    "Port 9 doesn't answer. The hub itself would try five more times, pausing for 23 seconds, a warning each."
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hub")}
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
     call = [*LONGVA, *command("unknown/name", book, "out")]

@@ -197,7 +197,7 @@ def _by_heads(*tensors) -> list:
     return [[t.contiguous() for t in head] for head in zip(*split)]
 
 def _forward(kernel, q, k, v, causal, scale) -> tuple:  # (out, lse)
-    "One block on one kernel, with the traps taken care of."
+    "Compute one block on one kernel; handle the four cases above."
     L = q.shape[1]
     S = k.shape[1]
     if L == 0 or S == 0:
@@ -217,7 +217,7 @@ def _forward(kernel, q, k, v, causal, scale) -> tuple:  # (out, lse)
     return kernel.forward(q, k, v, causal, scale)
 
 def _backward(kernel, dout, q, k, v, out, lse, causal, scale) -> tuple:  # (dq, dk, dv)
-    "The same traps, backwards."
+    "Compute the gradients of one block; handle the same four cases."
     L = q.shape[1]
     S = k.shape[1]
     if L == 0 or S == 0:
@@ -243,7 +243,7 @@ def _cut(cu) -> list:
     return list(zip(cu[:-1], cu[1:]))
 
 def _offsets(cu, rows, length, device) -> Tensor:
-    "Borders of the documents in a batch whose rows of this length stand one behind the other."
+    "Borders of the documents in a batch whose rows, all of this length, are concatenated."
     borders = [0]
     for row in range(rows):
         borders += [row * length + border for border in cu[1:]]
@@ -281,7 +281,7 @@ def _packed_backward(kernel, dout, q, k, v, out, lse, scale, cu_q, cu_k) -> tupl
 
 # %% ../../nbs/210_context.kernels.ipynb #1bda137d
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-LONG = 256  # queries from which on a plan for their shape is worth making
+LONG = 256  # from so many queries on, planning for their shape (cuDNN) pays
 
 
 def _both(kernel, dout, q, k, v, cu_q, cu_k) -> tuple:
@@ -299,7 +299,7 @@ def kernel_error(
     dtype,
     E,  # head dimension
 ) -> float:  # largest difference from float64, relative to the largest value
-    """Put a kernel to the test; it raises what the kernel raises."""
+    """Compare a kernel with the plain one on a small problem; errors of the kernel are raised."""
     source = torch.Generator().manual_seed(0)  # its own: a test must not change the global random state
     tokens_heads = (7, 4), (9, 2), (9, 2), (7, 4)
     q, k, v, dout = (torch.randn(1, n, h, E, generator=source).to(device, dtype) for n, h in tokens_heads)
@@ -314,9 +314,10 @@ def kernel_error(
 
 # %% ../../nbs/210_context.kernels.ipynb #3a8474fa
 def _order(device, long) -> tuple:  # of Kernel
-    """The fastest first. cuDNN makes a plan for each new shape (50 ms on an H200): too much for single queries.
+    """List the kernels to try, the fastest first.
 
-    Long ones it computes nearly twice as fast as torch's flash.
+    cuDNN plans for each new shape (50 ms on an H200), too long for single queries; many queries at once it computes
+    nearly twice as fast as torch's flash.
     """
     if device == "cpu":
         return cpu_flash, plain
@@ -379,7 +380,7 @@ def explain(
 
 # %% ../../nbs/210_context.kernels.ipynb #e2227a3f
 def _check(q, k, v, cu_q, cu_k):
-    "Refuse tensors that are no block of attention."
+    "Check shapes and dtypes of a block; raise ValueError."
     shapes = ", ".join(str(list(t.shape)) for t in (q, k)) + f" and {list(v.shape)}"
     if q.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"Attention wants q [B,L,H,E] and k, v [B,S,K,E], and got {shapes}.")

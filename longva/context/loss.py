@@ -112,10 +112,10 @@ class ChunkedLoss(torch.autograd.Function):
 def loss_kernel(
     hidden: torch.Tensor,  # hidden states [...,D]
     weight: torch.Tensor,  # of the output layer [V,D]
-    alike: bool = True,  # whether all tokens count, and alike
+    alike: bool = True,  # whether all tokens count, with the same weight
     chunk: int = 1024,  # tokens at a time
 ) -> tuple:  # ("torch" | "liger" | "chunks", why)
-    """Choose what computes the loss of such tensors, and say why."""
+    """Choose what computes the loss of tensors with these shapes and dtypes, and say why."""
     dtype = str(hidden.dtype).removeprefix("torch.")
     tokens = hidden.shape[:-1].numel()
     V, D = weight.shape
@@ -138,7 +138,7 @@ def loss_kernel(
 
 # %% ../../nbs/220_context.loss.ipynb #00c1f2ae
 def _check_tensors(hidden, weight, labels, weights):
-    "Refuse tensors that don't fit together."
+    "Check that the tensors fit together; raise ValueError."
     if hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(f"The hidden states have width {hidden.shape[-1]} and the weight {weight.shape[-1]}: they "
                          "must be "
@@ -156,7 +156,7 @@ def _check_tensors(hidden, weight, labels, weights):
         raise ValueError("A weight is negative: weights are zero or more.")
 
 def _check_settings(chunk, kernel, normalizer, weights):
-    "Refuse settings that have no meaning."
+    "Validate the settings; raise ValueError."
     wrong = ""
     if normalizer is not None and normalizer <= 0:
         wrong = f"The normalizer is {normalizer}: it must be positive."
@@ -278,7 +278,7 @@ def token_log_probs(
 ) -> torch.Tensor:  # [N], in float32 or more
     """Compute the log-probability of each token without holding [N,V].
 
-    Gradients flow to both, in one backward pass or several.
+    Gradients flow to `hidden` and `weight`, in one backward pass or several.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         return _LogProbs.apply(hidden, weight, labels, chunk)

@@ -471,7 +471,7 @@ def _forward_ring(q_BsHE, kv_2BsKE, schedules, scale, context) -> tuple:  # (out
     return out.to(q_BsHE.dtype), lse
 
 def _backward_gathered(saved, kv_2BsKE, schedules, scale, context) -> tuple:  # (dq [B,s,H,E], dkv [2,B,s,K,E]), wide
-    "Fetch all keys again, and send their gradients home as a sum over ranks."
+    "Fetch all keys again, and sum their gradients over ranks; each rank gets those of its own keys."
     _, q_BsHE, _, _ = saved
     wide = torch.promote_types(q_BsHE.dtype, torch.float32)
     kv_2BSKE = _gather(kv_2BsKE, context)
@@ -482,7 +482,7 @@ def _backward_gathered(saved, kv_2BsKE, schedules, scale, context) -> tuple:  # 
     return dq, _reduce(dkv_2BSKE, context)
 
 def _backward_ring(saved, kv_2BsKE, schedules, scale, context) -> tuple:  # (dq [B,s,H,E], dkv [2,B,s,K,E]), wide
-    "The keys travel around once more, and their gradients follow them, one hop more to come home."
+    "Send the keys around once more; their gradients follow, and take one hop more back to their own rank."
     _, q_BsHE, _, _ = saved
     wide = torch.promote_types(q_BsHE.dtype, torch.float32)
     dq = q_BsHE.new_zeros(q_BsHE.shape, dtype=wide)
@@ -731,7 +731,7 @@ def _is_bidirectional(options) -> bool:
     return options["allow_is_causal_skip"] is False and bool(both_ways)
 
 def _cp_mask(*args, attention_mask=None, use_vmap=False, q_length=None, kv_length=None, **options):
-    "The mask of longva_cp is none; what would need one is refused."
+    "Build no mask; refuse what would need one."
     if _is_bidirectional(options):
         mask = dict(attention_mask=attention_mask, use_vmap=use_vmap, q_length=q_length, kv_length=kv_length)
         return sdpa_mask(*args, **mask, **options)

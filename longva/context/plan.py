@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 # %% ../../nbs/225_context.plan.ipynb #d359777d
 class PlanError(ValueError):
-    """The plan cannot be carried out, or not be made."""
+    """The plan doesn't fit, or its settings are not valid."""
 
 MODELS = {
     "qwen2-7b": dict(
@@ -131,7 +131,7 @@ def sizes(
 
 # %% ../../nbs/225_context.plan.ipynb #8193d221
 def saved_bytes(
-    model,  # Sizes, or whatever `sizes` reads
+    model,  # Sizes, or anything that `sizes` reads
     length: int,  # tokens of one process
     checkpoint: bool = False,  # only the layers' inputs are kept
     b: int = 2,  # bytes of a number: 2 for bfloat16, 4 for float32
@@ -152,7 +152,7 @@ def saved_bytes(
 
 # %% ../../nbs/225_context.plan.ipynb #36b8d502
 def operations(
-    model,  # Sizes, or whatever `sizes` reads
+    model,  # Sizes, or anything that `sizes` reads
     length: int,  # tokens of the sequence
     checkpoint: bool = True,  # layers are recomputed
     save_attention: bool = False,  # but not their attention
@@ -171,7 +171,7 @@ def operations(
 
 # %% ../../nbs/225_context.plan.ipynb #7ebca6f0
 def per_token(
-    model,  # Sizes, or whatever `sizes` reads
+    model,  # Sizes, or anything that `sizes` reads
     b: int = 2,  # bytes of a number
 ) -> dict:  # bytes
     """Count the bytes that a token costs, by what is kept or needed."""
@@ -316,7 +316,7 @@ def _parts(p) -> tuple:
     return {k: v for k, v in gpu.items() if v}, host if len(host) > 1 else {}
 
 def longest(
-    plan: Plan,  # everything but its length counts
+    plan: Plan,  # its own length is ignored
 ) -> int:  # tokens; 0 if not even one fits
     """Find the longest sequence that fits."""
     low = 0
@@ -333,7 +333,7 @@ def longest(
 def switches(
     p: Plan,
 ) -> list:  # of (name, changes of the plan); a star marks methods that the training loop here doesn't have
-    """List what could be switched on: what the training loop has, gentle switches first; then what it doesn't have."""
+    """List switches to try: those that the training loop has, the cheapest first; then those that it doesn't have."""
     found = []
     layered = not p.checkpoints.startswith("recurrent")
     if p.checkpoints == "none":
@@ -357,10 +357,10 @@ def switches(
 
 def advice(
     plan: Plan,
-) -> list:  # (switch, longest sequence with it), the next one to try first
+) -> list:  # of (switch, longest sequence with it), the best one to try first
     """List the switches that make longer sequences fit.
 
-    First come those with which this one fits, gentlest first; then the others by what they bring.
+    First come those with which the plan's own length fits, the cheapest first; then the others, by what they bring.
     """
     now = longest(plan)
     enough = []
@@ -451,7 +451,7 @@ def _check_numbers(p):
             raise PlanError(f"{name} is {value}: it must be finite and zero or more.")
 
 def _check_settings(p):
-    "Refuse settings that have no meaning."
+    "Validate the settings; raise PlanError."
     choices = dict(checkpoints=CHECKPOINTS, offload=("none", "optimizer", "all"), kind=("all_gather", "ring", None))
     for name, known in choices.items():
         value = getattr(p, name)
@@ -472,7 +472,7 @@ def plan(
     length: int,  # tokens of the sequence
     **settings,  # the other settings of `Plan`
 ) -> Plan:  # print it
-    """Plan one training step on a sequence of `length` tokens; settings without meaning are a PlanError."""
+    """Plan one training step on a sequence of `length` tokens; invalid settings are a PlanError."""
     p = Plan(sizes(config), length, **settings)
     _check_settings(p)
     return p

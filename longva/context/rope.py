@@ -21,9 +21,9 @@ def dynamic_frequencies(
     plain,  # frequencies of the plain embedding [E/2], float64
     p,  # rope_parameters
     positions,  # max_position_embeddings: the trained length, for this type
-    length,  # of the call; None: short
+    length,  # tokens of the call; None: a short one
 ) -> torch.Tensor:  # [E/2]
-    """The base of `ntk`, for a factor that grows with the length of the call."""
+    """Compute the frequencies of `ntk` with a factor that grows with the length of the call."""
     width = 2 * len(plain)
     growth = p["factor"] * max(length or 0, positions) / positions - (p["factor"] - 1)
     return plain * growth ** -(torch.arange(0, width, 2).double() / (width - 2))
@@ -33,9 +33,9 @@ def yarn_frequencies(
     p,
     positions,
 ) -> torch.Tensor:  # [E/2]
-    """YaRN's "by parts": between `beta_fast` and `beta_slow` turns in training, a ramp from f to f/s.
+    """Compute YaRN's "by parts": between `beta_fast` and `beta_slow` turns in training, a ramp from f to f/s.
 
-    The paper draws the ramp over turns; its code and transformers, and so this, over the number of the pair.
+    The ramp runs over the index of the pair, as in the paper's code and in transformers; in its text, over turns.
     """
     width = 2 * len(plain)
     original = p.get("original_max_position_embeddings") or positions
@@ -61,7 +61,7 @@ def llama3_frequencies(
     p,
     positions,
 ) -> torch.Tensor:  # [E/2]
-    """Llama 3's ramp: over the number of turns in training, between `low_freq_factor` and `high_freq_factor`."""
+    """Compute Llama 3's ramp, from `low_freq_factor` to `high_freq_factor` turns in training."""
     turns = (p.get("original_max_position_embeddings") or positions) * plain / (2 * pi)
     share = (turns - p["low_freq_factor"]) / (p["high_freq_factor"] - p["low_freq_factor"])
     share = share.clamp(0, 1)
@@ -73,7 +73,7 @@ def longrope_frequencies(
     positions,
     length,
 ) -> torch.Tensor:  # [E/2]
-    """A factor for each pair; which of two sets of factors, depends on the length of the call."""
+    """Divide each frequency by a factor of its own, from one of two sets: the length of the call decides which."""
     original = p.get("original_max_position_embeddings") or positions
     name = "long_factor" if length and length > original else "short_factor"
     return plain / torch.tensor(p[name]).double()
@@ -196,11 +196,11 @@ def text_config(
     if hasattr(config, "get_text_config"):
         return config.get_text_config()
     wanted = "live transformers model" if live else "transformers model or its configuration"
-    raise ValueError(f"A {type(model).__name__} came, where a {wanted} is needed: load one with from_pretrained.")
+    raise ValueError(f"A {wanted} is needed, not a {type(model).__name__}: load one with from_pretrained.")
 
 def live_frequencies(
     rotary,  # a rotary module of transformers
-    kind="inv_freq",  # or "original_inv_freq": what dynamic and longrope may go back to
+    kind="inv_freq",  # or "original_inv_freq": what dynamic and longrope return to after a long call
 ) -> dict:  # kind of layer or None -> frequencies [E/2]
     """Read the frequencies that a rotary module computes with."""
     found = {}
@@ -215,7 +215,7 @@ def possible_frequencies(
     text,  # the configuration
     kind,  # of layer, or None
 ) -> list:  # of frequencies [E/2], float64
-    """Compute all that a module of this class, built from `text`, may hold: dynamic and longrope have two states."""
+    """Compute every set that a module of this class, built from `text`, may hold; dynamic and longrope have two."""
     p, layer_type = rope_settings(text, kind)
     states = [live_frequencies(type(rotary)(config=deepcopy(text)))[kind]]
     length = None
@@ -230,9 +230,9 @@ def possible_frequencies(
 
 # %% ../../nbs/200_context.rope.ipynb #e5539e0d
 class ExactRotary(torch.nn.Module):
-    """Stands in front of a rotary module: the same table, from angles in float64.
+    """Wrap a rotary module: the same table, from angles in float64.
 
-    With `dynamic` and `longrope` each call goes by its own length; transformers' dynamic remembers the longest.
+    With `dynamic` and `longrope` the length of each call counts; transformers' dynamic remembers the longest call.
     """
 
     def __init__(self, rotary):
@@ -241,7 +241,7 @@ class ExactRotary(torch.nn.Module):
         self.reset()
 
     def reset(self):
-        """Take over what the rotary module was built from; a ValueError if its live frequencies are others."""
+        """Read the rotary module's settings again; a ValueError if its live frequencies differ from them."""
         self.settings = deepcopy(self.rotary.config)
         table = deepcopy(self.rotary)
         kinds = live_frequencies(table)
@@ -257,7 +257,7 @@ class ExactRotary(torch.nn.Module):
         self._table = [table]  # in a list, to be no part of the model
 
     def forward(self, x, position_ids, layer_type=None):
-        """As the original. x gives dtype and device; position_ids: [B, L], or [3, B, L] of three axes."""
+        """Compute (cos, sin) as the wrapped module does; x gives dtype and device, position_ids are [B,L] or [3,B,L]."""
         kind = rope_settings(self.settings, layer_type)[0]["rope_type"]
         length = int(position_ids.max()) + 1 if kind in ("dynamic", "longrope") else None
         f = formula_frequencies(self.settings, layer_type, length).to(x.device)
@@ -274,7 +274,7 @@ class ExactRotary(torch.nn.Module):
 def rotary_modules(
     model,  # a live model
 ) -> list:  # of (name of the module that the model calls, rotary module of transformers)
-    """Find the rotary modules that were built from the text configuration, or else from one of its class."""
+    """Find the rotary modules built from the text configuration, or else those built from one of the same class."""
     text = text_config(model)
     found = []
     for name, module in model.named_modules():
@@ -374,21 +374,21 @@ def _method_settings(plain, method, factor, trained, pairs, details) -> dict:
 def _method_positions(text, old, method, factor, trained) -> int:
     "max_position_embeddings, as transformers reads it with this method."
     if method == "dynamic":
-        return trained  # here it is the trained length
+        return trained  # for dynamic, this field is the trained length
     if method in ("yarn", "longrope"):
         return round(trained * factor)
     stretched = round((old.get("factor") or 0) * (old.get("original_max_position_embeddings") or 0))
     if text.max_position_embeddings == stretched:
-        return trained  # a yarn is taken back
+        return trained  # an earlier YaRN is undone
     return text.max_position_embeddings
 
 def _new_parameters(text, method, theta, factor, layer_type, details) -> tuple:
-    "What the configuration shall say: (rope_parameters, max_position_embeddings)."
+    "What the configuration will hold: (rope_parameters, max_position_embeddings)."
     old, layer_type = rope_settings(text, layer_type)
     _check_request(method, theta, factor, details)
     theta = theta or old.get("rope_theta")
     if theta is None:
-        raise ValueError("The configuration has lost its rope_theta; give the base as theta.")
+        raise ValueError("The configuration has no rope_theta; give the base as theta.")
     details = dict(details)
     trained = _trained_length(text, old, details.pop("original_max_position_embeddings", None))
     pairs = len(inverse_frequencies(text, layer_type))
@@ -407,7 +407,7 @@ def _write(text, parameters, positions):
         setattr(text, name, parameters[name])  # transformers prefers it, so they must agree
 
 def _take_over(rotary, new, text):
-    "Give a live rotary module what the module `new` holds."
+    "Copy the content of the module `new` into a live rotary module."
     device = next(rotary.buffers()).device
     for name in [n for n in vars(rotary) if n.endswith("long_inv_freq")]:
         delattr(rotary, name)  # longrope's memory of the old setting
@@ -441,7 +441,7 @@ def extend_rope(
     config_or_model,  # a configuration, or a live model
     method: str = "base",  # "base", "ntk", "dynamic", "linear", "yarn" or "longrope"
     theta: float | None = None,  # the new base ("base"), or the base to start from; by default the one that is set
-    factor: float | None = None,  # how much longer contexts shall be (all but "base")
+    factor: float | None = None,  # how many times longer the context becomes (all but "base")
     layer_type: str | None = None,  # as in `rope_settings`: by default the layers that see the whole context
     exact: bool = False,  # angles in float64 (a live model only; see `exact_rope`)
     **details,  # what `DETAILS` lists for the method; LongRoPE's factors are one per pair
@@ -505,7 +505,7 @@ def base_search(
     score,  # a function of the model, higher is better; or a list of token ids, each 1-D, whose ends are scored
     candidates=PAPER_BASES,  # bases to try
     on_row=None,  # called with (base, score) after each
-) -> BaseSearch:  # prints as a table; `best` is not applied, extend_rope does that
+) -> BaseSearch:  # prints as a table; to apply `best`, call extend_rope
     """Try bases on a live model without training."""
     if not callable(score) and not len(score) or not len(candidates) or not all(c > 1 for c in candidates):
         raise ValueError("base_search needs candidates greater than 1, and a score: a function of the model, or a list "

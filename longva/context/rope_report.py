@@ -33,7 +33,7 @@ from longva.context.rope import (
 # %% ../../nbs/205_context.rope_report.ipynb #289447a9
 @contextmanager
 def _with_rope(model, parameters):
-    "For a while, another rotary embedding in the live model."
+    "Put another rotary embedding into the live model while the block runs."
     sites = rotary_modules(model)
     other = deepcopy(text_config(model))
     other.rope_parameters = deepcopy(parameters)
@@ -68,7 +68,7 @@ def _other_settings(text, against) -> dict:
     return {kind: plain_settings(own[kind], unset[kind]["rope_theta"]) for kind in kinds}
 
 def _random_ids(config, text) -> torch.Tensor:
-    "32 tokens [1,32], none of them a placeholder of a picture, for no picture comes with them."
+    "Draw 32 token ids [1,32], none of them the placeholder of an image or a video."
     ids = torch.randint(text.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
     for name in ("image_token_id", "video_token_id"):
         placeholder = getattr(config, name, None)
@@ -79,7 +79,7 @@ def _random_ids(config, text) -> torch.Tensor:
 # %% ../../nbs/205_context.rope_report.ipynb #7375041b
 def logits_moved(
     model,  # a live model
-    against=None,  # rope_parameters, or the base of a plain embedding; by default what the class has by itself
+    against=None,  # rope_parameters, or the base of a plain embedding; by default that of the configuration's class
     length: int | None = None,  # positions are spread over this length; by default what the configuration allows
     ids: torch.Tensor | None = None,  # token ids [1, L]; by default 32 at random
 ) -> float:  # largest difference of a logit
@@ -102,7 +102,7 @@ def logits_moved(
 
 # %% ../../nbs/205_context.rope_report.ipynb #521d6ab2
 class NotedDict(dict):
-    """A dict of settings that remembers which were looked up."""
+    """A dict of settings that records which keys are looked up."""
 
     def __init__(self, settings):
         super().__init__({k: NotedDict(v) if isinstance(v, dict) else v for k, v in settings.items()})
@@ -160,7 +160,7 @@ def unread_settings(
     return faults
 
 def _idle_yarn(p) -> list:
-    "Keys of a YaRN that are read and have no effect."
+    "Find keys of YaRN settings that are read and have no effect."
     faults = []
     for key, usual in (("beta_fast", 32), ("beta_slow", 1)):
         if p.get(key) == 0:
@@ -242,7 +242,7 @@ def _same(f, states, rtol=1e-5):
     return any(len(f) == len(s) and torch.allclose(f, s, rtol=rtol, atol=0) for s in states)
 
 def _wish(p):
-    "The settings, as a sentence shows them."
+    "Write settings as a part of a sentence."
     shown = {k: format(v, "g") if isinstance(v, float) else v for k, v in p.items() if not isinstance(v, list)}
     return ", ".join(f"{k} = {v}" for k, v in shown.items())
 
@@ -252,7 +252,7 @@ def _attribute(rotary, kind, name, default):
 
 # %% ../../nbs/205_context.rope_report.ipynb #94f44ed7
 def _frequency_fault(where, kind, outer, rotary, text) -> str:
-    "What is wrong with the live frequencies of one kind of layers, or an empty text."
+    "Say what is wrong with the live frequencies of one kind of layer; an empty string if nothing is."
     p = rope_settings(text, kind)[0]
     asked = possible_frequencies(rotary, text, kind)
     states = asked
@@ -267,7 +267,7 @@ def _frequency_fault(where, kind, outer, rotary, text) -> str:
                 "of a cast, or call extend_rope after it.")
     if not _same(f.double(), states):
         base = base_and_factor(f.double())[0]
-        live = "bent frequencies" if base is None else f"base {base:,.4g}"
+        live = "frequencies that follow no single base" if base is None else f"base {base:,.4g}"
         return (f"rope_parameters ({_wish(p)}) is not in force in {where}: it computes with {live}. It was changed "
                 "after the model was built, or the frequencies were changed by hand; extend_rope changes both.")
     back = live_frequencies(rotary, "original_inv_freq").get(kind)
@@ -324,7 +324,7 @@ def unmet_wishes(
     text,  # the configuration
     theta,  # the base in force, or None
 ) -> list:  # of sentences
-    """Find settings that were asked for and are not in force; catches what transformers drops without a trace."""
+    """Find settings that were asked for and are not in force, also those that transformers dropped silently."""
     flat = {}
     for key, value in asked.items():
         nested = key in ("rope_parameters", "rope_scaling") and isinstance(value, dict)
@@ -433,8 +433,8 @@ def rope_report(
 ) -> RopeReport:  # prints as a table
     """Read what is in force from the modules that a live model computes with, and find what is ignored.
 
-    Several kinds of layers: the numbers are those of the layers that see the whole context; all kinds are searched for
-    ignored settings.
+    With several kinds of layers, the numbers are those of the layers that see the whole context; ignored settings are
+    searched for in all.
     """
     text = text_config(model)
     site, rotary = rotary_modules(model)[0]

@@ -45,7 +45,9 @@ def _check_cities(city, others):
     if not isinstance(others, (tuple, list)) or not all(isinstance(c, str) for c in others):
         raise NeedleError(f"The others of a wording must be a tuple of texts, not {others!r}.")
     if city in others:
-        raise NeedleError(f"{city} is asked for and can't be among the others, whose numbers distract: take another city.")
+        raise NeedleError(
+            f"{city} is asked for and can't be among the others, whose numbers distract: take another city."
+        )
     if len(set(others)) < len(others):
         raise NeedleError("A city stands twice among the others, and can have only one number: name each once.")
 
@@ -69,7 +71,8 @@ class TextWording:
         _check_text("between", self.between)
         if "number" not in _check_fields("needle", self.needle, ("city", "number")):
             raise NeedleError(
-                f"The needle {self.needle!r} tells no {{number}}, so none could be found: put {{number}} where it stands."
+                f"The needle {self.needle!r} tells no {{number}}, so none could be found: "
+                "put {number} where it stands."
             )
         _check_fields("question", self.question, ("city",))
         _check_cities(self.city, self.others)

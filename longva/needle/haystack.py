@@ -212,7 +212,7 @@ class ScenerySource:
 @dataclass(frozen=True, eq=False)
 class Haystack:
     """The first n frames of a source, for any n."""
-    source: object  # a video file, a folder of videos or of pictures, a list of these, Frames, "scenery", "scenery:SEED"
+    source: object  # video file, folder of videos or pictures, list of these, Frames, "scenery", "scenery:SEED"
     fps: float = None  # frames taken per second of video; None takes them all
     repeat: bool = False  # a source that is too short starts again
     fit: str = "pad"  # how a frame becomes square: "pad" as the original test, "crop" as the original chat, "resize"

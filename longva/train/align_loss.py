@@ -24,7 +24,7 @@ class AlignLoss(TokenLoss):
         self,
         model,  # a LongVA
         samples: Samples | None = None,  # whose bad rows are reported with each step
-        config: LongVAConfig | None = None,  # how images are pooled and ordered, if not as the model's says
+        config: LongVAConfig | None = None,  # how images are pooled and ordered; by default the model's
         chunk: int = 1024,  # tokens whose logits exist at the same time
     ):
         super().__init__(model, chunk)
@@ -33,7 +33,7 @@ class AlignLoss(TokenLoss):
         self.visual = 0  # visual tokens since the last call of `figures`
 
     def collate(self, samples: list) -> dict:
-        """Pad the text of a micro batch to one length; put its pixels one after the other."""
+        """Pad the text of a micro batch to one length; concatenate its pixels."""
         batch = collate([dict(input_ids=sample["input_ids"], labels=sample["labels"]) for sample in samples])
         for name in (*PIXELS, "image_layouts"):
             parts = [sample[name] for sample in samples if name in sample]

@@ -35,7 +35,7 @@ def _hash(
 
 def content_key(
     path,  # a file, or a folder of frames
-    *more,  # further strings that decide what comes out of it
+    *more,  # further strings to hash, such as settings
 ) -> str:  # 32 hex digits
     """Hash the bytes of a file, or the names and bytes of a folder's files."""
     path = Path(path)
@@ -53,7 +53,7 @@ class FeatureCache:
     def __init__(
         self,
         folder,
-        settings: dict,  # all that decides what comes out of a file
+        settings: dict,  # everything, besides the file, that its features depend on
     ):
         self.folder = Path(folder)
         self.settings = json.dumps(settings, sort_keys=True)
@@ -110,13 +110,13 @@ def tower_features(
 
 # %% ../../nbs/466_train.clips.ipynb #5f044461
 class Clips:
-    """What the model sees of images and videos: pixels; or, with a folder, the features of a frozen tower."""
+    """Prepare images and videos: as pixels, or, with a folder, as features of a frozen tower."""
     def __init__(
         self,
         model,  # a LongVA; with a folder it computes what is not there
         processor,
-        frames: int | None = 10,  # of a video, equally spaced;
-        fps: float | None = None,  # or so many a second
+        frames: int | None = 10,  # frames of a video, equally spaced
+        fps: float | None = None,  # frames per second, instead of `frames`
         folder=None,  # where features are kept; None: pixels
         precision: str = "fp32",  # of the tower and of the features; or "bf16"
     ):
@@ -135,7 +135,7 @@ class Clips:
         kind: str,  # "image" or "video"
         path,
     ) -> dict:  # as of `preprocess`; with a folder, features [n,P*P,E] instead of pixels
-        """Read a clip from its file; or its features from the folder, where they are put if they are not there."""
+        """Read the pixels of a clip; or its features from the folder, computing and saving missing ones."""
         if self.cache is None:
             return self.preprocess(kind, path)
         kept = self.cache.load(kind, path)

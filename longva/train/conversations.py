@@ -42,7 +42,7 @@ def move_placeholder(
     text: str,  # of one turn
     video: bool,  # the row has videos and no images
 ) -> str:
-    """Put a turn's only placeholder in front of it, as the original does."""
+    """Move a turn's only placeholder to its start, as the original does."""
     if video:
         text = text.replace("<image>", "<video>")
     found = PLACEHOLDER.findall(text)

@@ -41,7 +41,7 @@ def encode_pair(
     clips: Clips,
     length: int = 32768,  # most tokens of a row
 ) -> dict:  # prompt, chosen and rejected ids; pixels or features of the clips, see CLIPS
-    """Open a pair's files and tokenize it; whatever is wrong with them is a BadRow."""
+    """Open a pair's files and tokenize it; raise BadRow if they can't be used."""
     processor = clips.processor
     prompt, chosen, rejected = render(pair, processor)
     sample = {}

@@ -40,7 +40,7 @@ def fill_places(
     places: list,  # parts of type image or video, which get their file's name
     files: list,  # of (kind, name)
 ):
-    """Give each place its file; raise BadRow if there are more or fewer."""
+    """Give each place its file; raise BadRow if their numbers differ."""
     kinds = {kind for kind, _ in files}
     for place in places:
         if len(kinds) == 1:
@@ -88,7 +88,7 @@ def _messages(messages):
         raise BadRow("prompt must be a text, or messages with role and content")
     for role in roles:
         if role not in ("system", "user", "assistant"):
-            raise BadRow(f"{role} speaks in the prompt; system, user and assistant may")
+            raise BadRow(f"the prompt has a message of role {role}; roles are system, user and assistant")
     if roles[-1] != "user":
         raise BadRow("the last message of the prompt must be the user's")
     return [dict(role=message["role"], content=split_content(message.get("content"))) for message in messages]
@@ -111,7 +111,7 @@ def read_pair(
     row: Row,
     media=None,  # folder that file names start from; by default that of the row's file
 ) -> Pair:
-    """Read a row in LLaVA-Hound's layout or trl's; BadRow says what is wrong with it."""
+    """Read a row in LLaVA-Hound's layout or trl's; raise BadRow if it can't be used."""
     data = row.data
     if isinstance(data, str):
         raise BadRow(data)

@@ -21,7 +21,7 @@ from .recipe import TrainError
 from .run import RECORD, checkpoints, trained_weights
 
 # %% ../../nbs/447_train.parts.ipynb #d361ff19
-# part -> how its weights' names start
+# part -> prefix of its weights' names; what has no other prefix is language
 PARTS = {"tower": "model.vision_tower.", "projector": "model.mm_projector.", "language": ""}
 
 def part_of(
@@ -35,7 +35,7 @@ def part_of(
 def check_parts(
     parts,  # names
 ):
-    """Raise TrainError unless there are parts, and all are parts of LongVA."""
+    """Validate the names of parts; raise TrainError if one is unknown or there is none."""
     if not parts or set(parts) - set(PARTS):
         raise TrainError(
             f"The parts to train are {', '.join(parts) or 'none'}: choose among tower, projector and language."
@@ -45,7 +45,7 @@ def check_parts(
 def unused_tower_weights(
     model,  # a LongVA
 ) -> list:  # of parameters
-    """List the tower's weights behind the layer whose features are used."""
+    """List the tower's weights after the layer whose features are used."""
     tower = model.tower
     layer = model.config.vision_feature_layer
     if layer < 0:
@@ -76,7 +76,7 @@ def part_groups(
 # %% ../../nbs/447_train.parts.ipynb #32c0bc53
 def frozen_weights(
     model,
-    keep: bool = True,  # False on ranks that only take part: they get an empty dictionary
+    keep: bool = True,  # False on ranks that don't save: they get an empty dictionary
 ) -> dict:  # name -> tensor on the CPU
     """Copy the weights that are not trained; all ranks take part, since ZeRO-3 has scattered them."""
     weights = {}
@@ -101,7 +101,7 @@ def save_model(
     model,  # a transformers model
     companion,  # its processor or its tokenizer, saved beside it
     checkpoint: Path,  # the last one
-    out: Path,  # folder; it appears when it is whole
+    out: Path,  # folder; it appears when it is complete
     frozen: dict,  # from `frozen_weights`
 ) -> Path:  # `out`
     """Save a trained model in the precision that it was loaded in, and the record of its training; raise TrainError."""

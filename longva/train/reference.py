@@ -45,7 +45,7 @@ def check_reference(
     folder: Path,  # its about.json is written, if there is none
     identity: dict,
 ):
-    """Raise TrainError if the folder holds log-probabilities of something else."""
+    """Raise TrainError if the folder holds log-probabilities of another model, other pairs or other settings."""
     file = folder / "about.json"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def compute_reference(
     most_bad: float = 0,  # stop at more bad rows than these
     bf16: bool = False,  # products in bfloat16
 ) -> dict:  # pair's number -> its line, see `pair_log_probs`
-    """Give log-probabilities of all answers under the model as it is: those on disk, and the rest computed."""
+    """Give log-probabilities of all answers under the model as it is; compute those that are not on disk."""
     ranks.first(lambda: check_reference(folder, identity))
     known = read_reference(folder)
     todo = [i for i in range(count) if i not in known]

@@ -32,7 +32,7 @@ class Row:
     """One row of a data file and where it stands."""
     file: str
     number: int  # the line of a .jsonl file, or the place in a .json list; from 1
-    data: object  # what was read; a text if nothing could be read: it says why
+    data: object  # what was read, or a string that says why nothing could be read
 
     def __str__(self):
         kind = "line" if self.file.endswith(".jsonl") else "row"
@@ -54,7 +54,7 @@ def read_file(
     return [Row(str(file), number, data) for number, data in enumerate(_parse_list(file, content), 1)]
 
 def _parse_line(line):
-    """Parse a line of JSON; give a text that says why it can't be."""
+    """Parse a line of JSON, or give a string that says why that fails."""
     try:
         return json.loads(line.decode())
     except UnicodeDecodeError:
@@ -131,7 +131,7 @@ def _mixed_rows(file, seed):
     return rows
 
 def _read_mixture(file):
-    """Read the list of data sets in a YAML file; raise DataError for what it must not hold."""
+    """Read the list of data sets in a YAML file; raise DataError for missing or unknown keys."""
     try:
         parts = yaml.safe_load(file.read_text())["datasets"]
     except OSError as e:

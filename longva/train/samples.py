@@ -31,7 +31,7 @@ SQUARE = dict(image_fit="crop", image_pool_stride=1)
 def square_images(
     thing,  # a LongVAProcessor or a LongVAConfig
 ):  # a copy
-    """Let an image be one square from its middle, with tokens that are not pooled."""
+    """Copy it, so that an image is one square from its middle, with tokens that are not pooled."""
     if isinstance(thing, LongVAConfig):
         config = deepcopy(thing)
         for name, value in SQUARE.items():
@@ -45,7 +45,7 @@ def preprocessing(
     config: LongVAConfig,
     processor: LongVAProcessor,
 ) -> dict:  # plain values
-    """List what decides, besides weights, what text, images and videos become; TrainError if the two don't fit."""
+    """List the settings that decide how text, images and videos are read; TrainError if the two don't match."""
     _check_fit(config, processor)
     images = processor.image_processor
     names = (
@@ -83,7 +83,7 @@ def _check_fit(config, processor):
 # %% ../../nbs/457_train.samples.ipynb #267d40ba
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read."""
+    """Settings for reading rows."""
     processor: LongVAProcessor
     media: Path | None = None  # folder that file names start from; by default the data file's own
     length: int = 32768  # most tokens of a row
@@ -105,7 +105,7 @@ class Reading:
 
 # %% ../../nbs/457_train.samples.ipynb #3c1e75d8
 ORIENTATION = 0x0112  # the EXIF tag
-ON_ITS_SIDE = (5, 6, 7, 8)  # its values for an image that is turned by a quarter
+ON_ITS_SIDE = (5, 6, 7, 8)  # its values for an image that is turned by 90 degrees
 
 def image_layout(
     path: Path,
@@ -124,7 +124,7 @@ def image_layout(
 
 # %% ../../nbs/457_train.samples.ipynb #99e3bd22
 class PieceReader:
-    """Make ids of pieces of a row with the model's processor; their pixels add up in `pixels`."""
+    """Make ids of pieces of a row with the model's processor, and collect their pixels in `pixels`."""
     def __init__(self, row: Row, conversation: Conversation, reading: Reading):
         self.reading = reading
         self.images = [reading.find(row, name) for name in conversation.images]
@@ -146,7 +146,7 @@ class PieceReader:
         return made["input_ids"][0].long()
 
     def read_video(self, path: Path) -> Frames:
-        """Read the frames that are asked for."""
+        """Read the frames of a video that `Reading.request` chooses."""
         info = video_info(path)
         return read_frames(path, **self.reading.request(info).kwargs(info))
 
@@ -156,7 +156,7 @@ def label_tokens(
     learned: torch.Tensor,  # bool [L]
     reading: Reading,
 ) -> dict:  # input_ids and labels (already shifted) [L]
-    """Cut a row at the greatest length, and label each token with the next one if that is learned."""
+    """Cut a row at `reading.length`, and label each token with the next one if that one is learned."""
     processor = reading.processor
     visual = (ids == processor.image_token_id) | (ids == processor.video_token_id)
     if visual[reading.length :].any():
@@ -172,7 +172,7 @@ def label_tokens(
 MISREAD = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what broken files raise
 
 def read_row(row: Row, reading: Reading) -> dict:  # input_ids and labels [L], and pixels
-    """Make the sample of a row; whatever is wrong with the row is a BadRow."""
+    """Make the sample of a row; raise BadRow for anything wrong with it."""
     try:
         conversation = parse_row(row.data)
         reader = PieceReader(row, conversation, reading)
