@@ -1,4 +1,4 @@
-"""Corpora: killed and gone on with, broken text, and the reader against a plain reading of the files."""
+"""Corpora: killed and resumed, broken text, and the reader against a plain reading of the files."""
 import json
 import sys
 import time
@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 import torch
 import train_toy as toy
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
+from longva.testing import word_tokenizer
 from longva.train import data as D
 from longva.train.text import TextFolder
 
@@ -20,24 +17,24 @@ words = ["<|endoftext|>", "<unk>", *"abcdefgh"]
 
 
 def tokenizer():
-    toy = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    toy.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=toy, unk_token="<unk>")
+    return word_tokenizer(words)
 
 
 def write(folder, sizes, seed=0):
-    "One .jsonl a domain: name -> (documents, mean length)."
+    """One .jsonl a domain: name -> (documents, mean length)."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for name, (n, mean) in sizes.items():
         lengths = np.maximum(rng.lognormal(np.log(mean), 0.7, n).astype(int), 1)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": " ".join(rng.choice(words[2:], k))}) + "\n" for k in lengths))
+        rows = [json.dumps({"text": " ".join(rng.choice(words[2:], k))}) + "\n" for k in lengths]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
     return folder
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("text") / "text", {"mail": (1500, 20), "papers": (150, 300), "books": (40, 1200)})
+    sizes = {"mail": (1500, 20), "papers": (150, 300), "books": (40, 1200)}
+    return write(tmp_path_factory.mktemp("text") / "text", sizes)
 
 
 def prepare(text, out, **kw):
@@ -46,7 +43,7 @@ def prepare(text, out, **kw):
 
 @pytest.fixture(scope="module")
 def made(text, tmp_path_factory):
-    "The corpus of the text, and its report."
+    """The corpus of the text, and its report."""
     out = tmp_path_factory.mktemp("made") / "corpus"
     return out, prepare(text, out)
 
@@ -56,7 +53,7 @@ def files(folder):
 
 
 def slow(out, settings):
-    "A preparation that takes its time over every file."
+    """A preparation that takes its time over every file."""
     write = D._write
     D._write = lambda path, content: (time.sleep(0.05), write(path, content))
     prepare(settings["text"], out)
@@ -80,30 +77,37 @@ def test_sigkill_changes_nothing(text, made, tmp_path):
 
 
 def test_mixture_stays_and_long_documents_gain(made):
-    "Counted again from the tokens on disk."
+    """Counted again from the tokens on disk."""
     report, corpus = made[1], D.Corpus(made[0], length=2)
     flat = np.concatenate([t for t, _ in corpus.shards])
     lengths = np.diff(np.append(np.flatnonzero(flat == 0), len(flat))) - 1
-    assert abs(sum(n for cell in report.after.values() for n in cell[1:]) - lengths.sum()) < 256  # less than a sample is dropped
-    before = sum(t for (_, _, long), (_, t) in report.before.items() if long) / sum(t for _, t in report.before.values())
+    reported = sum(tokens for _, tokens in report.after.values())
+    assert abs(reported - lengths.sum()) < 256  # less than a sample is dropped
+    long_before = sum(tokens for (_, _, long), (_, tokens) in report.before.items() if long)
+    before = long_before / sum(tokens for _, tokens in report.before.values())
     assert (lengths[lengths > 512].sum() / lengths.sum()) > before + 0.02
     for was, now, _, _ in report.domains().values():
         assert abs(was - now) < 0.02
 
 
 def test_no_class_of_length_is_off_by_more_than_a_document(text, tmp_path):
-    "Against the formula, domain by domain; without tokens= no document comes twice."
-    w, report = 3.0, prepare(text, tmp_path / "corpus", weight=3.0)
-    S, M = ({d: sum(t for (e, _, long), (_, t) in report.before.items() if e == d and long == kind) for d in ("mail", "papers", "books")} for kind in (False, True))
+    """Against the formula, domain by domain; without tokens= no document comes twice."""
+    w = 3.0
+    report = prepare(text, tmp_path / "corpus", weight=w)
+    S = dict.fromkeys(("mail", "papers", "books"), 0)  # tokens in short documents
+    M = dict(S)  # and in long ones
+    for (d, _, long), (_, tokens) in report.before.items():
+        (M if long else S)[d] += tokens
     f = min(min(1, (S[d] + w * M[d]) / (w * (S[d] + M[d]))) for d in S if M[d])
     for (d, octave, long), (n, _) in report.before.items():
         rate = f * (S[d] + M[d]) / (S[d] + w * M[d]) * (w if long else 1)
-        assert rate < 1 + 1e-9 and abs(report.after.get((d, octave, long), [0])[0] - n * rate) < 1
+        assert rate < 1 + 1e-9
+        assert abs(report.after.get((d, octave, long), [0])[0] - n * rate) < 1
 
 
 @pytest.mark.parametrize("tokens", [20_000, 250_000])
 def test_asked_amount(text, tmp_path, tokens):
-    "Less than there is, or more: then documents come again."
+    """Less than there is, or more: then documents come again."""
     report = prepare(text, tmp_path / "corpus", tokens=tokens)
     assert abs(sum(t for _, t in report.after.values()) / tokens - 1) < 0.25
 
@@ -118,9 +122,11 @@ def test_stream_stops_at_the_wanted_amount(tmp_path):
 def test_samples_are_the_tokens_in_a_row(made):
     flat = np.concatenate([np.fromfile(p, dtype=np.uint16) for p in sorted(made[0].glob("shard-?????.bin"))])
     corpus = D.Corpus(made[0], documents=True)
-    assert torch.equal(torch.cat([corpus[i]["input_ids"] for i in range(len(corpus))]), torch.from_numpy(flat[: len(corpus) * 256].astype(np.int64)))
+    read = torch.cat([corpus[i]["input_ids"] for i in range(len(corpus))])
+    assert torch.equal(read, torch.from_numpy(flat[: len(corpus) * 256].astype(np.int64)))
     for i in (0, 5, len(corpus) - 1):
-        p, expected = 0, []
+        p = 0
+        expected = []
         for k, token in enumerate(corpus[i]["input_ids"].tolist()):
             p = 0 if k == 0 or token == 0 else p + 1
             expected.append(p)
@@ -136,13 +142,16 @@ def test_order_depends_on_step_and_row_alone(made):
 
 
 def test_copies_come_in_rounds(tmp_path):
-    "More tokens than there are: neighbours are never copies of each other, but where rounds meet."
+    """More tokens than there are: neighbours are never copies of each other, but where rounds meet."""
     rows = [{"text": f"{a} {b} {c}"} for a in "abcdefgh" for b in "abcdefgh" for c in "ab"]
     report = prepare(rows, tmp_path / "corpus", length=8, tokens=1500)
-    flat = np.concatenate([np.fromfile(p, dtype=np.uint16) for p in sorted((tmp_path / "corpus").glob("shard-?????.bin"))])
+    shards = sorted((tmp_path / "corpus").glob("shard-?????.bin"))
+    flat = np.concatenate([np.fromfile(p, dtype=np.uint16) for p in shards])
     documents = [tuple(d) for d in flat[: len(flat) // 4 * 4].reshape(-1, 4)]
-    assert sum(n for n, _ in report.after.values()) == 500 and sum(a == b for a, b in zip(documents, documents[1:])) == 0
-    assert set(map(documents.count, documents)) <= {3, 4, 5} and documents[:128] == documents[128:256]  # a stream comes as it comes
+    assert sum(n for n, _ in report.after.values()) == 500
+    assert sum(a == b for a, b in zip(documents, documents[1:])) == 0
+    assert set(map(documents.count, documents)) <= {3, 4, 5}
+    assert documents[:128] == documents[128:256]  # a stream comes as it comes
 
 
 def test_stream_with_a_new_domain_is_refused_and_a_short_one_says_so(tmp_path):
@@ -175,8 +184,11 @@ def test_too_little_text_leaves_room_for_the_advice(tmp_path):
     assert len(D.Corpus(tmp_path / "corpus")) > 1
 
 
-@pytest.mark.parametrize("wrong", [dict(weight=0), dict(weight=float("nan")), dict(weight=0.5), dict(tokens=0), dict(tokens=-5), dict(measured=0, tokens=9),
-                                   dict(separator=70_000), dict(separator=-1), dict(seed=-1), dict(length=2.5), dict(length=1), dict(shard=0)])
+@pytest.mark.parametrize("wrong", [
+    dict(weight=0), dict(weight=float("nan")), dict(weight=0.5), dict(tokens=0), dict(tokens=-5),
+    dict(measured=0, tokens=9), dict(separator=70_000), dict(separator=-1), dict(seed=-1), dict(length=2.5),
+    dict(length=1), dict(shard=0),
+])
 def test_impossible_settings_are_a_sentence(tmp_path, wrong):
     with pytest.raises(D.CorpusError):
         prepare([{"text": "a b c"}] * 9, tmp_path / "corpus", **{"length": 4, **wrong})
@@ -205,7 +217,7 @@ def test_broken_line_is_found_before_anything_is_written(text, tmp_path):
 
 
 class Stream:
-    "As an IterableDataset of `datasets`: it begins anew each time, skips, and may break off in one of its passes."
+    """As an IterableDataset of `datasets`: it begins anew each time, skips, and may break off in one of its passes."""
     def __init__(self, rows, broken=None):
         self.rows, self.broken, self.passes = rows, broken, 0
 
@@ -224,22 +236,32 @@ class Stream:
         return rest
 
 
-def test_stream_of_the_hub_goes_on_where_it_broke_off(tmp_path, monkeypatch):
-    "By its name, and with a `datasets` of three lines; the result is that of a list of the same rows. Another dataset is noticed."
-    rows = [{"text": " ".join("abcdefgh"[(i * k) % 8] for k in range(1 + i % 40)), "domain": "even" if i % 2 else "odd"} for i in range(400)]
+def test_stream_of_the_hub_resumes_where_it_broke_off(tmp_path, monkeypatch):
+    """By its name, with a `datasets` of three lines: the result is that of a list. Another dataset is noticed."""
+    rows = []
+    for i in range(400):
+        letters = ["abcdefgh"[(i * k) % 8] for k in range(1 + i % 40)]
+        rows.append({"text": " ".join(letters), "domain": "even" if i % 2 else "odd"})
     served = {}
     hub = type(sys)("datasets")
     hub.load_dataset = lambda name, split, streaming: served[name]
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    make = lambda source, out: prepare(source, tmp_path / out, length=32, min_upsample=30, shard=256)
+
+    def make(source, out):
+        prepare(source, tmp_path / out, length=32, min_upsample=30, shard=256)
+
+    def shards(out):
+        return {name: data for name, data in files(tmp_path / out).items() if name.startswith("shard")}
+
     make(rows, "list")
-    shards = lambda out: {name: data for name, data in files(tmp_path / out).items() if name.startswith("shard")}
     served["some/text"] = Stream(rows)
     make("some/text", "whole")
     assert shards("whole") == shards("list")
-    for number, broken in enumerate([(1, 3), (2, 100), (3, 1), (3, 250)]):  # the first rows, the measuring, the packing before a shard and after
+    # in the first rows, while measuring, while packing before a shard and after
+    for number, broken in enumerate([(1, 3), (2, 100), (3, 1), (3, 250)]):
         served["some/text"] = Stream(rows, broken)
-        with pytest.raises(D.StreamError, match=rf"^some/text broke off at row {broken[1]} .Connection reset by peer.: call again"):
+        message = rf"^some/text broke off at row {broken[1]} .Connection reset by peer.: call again"
+        with pytest.raises(D.StreamError, match=message):
             make("some/text", f"broken-{number}")
         assert (tmp_path / f"broken-{number}/journal.json").exists() == (broken[0] == 3)
         served["some/text"] = Stream(rows)

@@ -5,8 +5,10 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import time
 import tracemalloc
 import wave
 from fractions import Fraction
@@ -1029,3 +1031,146 @@ def test_decord_missing_is_a_sentence(films, monkeypatch):
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(VideoError, match="decord is not installed"):
         read_frames(films / "a.mp4", n=2, backend="decord")
+
+
+# ---- files from strangers ----
+
+ELSEWHERE = {  # name: what is in it, {film} being a good file beside it, {me} the file itself
+    "absolute.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:4,\n{film}\n#EXT-X-ENDLIST\n",
+    "address.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:4,\nfile://{film}\n#EXT-X-ENDLIST\n",
+    "endless.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:4,\n{film}\n",
+    "itself.m3u8": "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n{me}\n",
+    "list.mp4": "ffconcat version 1.0\nfile a.ts\n",
+    "itself.mp4": "ffconcat version 1.0\nfile itself.mp4\n",
+    "plain.mkv": "\n#EXTM3U\n{film}\n",
+    "marked.avi": "\ufeff#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:4,\n{film}\n#EXT-X-ENDLIST\n",
+    "dash.mp4": '<?xml version="1.0"?>\n<!-- x -->\n<MPD type="static"><BaseURL>{film}</BaseURL></MPD>\n',
+    "session.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "decord"])
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_files_that_name_files_are_never_followed(films, tmp_path, name, backend):
+    path = tmp_path / name
+    (tmp_path / "a.ts").write_bytes((films / "a.ts").read_bytes())
+    path.write_text(ELSEWHERE[name].format(film=films / "a.ts", me=path), encoding="utf-8")
+    began = time.monotonic()
+    with pytest.raises(VideoError, match="is a playlist.*never opened") as error:
+        read_frames(path, n=2, backend=backend)
+    with pytest.raises(VideoError, match="is a playlist"):
+        video_info(path)
+    assert name in str(error.value) and str(error.value).endswith(".") and time.monotonic() - began < 1
+
+
+def test_formats_that_name_files_are_not_opened_by_ffmpeg(films, tmp_path, monkeypatch):
+    "The list of formats alone holds, should the look at the first bytes miss one."
+    (tmp_path / "a.ts").write_bytes((films / "a.ts").read_bytes())
+    monkeypatch.setattr(video_index, "_PLAYLIST", re.compile(b"no such text"))
+    for name in ("absolute.m3u8", "endless.m3u8", "itself.m3u8", "list.mp4", "itself.mp4", "dash.mp4", "session.mp4"):
+        path = tmp_path / name
+        path.write_text(ELSEWHERE[name].format(film=films / "a.ts", me=path), encoding="utf-8")
+        with pytest.raises(VideoError, match="cannot be read as a video"):
+            read_frames(path, n=1)
+
+
+MORE = {  # containers that are read: (container, encoder, pixels, size)
+    "x.mxf": ("mxf", "mpeg2video", "yuv420p", (W, H)),
+    "x.nut": ("nut", "ffv1", "yuv420p", (W, H)),
+    "x.y4m": ("yuv4mpegpipe", "wrapped_avframe", "yuv420p", (W, H)),
+    "x.dv": ("dv", "dvvideo", "yuv420p", (720, 576)),
+    "x.wmv": ("asf", "wmv2", "yuv420p", (W, H)),
+    "x.ogv": ("ogg", "libtheora", "yuv420p", (W, H)),
+    "x.3gp": ("3gp", "mpeg4", "yuv420p", (W, H)),
+    "x.mpg": ("mpeg", "mpeg2video", "yuv420p", (W, H)),
+    "x.m2v": ("mpeg2video", "mpeg2video", "yuv420p", (W, H)),
+    "x.mjpeg": ("mjpeg", "mjpeg", "yuvj420p", (W, H)),
+    "x.ivf": ("ivf", "libvpx", "yuv420p", (W, H)),
+    "x.m4v": ("m4v", "mpeg4", "yuv420p", (W, H)),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_containers_that_are_read(tmp_path, name):
+    format, codec, pixels, (width, height) = MORE[name]
+    if codec not in av.codecs_available or format not in av.formats_available:
+        pytest.skip(f"this PyAV cannot write {format} with {codec}")
+    frames = np.zeros((25, height, width, 3), np.uint8) + np.linspace(0, 240, 25).astype(np.uint8)[:, None, None, None]
+    with av.open(str(tmp_path / name), "w", format=format) as out:
+        try:
+            stream = out.add_stream(codec, rate=25)
+        except ValueError:
+            pytest.skip(f"this PyAV has no encoder {codec}")
+        stream.height, stream.width, stream.pix_fmt = height, width, pixels
+        for frame in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
+    got = read_frames(tmp_path / name).array
+    assert len(got) >= 24 and (np.diff(got[:, 8, 8, 0].astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "tiff"])
+def test_one_picture_as_a_video(tmp_path, suffix):
+    from PIL import Image
+
+    for name in (f"photo.{suffix}", f"100%d.{suffix}"):
+        Image.fromarray(bars(1)[0]).save(tmp_path / name, quality=95)
+        assert read_frames(tmp_path / name).array.shape[1:] == (H, W, 3)
+    if suffix == "png":
+        (tmp_path / "1001.png").write_bytes(b"no picture")  # what the name would mean as a pattern
+        assert len(read_frames(tmp_path / "100%d.png")) == 1
+
+
+def gif(path, width, height, frames):
+    "A GIF of few bytes: a large canvas, frames of one pixel."
+    picture = b"!\xf9\x04\0\x0a\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0"
+    head = b"GIF89a" + width.to_bytes(2, "little") + height.to_bytes(2, "little") + b"\x80\0\0\0\0\0\xff\xff\xff"
+    path.write_bytes(head + picture * frames + b";")
+    return path
+
+
+@pytest.mark.parametrize("size", [(8000, 8000), (16000, 16000), (50_001, 1000)])
+def test_canvases_are_bounded_before_decoding(tmp_path, size):
+    path = gif(tmp_path / "large.gif", *size, 12)
+    code = (
+        "import resource, sys, longva.vision.video as video\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for call in (video.video_info, video.read_frames, lambda path: next(video.iter_frames(path))):\n"
+        "    try: call(sys.argv[1])\n"
+        "    except video.VideoError as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, timeout=60)
+    *sentences, grown = done.stdout.splitlines()
+    assert len(sentences) == 3 and all("50 million" in text and f"{size[0]} x {size[1]}" in text for text in sentences)
+    assert int(grown) < 100 << 10  # KiB
+    assert read_frames(gif(tmp_path / "small.gif", 400, 300, 12)).array.shape == (12, 300, 400, 3)
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_photos_with_exif_are_upright(tmp_path, turn):
+    "FFmpeg hands EXIF on with each frame, as a kind of side data for which PyAV has no name."
+    from PIL import Image, ImageOps
+
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:24, :32] = 255
+    picture[24:, :32, 0] = 255
+    picture[24:, 32:, 2] = 255
+    note = Image.Exif()
+    note[0x0112] = turn
+    Image.fromarray(picture).save(tmp_path / "p.jpg", exif=note, quality=95, subsampling=0)
+    with Image.open(tmp_path / "p.jpg") as photo:
+        want = np.asarray(ImageOps.exif_transpose(photo)).astype(int)
+    got = read_frames(tmp_path / "p.jpg").array
+    assert got.shape[1:] == want.shape and np.abs(got[0] - want).max() < 12
+    assert video_info(tmp_path / "p.jpg")[3:] == want.shape[1::-1]
+    with av.open(str(tmp_path / "lapse.mov"), "w") as out, av.open(str(tmp_path / "p.jpg")) as source:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        packet = next(p for p in source.demux(video=0) if p.size)
+        for k in range(3):
+            again = av.Packet(bytes(packet))
+            again.stream, again.time_base, again.is_keyframe = stream, Fraction(1, 5), True
+            again.pts, again.dts, again.duration = k, k, 1
+            out.mux(again)
+    lapse = read_frames(tmp_path / "lapse.mov").array
+    assert lapse.shape[1:] == want.shape and np.abs(lapse - want).max() < 12

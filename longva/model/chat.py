@@ -171,7 +171,10 @@ class Chat:
         self.stopping = False
 
     def stop(self):
-        """End the answer in progress from any thread. Its text stays; a video that is still being read leaves no trace."""
+        """End the answer in progress, from any thread.
+
+        Its text stays; a video that is still being read leaves no trace.
+        """
         self.stopping = True
 
     @property
@@ -251,6 +254,7 @@ def _turn_ids(processor, text, layouts, videos) -> torch.Tensor:  # [L]
     (text,) = expand_placeholders([text], processor.video_token, texts)
     return torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+# %% ../../nbs/360_model.chat.ipynb #7abf8b25
 @patch
 def prepare(
     self: Chat,
@@ -290,16 +294,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        faults = {
-            f"The temperature is {self.temperature}, and must be a number from 0.": not 0 <= self.temperature < math.inf,
-            f"top_p is {self.top_p}, and must be above 0 and at most 1.": not 0 < self.top_p <= 1,
-            f"The seed is {self.seed!r}, and must be a whole number from 0.": (
-                not isinstance(self.seed, int) or not 0 <= self.seed < 2**63
-            ),
-        }
-        for message, there in faults.items():
-            if there:
-                raise ChatError(message)
+        if not 0 <= self.temperature < math.inf:
+            raise ChatError(f"The temperature is {self.temperature}, and must be a number from 0.")
+        if not 0 < self.top_p <= 1:
+            raise ChatError(f"top_p is {self.top_p}, and must be above 0 and at most 1.")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ChatError(f"The seed is {self.seed!r}, and must be a whole number from 0.")
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def next(self, logits) -> int:
@@ -415,7 +415,6 @@ def _answer(self: Chat, turn, new_tokens, sampling, stops):
         if self.cache is cache:
             self._remember(turn, start, reply)
 
-# %% ../../nbs/360_model.chat.ipynb #2b82919e
 @patch
 def ask(
     self: Chat,

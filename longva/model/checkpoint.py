@@ -46,7 +46,9 @@ def _tower_name(config: LongVAConfig) -> str:
             return name
     return "vision_tower"
 
-_NOT_WRITTEN = {"model_type", "rope_parameters", "layer_types", "head_dim", "dtype", "architectures", "transformers_version"}
+_NOT_WRITTEN = {
+    "model_type", "rope_parameters", "layer_types", "head_dim", "dtype", "architectures", "transformers_version",
+}
 
 # %% ../../nbs/340_model.checkpoint.ipynb #12c3073d
 def _usual_settings(config: LongVAConfig) -> dict:
@@ -102,7 +104,8 @@ def _save_tower(model, folder: Path):
     """Write a CLIP folder as transformers does, for code that builds its tower from one."""
     folder.mkdir()
     config = model.config.vision_config.to_dict() | {"architectures": ["CLIPVisionModel"]}
-    _write_json({name: value for name, value in config.items() if name not in ("dtype", "_name_or_path")}, folder / "config.json")
+    config = {name: value for name, value in config.items() if name not in ("dtype", "_name_or_path")}
+    _write_json(config, folder / "config.json")
     side = model.config.vision_config.image_size
     pixels = LongVAImageProcessor.from_config(model.config)
     settings = {

@@ -129,14 +129,17 @@ def put_tokens(
             f"pass {_NEEDED[kind]}, as the processor returns them."
         )
     if wanted != len(tokens):
-        raise ValueError(f"The text has {wanted} {kind} placeholders, but the {kind}s give {len(tokens)} visual tokens.")
+        raise ValueError(
+            f"The text has {wanted} {kind} placeholders, but the {kind}s give {len(tokens)} visual tokens."
+        )
     return embeds.masked_scatter(places[..., None].to(embeds.device), tokens.to(embeds.device, embeds.dtype))
 
 
 def place_of(
     words: torch.nn.Module,  # an embedding
 ) -> torch.device:
-    """Give the device where ids should be: the CPU where `device_map` offloads the weight, for accelerate moves them on."""
+    """Give the device where ids should be."""
+    # where `device_map` offloads the weight, accelerate moves the ids on
     return torch.device("cpu") if words.weight.is_meta else words.weight.device
 
 
@@ -251,7 +254,9 @@ def _check_pixels(pixels, side: int, chunk: int):
             f"not {pixels.dtype} {list(pixels.shape)}."
         )
     if not len(pixels):
-        raise ValueError(f"There are no frames to encode, the pixels have shape {list(pixels.shape)}: give at least one.")
+        raise ValueError(
+            f"There are no frames to encode, the pixels have shape {list(pixels.shape)}: give at least one."
+        )
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk is {chunk!r}, and must be a whole number of frames from 1.")
 

@@ -275,7 +275,7 @@ def prefill(
     inputs,  # embeddings [B,L,D], pieces of them [B,l,D] one after the other, or what the processor returned
     cache: Cache | None = None,  # of earlier tokens; it grows. By default a new one
     chunk: int = CHUNK,  # tokens at a time
-    logits_to_keep: int | torch.Tensor = 1,  # of the last n positions (0: all), or of these [P], from the first of `inputs`
+    logits_to_keep: int | torch.Tensor = 1,  # of the last n positions (0: all), or of these [P], counted in `inputs`
     frames: int = 64,  # frames at a time, where `inputs` has pixels
 ) -> tuple:  # (logits [B,P,V], cache)
     """Read a long input chunk by chunk. Equal to one pass up to rounding."""

@@ -186,7 +186,8 @@ def check_processor(
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
         raise CheckpointError(
-            f"{folder.name} holds no processor, for it has no processor_config.json: save the processor beside the model."
+            f"{folder.name} holds no processor, for it has no processor_config.json: "
+            "save the processor beside the model."
         )
     for file in found:
         read_json(file)
@@ -221,7 +222,8 @@ _ANY_CLASS = (  # transformers hands these to every class
     "dtype", "torch_dtype",
 )
 _SETTINGS = (
-    *_PICTURES, "chat_template", "time_stamps", "frame_delimiters", "tokenizer", "image_processor", *HUB_OPTIONS, *_ANY_CLASS,
+    *_PICTURES, "chat_template", "time_stamps", "frame_delimiters", "tokenizer", "image_processor",
+    *HUB_OPTIONS, *_ANY_CLASS,
 )
 
 def _config_beside(name, hub: dict) -> dict:
@@ -275,7 +277,7 @@ class LongVAProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Read what was saved, or make what belongs to an original checkpoint; what can't be read is a `CheckpointError`."""
+        """Read what was saved, or make what belongs to an original checkpoint; raise CheckpointError."""
         name = pretrained_model_name_or_path
         hub = {option: kwargs[option] for option in HUB_OPTIONS if kwargs.get(option) is not None}
         try:
@@ -315,7 +317,9 @@ class LongVAProcessor(ProcessorMixin):
         config_ids = (config.image_token_id, config.video_token_id)
         for token, here, there in zip((cls.image_token, cls.video_token), made_ids, config_ids):
             if here != there:
-                raise ValueError(f"The tokenizer gives {token} the id {here}, but the model's configuration says {there}.")
+                raise ValueError(
+                    f"The tokenizer gives {token} the id {here}, but the model's configuration says {there}."
+                )
         return made
 
     @property

@@ -16,15 +16,16 @@ class _Tower:
     """What a CLIP and a SigLIP tower share here."""
 
     def _initialize_weights(self, module, is_custom_code=False):
-        # for classes outside transformers, containers are skipped; CLIP sets the scale of its attention and MLP in containers
+        # for classes outside transformers, containers are skipped;
+        # CLIP sets the scale of its attention and MLP in containers
         super()._initialize_weights(module)
 
     def features(
         self,
-        pixels: torch.Tensor, # [N,3,S,S], normalised
-        layer: int, # index into hidden states as CLIP counts them: 0 the embeddings, -1 the last layer's output
-    ) -> torch.Tensor: # patch features [N, patches, tower hidden], no class token
-        """Features of one layer, computing nothing behind it."""
+        pixels: torch.Tensor,  # [N,3,S,S], normalised
+        layer: int,  # index into hidden states as CLIP counts them: 0 the embeddings, -1 the last layer's output
+    ) -> torch.Tensor:  # patch features [N, patches, tower hidden], no class token
+        """Compute the features of one layer, and nothing behind it."""
         depth = len(self.encoder.layers)
         hidden = self.rows(pixels)
         for block in self.encoder.layers[: layer if layer >= 0 else depth + 1 + layer]:
@@ -38,27 +39,25 @@ class LongVATower(_Tower, CLIPVisionModel):
     class_tokens = 1
 
     def rows(self, pixels):
-        """[N,3,S,S] -> what enters the first layer, [N, 1 + patches, tower hidden]."""
+        """Give what enters the first layer: [N,3,S,S] -> [N, 1 + patches, tower hidden]."""
         return self.pre_layrnorm(self.embeddings(pixels))
 
 
 class LongVASiglipTower(_Tower, SiglipVisionModel):
-    """The same of transformers' SigLIP; every row is a patch."""
+    """transformers' SigLIP vision model, run likewise; every row is a patch."""
 
     class_tokens = 0
 
     def rows(self, pixels):
-        """[N,3,S,S] -> what enters the first layer, [N, patches, tower hidden]."""
+        """Give what enters the first layer: [N,3,S,S] -> [N, patches, tower hidden]."""
         return self.embeddings(pixels)
 
 # %% ../../nbs/315_model.tower.ipynb #72b2884c
 def pool_patches(
-    # [N, P*P, D], raster order
-    patches: torch.Tensor,
+    patches: torch.Tensor,  # [N, P*P, D], raster order
     stride: int = 2,
-    # or "max"
-    mode: str = "average",
-) -> torch.Tensor: # [N, (P//stride)**2, D], raster order
+    mode: str = "average",  # or "max"
+) -> torch.Tensor:  # [N, (P//stride)**2, D], raster order
     """Pool square patch grids by `stride` in both directions."""
     side = int(patches.shape[1] ** 0.5)
     maps = patches.transpose(1, 2).unflatten(2, (side, side))

@@ -61,7 +61,7 @@ def check_placeholders(
             raise BadRow(f"{len(names)} {kind}s are named, but the text has {found} places <{kind}>")
     for message in conversation.messages:
         if message["role"] != "user" and PLACEHOLDER.search(message["content"]):
-            raise BadRow("a picture can only stand in what the human says")
+            raise BadRow("an image or a video can only be in the human's text")
 
 # %% ../../nbs/455_train.conversations.ipynb #bc7c72db
 def parse_row(

@@ -204,6 +204,17 @@ class FrameRequest:
         return seconds[pick_frames(seconds, wanted["n"], wanted["fps"], start, end, info.seconds)]
 
 # %% ../../nbs/255_vision.video.ipynb #229295c3
+def _unnamed(cls, value):
+    "A member for a number that PyAV has no name for (31 is EXIF), or `frame.side_data` raises for the whole frame."
+    if not isinstance(value, int):
+        return None
+    member = object.__new__(cls)
+    member._name_ = f"TYPE_{value}"
+    member._value_ = value
+    return member
+
+SideData._missing_ = classmethod(_unnamed)
+
 def _upright(
     frame,  # a decoded one
 ) -> np.ndarray:  # [H,W,3] uint8 RGB
