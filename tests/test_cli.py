@@ -1,5 +1,4 @@
-"""The real command in fresh processes: what it refuses, what it keeps when it is stopped, and that it is quick to
-say no."""
+"""The real command in fresh processes: what it refuses, what it keeps when it is stopped, and that it is quick to say no."""
 
 import json
 import os
@@ -94,10 +93,7 @@ def test_it_is_installed_and_quick_to_help(tmp_path):
         (
             dict(model="mini-lonva"),
             2,
-            (
-                "no miniature called mini-lonva: choose one of mini-longva, mini-anyres, mini-short, or name a folder"
-                " with a model"
-            ),
+            "no miniature called mini-lonva: choose one of mini-longva, mini-anyres, mini-short, or name a folder with a model",
         ),
         (dict(model=""), 2, "--model is empty: choose one of mini-longva"),
         (dict(model="bare"), 2, "The folder bare holds no processor"),
@@ -274,36 +270,33 @@ def test_killed_then_stopped_then_finished(things, tmp_path):
 
 
 def test_whose_needles(things, tmp_path):
-    "Without --needles: those beside the film; else the ones that this film doesn't show; never a stranger's."
+    "Without --needles: those beside the video; otherwise the ones that this video doesn't show; never those of another seed."
     film = shutil.copy(things / "film.mp4", tmp_path / "alone.mp4")
     assert film_seed(film) == 3
-
-    def go(film, out, *more):
-        return longva(
-            "vniah",
-            "--model",
-            "mini-longva",
-            "--haystack",
-            film,
-            "--frames",
-            "4",
-            "--depths",
-            "0",
-            "--out",
-            out,
-            *more,
-            cwd=tmp_path,
-        )
-
+    go = lambda film, out, *more: longva(
+        "vniah",
+        "--model",
+        "mini-longva",
+        "--haystack",
+        film,
+        "--frames",
+        "4",
+        "--depths",
+        "0",
+        "--out",
+        out,
+        *more,
+        cwd=tmp_path,
+    )
     beside = go(things / "film.mp4", "beside")
-    assert (
-        beside.returncode == 0 and f"Needles: those beside the film, in {things / 'needles'}." in beside.stdout
-    ), beside
+    assert beside.returncode == 0 and f"Needles: those beside the video, in {things / 'needles'}." in beside.stdout, (
+        beside
+    )
     assert (
         len(read_trials(tmp_path / "beside" / "trials.jsonl")) == 2 and not (tmp_path / "beside" / "needles").exists()
     )
     own = go(film, "own")
-    assert own.returncode == 0 and "Needles: the miniature's own, of seed 3 as the film." in own.stdout, own
+    assert own.returncode == 0 and "Needles: the miniature's own, of seed 3 as the video." in own.stdout, own
     objects = {scene_words((i, 0, 0))[0] for i in needle_objects(3)}
     assert {n.question.removeprefix("find ") for n in load_needles(tmp_path / "own" / "needles")} == objects
     assert go(film, "own").returncode == 0  # and again
@@ -313,9 +306,9 @@ def test_whose_needles(things, tmp_path):
     for out in ("strange", "stray"):
         before = sorted(tmp_path.rglob("*"))
         done = go(film, out)
-        assert (
-            done.returncode == 1 and f"{out}/needles holds something else than this film's needles" in done.stderr
-        ), done
+        assert done.returncode == 1 and f"{out}/needles holds something else than this video's needles" in done.stderr, (
+            done
+        )
         assert len(done.stderr.splitlines()) == 1 and sorted(tmp_path.rglob("*")) == before
     before = sorted(tmp_path.rglob("*"))
     done = go(film, "beside")  # begun with other needles
@@ -345,9 +338,7 @@ def test_an_out_that_is_a_file(things, tmp_path):
 
 
 def test_full_disk(things, tmp_path):
-    def small():
-        return resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # no file may grow beyond 12 kB
-
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # no file may grow beyond 12 kB
     words = [
         "vniah",
         "--model",
@@ -367,8 +358,7 @@ def test_full_disk(things, tmp_path):
     assert (
         0 < kept < 40
         and done.stderr.splitlines()[-1]
-        == f"out/trials.jsonl can't be written (file too large): its {kept} finished trials are kept; make room and run"
-        " the same again."
+        == f"out/trials.jsonl can't be written (file too large): its {kept} finished trials are kept; make room and run the same again."
     )
     assert longva(*words, "--out", "out", cwd=tmp_path).returncode == 0  # when there is room again
     assert len(read_trials(tmp_path / "out" / "trials.jsonl")) == 40
