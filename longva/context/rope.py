@@ -250,21 +250,25 @@ class ExactRotary(torch.nn.Module):
             possible = possible_frequencies(self.rotary, self.settings, kind)
             same_number = len(formula_frequencies(self.settings, kind)) == len(f)
             if not same_number or not any(torch.allclose(f, x, rtol=1e-5, atol=0) for x in possible):
-                raise ValueError("The live frequencies are not those of the configuration, so exact angles would "
-                                 "change the model; rope_report says more.")
+                raise ValueError(
+                    "The live frequencies are not those of the configuration, so exact angles would "
+                    "change the model; rope_report says more."
+                )
         # another type would change the frequencies that it is given
         table.rope_type = "default" if list(kinds) == [None] else dict.fromkeys(kinds, "default")
         self._table = [table]  # in a list, to be no part of the model
 
     def forward(self, x, position_ids, layer_type=None):
-        """Compute (cos, sin) as the wrapped module does; x gives dtype and device, position_ids are [B,L] or [3,B,L]."""
+        """Compute (cos, sin) as the wrapped module does.
+
+        `x` gives dtype and device; `position_ids` are [B,L] or [3,B,L]."""
         kind = rope_settings(self.settings, layer_type)[0]["rope_type"]
         length = int(position_ids.max()) + 1 if kind in ("dynamic", "longrope") else None
         f = formula_frequencies(self.settings, layer_type, length).to(x.device)
         angles = torch.empty(*position_ids.shape, len(f), device=x.device)
         for start in range(0, position_ids.shape[-1], 65536):  # float64 for a slice at a time
-            part = position_ids[..., start:start + 65536, None].to(x.device).double() * f
-            angles[..., start:start + 65536, :] = part - 2 * pi * torch.round(part / (2 * pi))
+            part = position_ids[..., start : start + 65536, None].to(x.device).double() * f
+            angles[..., start : start + 65536, :] = part - 2 * pi * torch.round(part / (2 * pi))
         more = () if layer_type is None else (layer_type,)
         name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
         one = torch.ones_like(position_ids)

@@ -19,7 +19,15 @@ from ..context.parallel import current_context
 from .config import LongVAConfig, grid_count, longva_7b, mini_config
 from .original import CheckpointError, is_original, placeholder_ids, read_json
 from .tower import LongVASiglipTower, LongVATower, pool_patches
-from .weights import compare_tensors, local_folder, pop_hub_options, read_language, read_tower, tensor_shapes, weight_files
+from longva.model.weights import (
+    compare_tensors,
+    local_folder,
+    pop_hub_options,
+    read_language,
+    read_tower,
+    tensor_shapes,
+    weight_files,
+)
 from ..vision.unires import anyres_tokens, unires_tokens
 
 # %% ../../nbs/320_model.modeling.ipynb #d13b165e

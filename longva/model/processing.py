@@ -18,8 +18,24 @@ from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 
 from .config import LongVAConfig
 from .image_processing import LongVAImageProcessor, refuse_unknown
-from .original import IMAGE_TOKEN, VIDEO_TOKEN, CheckpointError, is_original, placeholder_ids, read_json, read_tokenizer
-from .prompt import CHATML, expand_placeholders, flatten_pictures, frames_text, is_frames, placeholder_spans, shows_pictures
+from longva.model.original import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    CheckpointError,
+    is_original,
+    placeholder_ids,
+    read_json,
+    read_tokenizer,
+)
+from longva.model.prompt import (
+    CHATML,
+    expand_placeholders,
+    flatten_pictures,
+    frames_text,
+    is_frames,
+    placeholder_spans,
+    shows_pictures,
+)
 from .weights import HUB_OPTIONS, is_path, local_folder
 from ..vision.image import open_image
 from ..vision.video import Frames, iter_frames

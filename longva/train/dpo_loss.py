@@ -81,7 +81,10 @@ def batch_features(
     model,  # a LongVA
     batch: dict,  # of `collate_pairs`
 ) -> torch.Tensor:  # [n,P*P,E], of images, then of videos
-    """Give the tower's features of all clips of a batch, kept or computed; without clips, those of a placeholder frame."""
+    """Give the tower's features of all clips of a batch, cached or computed.
+
+        Without clips, give those of a placeholder frame.
+        """
     kept = [batch[name] for name in ("image_features", "video_features") if name in batch]
     if kept:
         return torch.cat(kept)

@@ -32,7 +32,10 @@ def change_preset(
     preset,  # has a `recipe`, `epochs`, and `warm_up`, a share of the steps
     changes: dict,  # new values for fields of the preset or of its recipe
 ):  # the preset
-    """Change settings; raise TrainError for unknown ones, for two that exclude each other, or if nothing would train."""
+    """Change settings.
+
+    Raise TrainError for unknown ones, for two that exclude each other, or if nothing would be trained.
+    """
     of_preset = {f.name for f in fields(preset)} - {"recipe"}
     of_recipe = {f.name for f in fields(Recipe)} - of_preset
     if unknown := set(changes) - of_preset - of_recipe:

@@ -21,7 +21,18 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideData
 from PIL import Image, ImageOps
 
-from .index import ONE_PASS, VideoError, as_number, file_index, folder_index, is_whole, list_pictures, open_video, video_errors, video_path
+from longva.vision.index import (
+    ONE_PASS,
+    VideoError,
+    as_number,
+    file_index,
+    folder_index,
+    is_whole,
+    list_pictures,
+    open_video,
+    video_errors,
+    video_path,
+)
 
 # %% ../../nbs/255_vision.video.ipynb #84803cc2
 def enlarge(
