@@ -83,8 +83,8 @@ def batch_features(
 ) -> torch.Tensor:  # [n,P*P,E], of images, then of videos
     """Give the tower's features of all clips of a batch, cached or computed.
 
-        Without clips, give those of a placeholder frame.
-        """
+    Without clips, give those of a placeholder frame.
+    """
     kept = [batch[name] for name in ("image_features", "video_features") if name in batch]
     if kept:
         return torch.cat(kept)
