@@ -13,7 +13,19 @@ import typer
 
 from .base import Usage, app, check_exists, echo_error, given, one_sentence, path
 from .models import resolve_name
-from .options import BAD_SHARE, ContextParallel, DataSeed, EngineName, Fps, Length, Media, MicroBatch, Rows, Steps, path_option
+from longva.commands.options import (
+    BAD_SHARE,
+    ContextParallel,
+    DataSeed,
+    EngineName,
+    Fps,
+    Length,
+    Media,
+    MicroBatch,
+    Rows,
+    Steps,
+    path_option,
+)
 
 # %% ../../nbs/815_commands.train.ipynb #75bbcb19
 @app.command("plan")

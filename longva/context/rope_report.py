@@ -8,6 +8,7 @@ __all__ = ['logits_moved', 'NotedDict', 'unread_settings', 'idle_settings', 'str
 
 # %% ../../nbs/205_context.rope_report.ipynb #fb2fde10
 import inspect
+import json
 import re
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from math import pi
+from pathlib import Path
 
 import torch
 from transformers.modeling_rope_utils import RopeParameters
@@ -352,7 +354,8 @@ def survives_save(
     """Check whether a model built from the saved configuration computes with the live frequencies."""
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
-        text = type(model.config).from_pretrained(folder).get_text_config()
+        saved = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        text = type(model.config).from_dict(saved).get_text_config()
     for _, rotary in rotary_modules(model):
         again = type(rotary)(config=deepcopy(text))
         for kind, f in live_frequencies(rotary).items():

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..context.rope import extend_rope
-from ..model.open import LANGUAGE, open_model, open_tokenizer
+from ..model.open import LANGUAGE, open_config, open_model, open_tokenizer
 from .data import Corpus, CorpusError, prepare_corpus
 from .loop import train
 from .parts import save_trained
@@ -48,7 +48,7 @@ def _language_config(
 ):
     """Read the configuration of a language model; raise TrainError for anything else."""
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = open_config(model)
     except (OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0].rstrip(".")[:150]
         raise TrainError(f"There is no model {model} ({reason}).") from None

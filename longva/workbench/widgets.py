@@ -21,6 +21,7 @@ from ..context.plan import CHECKPOINTS, MODELS, plan
 from ..context.rope import extend_rope
 from ..mini import NAMES, TEXT_FRAMES, folder
 from ..model.modeling import longva_7b
+from ..model.open import open_config
 from . import plots
 from .explorer import Explorer, slider
 from .seek import ROPES, NeedleExplorer
@@ -38,7 +39,7 @@ def read_text_config(
     if isinstance(config, (str, Path)):
         if not (Path(config) / "config.json").is_file():
             raise ValueError(f"There is no config.json in {config}: give the folder of a model.")
-        config = AutoConfig.from_pretrained(config, local_files_only=True)
+        config = open_config(config, local_files_only=True)
     if isinstance(config, dict):
         if "model_type" not in config:
             raise ValueError("The dict has no model_type, so the kind of model is unknown: add it.")
