@@ -1230,3 +1230,68 @@ def test_parts_of_large_pictures_hold_fewer(films, monkeypatch):
     parts = list(video.iter_frames(films / "a.mp4", n=12))
     assert [len(part) for part in parts] == [5, 5, 2]
     assert sum((numbers(part.array) for part in parts), []) == np.linspace(0, N - 1, 12, dtype=int).tolist()
+
+
+def cut_out():
+    "A picture [H,W,4]: on the left hidden red, on the right half transparent green, in the middle blue."
+    from PIL import Image
+
+    pixels = np.zeros((H, W, 4), np.uint8)
+    pixels[:, :40, 0] = 255
+    pixels[:, 40:120] = (0, 0, 255, 255)
+    pixels[:, 120:] = (0, 255, 0, 128)
+    return Image.fromarray(pixels)
+
+
+def test_transparent_frames_lie_on_white_as_images_do(tmp_path):
+    from longva.vision.image import open_image
+
+    stills = tmp_path / "stills"
+    stills.mkdir()
+    for k in range(3):
+        cut_out().save(stills / f"{k}.png")
+    want = np.asarray(open_image(stills / "0.png")).astype(int)
+    assert want[0, 0].tolist() == [255, 255, 255] and want[0, -1].tolist() == [127, 255, 127]
+    assert np.array_equal(read_frames(stills).array, np.stack([want] * 3))
+    for name, codec, pixels in (("a.mov", "png", "rgba"), ("b.mov", "qtrle", "argb"), ("c.png", "apng", "rgba")):
+        with av.open(str(tmp_path / name), "w", format="apng" if codec == "apng" else "mov") as out:
+            stream = out.add_stream(codec, rate=5)
+            stream.height, stream.width, stream.pix_fmt = H, W, pixels
+            for _ in range(3):
+                frame = av.VideoFrame.from_ndarray(np.asarray(cut_out()), format="rgba")
+                out.mux(stream.encode(frame.reformat(format=pixels)))
+            out.mux(stream.encode())
+        got = read_frames(tmp_path / name).array
+        assert np.abs(got - want).max() <= 1, name
+    for backend in ("decord",):
+        with pytest.raises(VideoError, match="transparent frames|decord"):
+            read_frames(tmp_path / "a.mov", backend=backend)
+
+
+def test_large_pictures_of_a_folder_are_not_unpacked(tmp_path, monkeypatch):
+    cut_out().save(tmp_path / "0.png")
+    monkeypatch.setattr(video, "MOST_PIXELS", H * W - 1)
+    with pytest.raises(VideoError, match="0.png has 160 x 96 pixels, and at most"):
+        read_frames(tmp_path)
+
+
+def test_images_by_address_and_as_bytes(tmp_path, monkeypatch):
+    import socket
+
+    from PIL import Image
+
+    from longva.vision.image import data_url, open_image
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given: pytest.fail("looked up"))
+    path = tmp_path / "ein bild.png"
+    Image.fromarray(bars(1)[0]).save(path)
+    url = data_url(Image.fromarray(bars(1)[0]), "PNG")
+    sources = [f"file://{path}", path.as_uri(), path.read_bytes(), bytearray(path.read_bytes()), path.open("rb"), url]
+    for source in [*sources, url.partition(",")[2]]:
+        assert np.array_equal(np.asarray(open_image(source)), bars(1)[0])
+    for name in ("https://example.invalid/x.png", "http://127.0.0.1:9/x.png", "s3://bucket/x.png"):
+        with pytest.raises(ValueError, match="is an address, and nothing is fetched"):
+            open_image(name)
+    for broken in (b"no picture", io.BytesIO(b""), "data:image/png;base64,AAAA", "data:image/png;base64,A", "nope.png"):
+        with pytest.raises(ValueError, match="cannot be read as an image|no file nope.png"):
+            open_image(broken)

@@ -23,7 +23,20 @@ import psutil
 from av.sidedata.sidedata import Type as SideData
 from PIL import Image, ImageOps
 
-from .index import ONE_PASS, VideoError, as_number, file_index, folder_index, is_whole, list_pictures, open_video, video_errors, video_path
+from .image import to_rgb
+from longva.vision.index import (
+    MOST_PIXELS,
+    ONE_PASS,
+    VideoError,
+    as_number,
+    file_index,
+    folder_index,
+    is_whole,
+    list_pictures,
+    open_video,
+    video_errors,
+    video_path,
+)
 
 # %% ../../nbs/255_vision.video.ipynb #84803cc2
 def enlarge(
@@ -217,16 +230,23 @@ def _unnamed(cls, value):
 
 SideData._missing_ = classmethod(_unnamed)
 
+def _has_alpha(layout) -> bool:
+    "Whether pixels of this PyAV format may be transparent."
+    return layout is not None and (layout.has_palette or any(part.is_alpha for part in layout.components))
+
 def _upright(
     frame,  # a decoded one
     aspect=1.0,  # width of a pixel over its height
 ) -> np.ndarray:  # [H,W,3] uint8 RGB
-    "A frame as people see it: RGB with square pixels, mirrored and turned as its display matrix says."
+    "A frame as people see it: RGB on white with square pixels, mirrored and turned as its display matrix says."
     width = max(1, round(frame.width * aspect))
-    if width == frame.width:
-        picture = frame.to_ndarray(format="rgb24")
+    size = {}
+    if width != frame.width:
+        size = dict(width=width, height=frame.height, interpolation="BICUBIC")
+    if _has_alpha(frame.format):
+        picture = np.asarray(to_rgb(Image.fromarray(frame.to_ndarray(format="rgba", **size))))
     else:
-        picture = frame.to_ndarray(format="rgb24", width=width, height=frame.height, interpolation="BICUBIC")
+        picture = frame.to_ndarray(format="rgb24", **size)
     note = frame.side_data.get(SideData.DISPLAYMATRIX)
     if note is None:
         return picture
@@ -363,7 +383,11 @@ def open_pictures(
                 if picture.mode[0] in "IF":
                     raise VideoError(f"{files[i]} has more than 8 bits per colour, and frames have 8: convert it "
                                      "first.")
-                array = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+                width, height = picture.size
+                if width * height > MOST_PIXELS:
+                    raise VideoError(f"{files[i]} has {width} x {height} pixels, and at most 50 million pixels are "
+                                     "unpacked: make it smaller.")
+                array = np.asarray(to_rgb(ImageOps.exif_transpose(picture)))  # of several pictures the first
         except VideoError:
             raise
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
@@ -393,6 +417,9 @@ def _decord(path, index) -> tuple:
         return None, "it is a folder, and decord reads files"
     if index.label != "pts":
         return None, "decord cannot be trusted to number frames without times of showing"
+    with open_video(path) as (_, stream):
+        if _has_alpha(stream.codec_context.format):
+            return None, "it has transparent frames, and decord shows what is hidden there"
     if index.aspect != 1:
         return None, "its pixels are not square, and decord takes them for square"
     if index.kind == "mpegts" or index.kind in ONE_PASS:
