@@ -23,7 +23,7 @@ def demo_command(
         min=1, help="Processes; by default one for each core, at most four.")] = None,
     seed: Annotated[Optional[int], typer.Option(min=0, help="Seed of the video, the needles and the answers.")] = None,
 ):
-    """The paper's Figure 4 in miniature: four panels and a control, two minutes at most on two cores."""
+    """Run the paper's Figure 4 in miniature: four panels and a control, two minutes at most on two cores."""
     with one_sentence(out):
         typer.echo("Four panels and a control. Ctrl-c stops and keeps what is done.")
         from longva.study.demo import SEED, demo, report
@@ -35,7 +35,7 @@ from .commands import vniah, compare, niah, train, chat, lmms  # noqa: F401, I00
 # %% ../nbs/900_cli.ipynb #17340621
 @mini_app.command("list")
 def list_command():
-    """The shipped models and what tells them apart."""
+    """List the shipped models and how they differ."""
     from longva.mini import NAMES, folder
     for name in NAMES:
         config = json.loads((folder(name) / "config.json").read_text())
@@ -76,10 +76,10 @@ def show_table(rows):
 
 @app.command("paper")
 def paper_command(
-    row: Annotated[Optional[str], typer.Argument(help="One of them, such as 'Figure 4'; by default all.")] = None,
+    row: Annotated[Optional[str], typer.Argument(help="A table or figure, such as 'Figure 4'; by default all.")] = None,
     file: Annotated[Optional[Path], typer.Option("--json", parser=path, help="Also write them to this file.")] = None,
 ):
-    """The paper's tables and figures: claims, published numbers, ours with intervals, commands and what they cost."""
+    """Show the paper's tables and figures: claims, published numbers, ours with intervals, commands and their cost."""
     with one_sentence("."):
         from longva.study.paper import ROWS, as_dict, card
         ids = {r.id.lower(): r.id for r in ROWS}

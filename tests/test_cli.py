@@ -270,7 +270,7 @@ def test_killed_then_stopped_then_finished(things, tmp_path):
 
 
 def test_whose_needles(things, tmp_path):
-    "Without --needles: those beside the film; else the ones that this film doesn't show; never a stranger's."
+    "Without --needles: those beside the video; otherwise the ones that this video doesn't show; never those of another seed."
     film = shutil.copy(things / "film.mp4", tmp_path / "alone.mp4")
     assert film_seed(film) == 3
     go = lambda film, out, *more: longva(
@@ -289,14 +289,14 @@ def test_whose_needles(things, tmp_path):
         cwd=tmp_path,
     )
     beside = go(things / "film.mp4", "beside")
-    assert beside.returncode == 0 and f"Needles: those beside the film, in {things / 'needles'}." in beside.stdout, (
+    assert beside.returncode == 0 and f"Needles: those beside the video, in {things / 'needles'}." in beside.stdout, (
         beside
     )
     assert (
         len(read_trials(tmp_path / "beside" / "trials.jsonl")) == 2 and not (tmp_path / "beside" / "needles").exists()
     )
     own = go(film, "own")
-    assert own.returncode == 0 and "Needles: the miniature's own, of seed 3 as the film." in own.stdout, own
+    assert own.returncode == 0 and "Needles: the miniature's own, of seed 3 as the video." in own.stdout, own
     objects = {scene_words((i, 0, 0))[0] for i in needle_objects(3)}
     assert {n.question.removeprefix("find ") for n in load_needles(tmp_path / "own" / "needles")} == objects
     assert go(film, "own").returncode == 0  # and again
@@ -306,7 +306,7 @@ def test_whose_needles(things, tmp_path):
     for out in ("strange", "stray"):
         before = sorted(tmp_path.rglob("*"))
         done = go(film, out)
-        assert done.returncode == 1 and f"{out}/needles holds something else than this film's needles" in done.stderr, (
+        assert done.returncode == 1 and f"{out}/needles holds something else than this video's needles" in done.stderr, (
             done
         )
         assert len(done.stderr.splitlines()) == 1 and sorted(tmp_path.rglob("*")) == before

@@ -62,7 +62,7 @@ def _exit_code(error) -> int:
 def one_sentence(
     out,  # the results folder
 ):
-    """Turn errors that a user can mend, and ctrl-c, into one sentence on stderr and an exit code."""
+    """Turn errors that the user can correct, and ctrl-c, into one sentence on stderr and an exit code."""
     logger = logging.getLogger("longva")
     logger.addFilter(_not_about_stopping)
     try:

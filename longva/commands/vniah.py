@@ -117,12 +117,12 @@ def mini_needles(
         same = False
     if not same:
         raise NeedleError(
-            f"{kept} holds something else than this film's needles: "
+            f"{kept} holds something else than this video's needles: "
             "choose another folder, or name them with --needles."
         )
     if seed is None:
-        return needles, 0, "drawn with seed 0, for the film does not say that it shows the miniature's world"
-    return needles, seed, f"the miniature's own, of seed {seed} as the film"
+        return needles, 0, "drawn with seed 0, as the video does not say that it shows the miniature's world"
+    return needles, seed, f"the miniature's own, of seed {seed} as the video"
 
 # %% ../../nbs/805_commands.vniah.ipynb #4cc4f8fb
 def check_variant(
@@ -133,7 +133,7 @@ def check_variant(
 ):
     """Refuse options that the variant doesn't take; raise Usage."""
     if variant == "vniah-d" and distractors is None:
-        raise Usage("--variant vniah-d needs --look-alikes: a folder with a look-alike for each needle.")
+        raise Usage("--variant vniah-d needs --look-alikes: a folder with a distractor for each needle.")
     if variant != "vniah-d" and distractors is not None:
         raise Usage("--look-alikes is for --variant vniah-d, which needs it.")
     if half_width is not None and not 0 < half_width < 0.5:
@@ -237,7 +237,7 @@ VariantName = Annotated[Variant, typer.Option(help="What is asked; vniah is the 
 Distractors = path_option("For vniah-d: a folder like that of the needles, with a distractor for each.")
 Distance = Annotated[int, typer.Option(min=1, help="For vniah-d: frames between a needle and its distractor.")]
 HalfWidth = Annotated[Optional[float], typer.Option(help=(
-    "Adaptive run: ask needles, five at a time, until half of each cell's interval is at most so wide."
+    "Adaptive run: ask needles, five at a time, until the half-width of each cell's interval is at most this."
 ))]
 Features = path_option("Folder that keeps visual tokens, so that the next run on this video encodes nothing.")
 
@@ -301,7 +301,7 @@ def vniah_command(
         if folder is None:
             hidden, seed, origin = mini_needles(reader.processor, haystack, out)
         else:
-            hidden, seed, origin = load_needles(folder), 0, f"those beside the film, in {folder}"
+            hidden, seed, origin = load_needles(folder), 0, f"those beside the video, in {folder}"
         if needles is None:
             typer.echo(f"Needles: {origin}.")
         asked, hidden = choose_variant(variant, look_alikes, distance, hidden, reader.processor.tokenizer)

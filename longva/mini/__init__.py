@@ -14,7 +14,7 @@ NAMES = ("mini-longva", "mini-anyres", "mini-short")
 TEXT_FRAMES = {"mini-longva": 512, "mini-anyres": 512, "mini-short": 32}  # length of the training text, in frames
 
 class UnknownModel(ValueError):
-    """A name or folder that is no model."""
+    """The name or folder is not a miniature or a checkpoint."""
 
 def folder(
     name: str,  # one of `NAMES`

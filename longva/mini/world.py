@@ -149,7 +149,7 @@ def shape_mask(
     side: int,  # frame side in pixels
     rng: np.random.Generator,  # decides place, size and tilt
 ) -> np.ndarray:  # [side,side] float32, how much of each pixel the object covers
-    """Draw one object with a little chance in it."""
+    """Draw one object; place, size and tilt are random."""
     big = 4 * side
     canvas = Image.new("L", (big, big))
     pen = ImageDraw.Draw(canvas)
@@ -269,7 +269,7 @@ def random_scenes(
     rng: np.random.Generator,
     objects=range(32),  # numbers of the objects to draw from
 ) -> np.ndarray:  # [n,3] numbers of object, colour, background
-    """Draw scenes evenly."""
+    """Draw scenes uniformly at random."""
     return np.stack([rng.choice(np.asarray(objects), n), rng.integers(8, size=n), rng.integers(8, size=n)], 1)
 
 # %% ../../nbs/600_mini.world.ipynb #05e959ed

@@ -96,7 +96,7 @@ class NeedleBench:
         name: str = "model",  # what the model is called in the results
         seed: int = 0,  # that video and needles were made with; only recorded
         fit: str = "pad",  # how frames become square, see `needle.haystack`
-        shown: np.ndarray = None,  # the haystack as people see it, where `film` is made small for the model
+        shown: np.ndarray = None,  # the haystack for people to look at, where `film` is small for the model
     ):
         self.model = model
         self.processor = processor
@@ -125,7 +125,7 @@ class NeedleBench:
         """Give a place that exists; raise NeedleError if it doesn't."""
         (frames,), (depth,) = check_grid([frames], [depth])
         if frames > len(self.film):
-            raise NeedleError(f"The film holds {len(self.film)} frames, and {frames} are wanted: ask for fewer.")
+            raise NeedleError(f"The video holds {len(self.film)} frames, and {frames} are wanted: ask for fewer.")
         if needle not in range(len(self.needles)):
             raise NeedleError(
                 f"There are {len(self.needles)} needles, numbered from 0: there is no number {needle}."

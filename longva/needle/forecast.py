@@ -28,11 +28,11 @@ from .vniah import Reading
 # %% ../../nbs/585_needle.forecast.ipynb #43c00021
 @dataclass(frozen=True)
 class TowerCost:
-    """What it takes to see a frame, and what else a forecast must know of a model."""
+    """The cost of encoding a frame, and what else a forecast must know about a model."""
     counter: object  # a reader that counts tokens, for the trie
     weights: float  # bytes, of the whole model
     frame: float  # bytes of one frame's visual tokens
-    work: float  # bytes that exist for a moment in the tower
+    work: float  # bytes of temporary memory in the tower
     seconds: float  # to see one frame
 
 class Unloaded(Counting):
@@ -66,7 +66,7 @@ def tower_cost(
     speed: float,  # operations a second
 ) -> TowerCost:
     """Count or measure what it takes to see frames."""
-    raise TypeError(f"A forecast knows nothing of a {type(reader).__name__}.")
+    raise TypeError(f"A forecast needs a Reader, and not a {type(reader).__name__}.")
 
 @tower_cost.register
 def _(reader: Unloaded, frames, speed):
@@ -82,7 +82,7 @@ def _(reader: Adapter, frames, speed):
     model = reader.model
     black = np.zeros((1, reader.side, reader.side, 3), np.uint8)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-        one = reader.encode(black)  # the machine is warm afterwards
+        one = reader.encode(black)  # also warms up
     begin = time.perf_counter()
     reader.encode(black.repeat(4, 0)).cpu()
     seconds = (time.perf_counter() - begin) / 4
@@ -99,7 +99,7 @@ def speedup(
     reader,
     workers: int,  # processes
 ) -> float:  # how many times as fast as one process with all threads of this machine
-    """Say what several processes are worth here; where no model is loaded, each has a GPU of its own."""
+    """Estimate the speedup by several processes here; where no model is loaded, each has a GPU of its own."""
     if workers == 1 or reader.model is None:
         return workers
     if reader.model.device.type == "cuda":

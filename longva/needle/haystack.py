@@ -44,7 +44,7 @@ def list_videos(
 def _count(path, fps):
     """Count the frames that a video gives at a rate: (frames, frames per second)."""
     info = video_info(path)
-    if fps is not None and fps > 1.0005 * info.fps:  # 23.98 is what people call 24000/1001, and only rounding
+    if fps is not None and fps > 1.0005 * info.fps:  # 24000/1001 is often written 23.98
         raise NeedleError(
             f"{path} shows {info.fps:.4g} frames per second, and {fps:.4g} are wanted: "
             f"ask for at most {info.fps:.4g}, because above it frames would come twice."
@@ -104,7 +104,7 @@ class VideoSource:
         return sum(counts)
 
     def rate(self, fps=None) -> float:
-        """Say how many frames of a second are taken."""
+        """Give the frames taken per second of video."""
         return fps or video_info(list_videos(self.source)[0]).fps
 
     def read(self, n, fps=None, shrink=None) -> Frames:
@@ -145,7 +145,7 @@ def _array_hash(array):
     return sha256(array.tobytes() + repr(array.shape).encode()).hexdigest()
 
 class MemorySource:
-    """Frames in memory. Their rate is what their times say, whatever fps is wanted."""
+    """Frames in memory. Their rate follows from their times; `fps` is ignored."""
 
     def __init__(self, source: Frames):
         self.source = source
@@ -243,11 +243,11 @@ class Haystack:
 
     @cached_property
     def rate(self) -> float:
-        """Say how many frames stand for a second of video: clock times are counted by it."""
+        """Give the frames per second of video, from which clock times are computed."""
         return self._opened.rate(self.fps)
 
     def check(self, n):
-        """Raise NeedleError if there are fewer than n frames; what is no video is a VideoError."""
+        """Raise NeedleError if there are fewer than n frames, VideoError if the source is no video."""
         have = self.length
         if have >= n or self.repeat:
             return

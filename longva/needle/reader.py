@@ -93,7 +93,7 @@ def model_name(
 
 # %% ../../nbs/535_needle.reader.ipynb #967d52a8
 class Reader:
-    """A model as the needle bench reads it. As it stands it reads a LongVA; other families derive from it."""
+    """A model as the needle tests use it. This class reads a LongVA; other families derive from it."""
     start = None  # the state before the first piece; LongVA's positions follow from the cache alone
     frames_at_once = 64  # in the vision tower
 
@@ -118,7 +118,7 @@ class Reader:
         haystack: torch.Tensor,  # visual tokens [N,T,D]
         needles: torch.Tensor | None = None,  # [number of needles,T,D]; None where no trial shows one
     ):
-        """Give a reader of the same model with something to read."""
+        """Make a reader of the same model that holds these visual tokens."""
         full = copy(self)
         full.haystack = haystack
         full.needles = needles
@@ -142,7 +142,7 @@ def square(self: Reader, side) -> int:  # pixels
 
 @patch
 def facts(self: Reader) -> tuple:
-    """List what decides, beside the weights, what the model sees."""
+    """List the settings, besides the weights, that change what the model sees."""
     config = self.model.config
     return config.pool_mode, config.pool_stride, config.vision_feature_layer
 
@@ -211,7 +211,7 @@ def sizes(self: Reader):
 
 @patch
 def step(self: Reader, piece, state) -> tuple:  # (tokens, state after)
-    """Say how long a piece is."""
+    """Give the length of a piece and the state after it."""
     if piece[0] == "ids":
         return len(piece[1]), state
     frames = piece[2] - piece[1] if piece[0] == "hay" else 1
@@ -228,7 +228,7 @@ def rows(self: Reader, piece) -> torch.Tensor:  # [l,D]
 
 @patch
 def embed(self: Reader, pieces, state=None) -> dict:  # for the decoder: inputs_embeds [1,l,D]
-    """Make what the decoder is called with."""
+    """Make the arguments of the decoder."""
     return dict(inputs_embeds=torch.cat([self.rows(piece) for piece in pieces])[None])
 
 # %% ../../nbs/535_needle.reader.ipynb #3e35163c
@@ -245,7 +245,7 @@ class BufferLayer(KVLayer):
         stage: list | None = None,  # for a buffer on the host: [1,K,room,E] x 2 on the device, shared by all layers
     ):
         super().__init__(room)
-        self.enough = False  # set it, and storing ends the pass
+        self.enough = False  # True: the pass ends when keys and values are stored
         self.stage = stage
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -291,7 +291,7 @@ def read(
     pieces: tuple,
     state,  # before the pieces
     cache: Cache | None = None,  # of what was read before; None: the pieces are the whole sequence
-    asked: int = 0,  # of how many tokens at the end the hidden states are wanted
+    asked: int = 0,  # number of tokens at the end whose hidden states are returned
 ) -> torch.Tensor | None:  # [asked,D]
     """Read pieces."""
     given = self.embed(pieces, state)

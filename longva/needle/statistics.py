@@ -49,7 +49,7 @@ def mcnemar(
     first: int,  # right only in the first
     second: int,  # right only in the second
 ) -> float:  # p, two-sided, exact
-    """Compute the chance that a fair coin splits the disagreements at least so unevenly."""
+    """Compute the chance that a fair coin splits the disagreements at least as unevenly as these."""
     n = first + second
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(first, second) + 1)) / 2**n)
 
@@ -114,7 +114,7 @@ def _gap(frames, asked):
     return Gap(frames, len(pairs), *means, first, second, *difference, mcnemar(first, second))
 
 def _check_grids(a, b, names, adaptive):
-    """Refuse runs that were asked different things."""
+    """Raise NeedleError if the runs were asked on different grids."""
     for run, name in zip((a, b), names):
         if not run:
             raise NeedleError(f"{name} holds no trials: run it first.")
@@ -179,7 +179,7 @@ def still_wanted(
     lengths: list,
     depths: list,
     needles: list,  # names, in the order in which a cell takes them
-    goal: float,  # a cell is settled when half of its interval is at most so wide
+    goal: float,  # a cell is settled when the half-width of its interval is at most this
     step: int = 5,  # needles at a time
 ) -> list:  # of (needle, length, depth); empty when every cell is settled
     """List the trials that come next."""

@@ -134,7 +134,7 @@ def read_flops(
 
 @dataclass
 class Cost:
-    """What some trials take, or took."""
+    """The cost of some trials, forecast or counted."""
     trials: int = 0
     tokens: int = 0  # that went through the model
     flops: float = 0  # of the products
@@ -217,7 +217,7 @@ def chunks(
 # %% ../../nbs/540_needle.trie.ipynb #41a00052
 @dataclass
 class Pass:
-    """A reader at work."""
+    """Reading with one reader: an optional buffer, a chunk size, and the count of what was read."""
     reader: object
     spent: Cost
     cache: Cache | None = None  # None: every sequence is read from its beginning
@@ -228,7 +228,7 @@ class Pass:
         pieces,
         past,  # tokens before the pieces
         state,  # before the pieces
-        asked=0,  # of how many tokens at the end the hidden states are wanted
+        asked=0,  # number of tokens at the end whose hidden states are returned
     ):  # [asked,D], or None
         """Read pieces, a chunk at a time."""
         parts = list(chunks(self.reader, pieces, state, self.chunk))
@@ -317,7 +317,7 @@ def decide_paths(
 
 # %% ../../nbs/540_needle.trie.ipynb #41a00058
 class Counting:
-    """A reader without a model: what it is given to read, it only counts."""
+    """A reader without a model: it only counts the tokens that it is given."""
     start = None
 
     def __init__(self, sizes: Sizes, tokens_per_frame: int):
@@ -380,7 +380,7 @@ def shares(
 
 # %% ../../nbs/540_needle.trie.ipynb #41a00063
 def _worker(reader, device, threads, part, paths, answers, how, out):
-    """Decide one stretch, and send what comes of it."""
+    """Decide one stretch, and send the results."""
     try:
         torch.set_num_threads(threads)
         spent = Cost()

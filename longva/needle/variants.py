@@ -102,7 +102,7 @@ class Several(Variant):
         return super().settings(scene) | dict(locate=[needle.locate for needle in scene.needles])
 
 class Absent(Control):
-    """The needle's question, though it isn't there: correct means that it answers about what isn't there."""
+    """The question about a needle that isn't hidden: correct means that the model gives its answer all the same."""
     name = "absent"
 
 class Shuffled(Variant):
@@ -116,7 +116,7 @@ class Shuffled(Variant):
 
 @dataclass(frozen=True)
 class QuestionFirst(Variant):
-    """The question before the frames, and a word to answer behind them."""
+    """The question before the frames, and a short prompt behind them."""
     name = "question-first"
     wording: Wording = Wording()
 
@@ -176,7 +176,7 @@ class Chosen(Variant):
 
 # %% ../../nbs/560_needle.variants.ipynb #cbc11c99
 def partner(scene, j) -> int:
-    """Give the next needle that is located otherwise; raise NeedleError if there is none."""
+    """Give the next needle with other locating words; raise NeedleError if there is none."""
     mine = located(scene.needles[j])
     for k in (*range(j + 1, len(scene.needles)), *range(j)):
         if located(scene.needles[k]) != mine:

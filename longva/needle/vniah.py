@@ -73,7 +73,7 @@ def answer_logits(
     reader: Reader,  # of a LongVA; without needles, the needle frame is left out
     prompts: list,  # one for each needle
     spots: list,  # whose sequences and answers are equally long
-) -> torch.Tensor:  # [B,S,V] float32: what the model thinks at each of the S answer tokens
+) -> torch.Tensor:  # [B,S,V] float32: the logits that predict the S answer tokens
     """Compute the logits over the answer, teacher forced, in one pass."""
     rows = []
     for spot in spots:
@@ -130,7 +130,7 @@ class Ask:
     path: tuple  # pieces, see `needle.reader`
     answer: list  # ids of the right answer
     places: list  # frame numbers of the hidden pictures, the needle's first
-    choices: list = field(default_factory=list)  # see `needle.variants`; empty: the whole vocabulary may answer
+    choices: list = field(default_factory=list)  # see `needle.variants`; empty: any token may be the answer
     seconds: float = None  # the right time, where the model writes one
 
     @property
@@ -207,11 +207,11 @@ class Variant:
         return judge(logits[0], one.answer)
 
     def settings(self, scene: Scene) -> dict:  # goes to settings.json
-        """Say what this variant's trials depend on, beside model, haystack and needles."""
+        """Describe what this variant's trials depend on, besides model, haystack and needles."""
         return dict(variant=self.name)
 
 class Control(Variant):
-    """The paper's test with the needle frame left out: a model that still answers knows something else."""
+    """The paper's test with the needle frame left out: a model that still answers right doesn't need the picture."""
     with_needle = False
 
     def ask(self, scene: Scene, spot: Spot) -> Ask:
@@ -349,7 +349,7 @@ def run(
 
     def decide_open(todo):
         nonlocal ready
-        if ready is None:  # an adaptive run comes back for more, to videos that are no longer than the first time
+        if ready is None:  # an adaptive run gets here again, never with longer videos
             longest = max(one.frames for one in todo)
             ready = see(reader, haystack, longest, pictures, reading.features)
         for decided in decide_asks(ready, todo, variant, reading):

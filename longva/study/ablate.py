@@ -129,7 +129,7 @@ def named(
 # %% ../../nbs/705_study.ablate.ipynb #83abc73d
 @dataclass(frozen=True)
 class AblationPlan:
-    """An ablation: where, and which runs."""
+    """The settings of an ablation: its folder and its runs."""
     out: Path  # the results folder
     runs: dict  # name -> setting
 
@@ -191,7 +191,7 @@ def prepare_ablation(plan: AblationPlan):
 # %% ../../nbs/705_study.ablate.ipynb #07b6852d
 @dataclass(frozen=True)
 class AblationRun:
-    """A run as its folder has it."""
+    """A run: its setting, and the trials that its folder holds."""
     name: str
     setting: dict
     trials: list  # of Trial, as far as they are decided

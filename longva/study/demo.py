@@ -48,7 +48,7 @@ GUESS = 1 / 64  # accuracy by luck: 8 colours times 8 backgrounds
 # %% ../../nbs/700_study.demo.ipynb #e066efbe
 @dataclass(frozen=True)
 class DemoPlan:
-    """A demo: where, on which seed, how much."""
+    """The settings of a demo: folder, seed and size."""
     out: Path  # the results folder
     seed: int = SEED  # of video, needles and answers
     frames: tuple = FRAMES  # haystack lengths, ascending

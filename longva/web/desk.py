@@ -31,7 +31,7 @@ def is_image(path) -> bool:
     try:
         with Image.open(path) as opened:
             return getattr(opened, "n_frames", 1) == 1
-    except Exception:  # Pillow raises many kinds; the video reader decides, and has a sentence
+    except Exception:  # Pillow raises many kinds; the video reader decides, and has an error message
         return False
 
 def sort_files(

@@ -21,7 +21,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def allowed_host(
     host: str,  # the header, such as "localhost:7860"
-    served: str,  # the address that the app was told to serve
+    served: str,  # the address at which the app is served
 ) -> bool:
     """Say whether a request may name this host; a server that is open to other machines has names it can't know."""
     if served not in LOCAL:
@@ -87,7 +87,7 @@ class Limits:
 def folder_size(
     folder: Path,
 ) -> int:  # bytes
-    """Add up the files below a folder; one that goes meanwhile counts nothing."""
+    """Add up the files below a folder; one that is removed meanwhile counts 0."""
     total = 0
     for file in folder.rglob("*"):
         with suppress(OSError):
@@ -96,7 +96,7 @@ def folder_size(
 
 # %% ../../nbs/757_web.guard.ipynb #12981614
 class Refused(Exception):
-    """A request that goes no further: an HTTP status and a sentence."""
+    """A request is refused, with an HTTP status and a sentence."""
     def __init__(self, status, sentence):
         super().__init__(sentence)
         self.status = status
@@ -106,7 +106,7 @@ class Guard:
     def __init__(
         self,
         app,
-        served: str,  # the address that the app was told to serve
+        served: str,  # the address at which the app is served
         uploads,  # folder of uploads
         limits: Limits = Limits(),
     ):
