@@ -144,7 +144,7 @@ class Talk:
     waiting: list = field(default_factory=list)
     current: Question | None = None  # being answered
     box: list = field(default_factory=list)  # files that lie in the page's box
-    held: list = field(default_factory=list)  # files that were put back and are on the way into the box
+    held: list = field(default_factory=list)  # files put back, until the page reports them in its box
     returned: dict | None = None  # a question that needs a change, for the box
     read: set = field(default_factory=set)  # examples that were read
     takes: str = ""  # what the last turn takes, as HTML
