@@ -1,6 +1,8 @@
 """Grids, canvases, squares and frames, against numbers recorded from the original code."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 from longva.vision.unires import (
+    PAD_COLOUR,
     anyres_tokens,
     choose_grid,
     fit_frames,
@@ -255,3 +258,34 @@ def test_bad_input_is_one_sentence(call, args):
         call(*args)
     text = str(error.value)
     assert text.endswith(".") and "\n" not in text and 20 < len(text) < 250
+
+
+@pytest.mark.parametrize("size", [(3000, 20), (20, 3000), (401, 100), (100, 401), (1999, 1), (3, 777)])
+def test_thin_pictures_are_fitted_as_before(size):
+    "By what was done until now: resize all, then cut; and build the whole square, then resize."
+    width, height = size
+    ramp = np.linspace(0, 255, width * height * 3).reshape(height, width, 3).astype(np.uint8)
+    image = Image.fromarray(ramp)
+    scaled = image.resize(tuple(int(56 * side / min(size)) for side in size), Image.Resampling.BICUBIC)
+    x, y = ((side - 56) // 2 for side in scaled.size)
+    want = np.asarray(scaled.crop((x, y, x + 56, y + 56))).astype(int)
+    assert np.abs(fit_frames(ramp[None], 56, "crop")[0] - want).max() <= 2
+    square = Image.new("RGB", (max(size),) * 2, PAD_COLOUR)
+    square.paste(image, tuple((max(size) - side) // 2 for side in size))
+    want = np.asarray(square.resize((56, 56), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(fit_frames(ramp[None], 56, "pad")[0] - want).max() <= 2
+
+
+@pytest.mark.parametrize("how", ["crop", "pad", "resize"])
+@pytest.mark.parametrize("size", [(60000, 2), (2, 60000)])
+def test_thin_pictures_take_little_memory(how, size):
+    code = (
+        "import resource, sys, numpy as np\n"
+        "from longva.vision.unires import fit_frames\n"
+        f"frames = np.zeros((1, {size[1]}, {size[0]}, 3), np.uint8)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"assert fit_frames(frames, 336, {how!r}).shape == (1, 336, 336, 3)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert int(done.stdout) < 250 << 10  # KiB; the square would be 10 GB

@@ -1174,3 +1174,124 @@ def test_photos_with_exif_are_upright(tmp_path, turn):
             out.mux(again)
     lapse = read_frames(tmp_path / "lapse.mov").array
     assert lapse.shape[1:] == want.shape and np.abs(lapse - want).max() < 12
+
+
+@pytest.mark.parametrize("aspect, width", [(Fraction(64, 45), 228), (Fraction(8, 9), 142), (Fraction(1), W)])
+def test_frames_have_square_pixels(tmp_path, aspect, width):
+    path = tmp_path / "dvd.mkv"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = aspect
+        for frame in bars(5):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
+    got = read_frames(path, n=3).array
+    assert got.shape == (3, H, width, 3) and video_info(path)[3:] == (width, H)
+    places = (np.arange(10) * 16 + 8) * width // W
+    assert [sum(int(f[12, x, 0] > 128) << bit for bit, x in enumerate(places)) for f in got] == [0, 2, 4]
+    if width != W:
+        with pytest.raises(VideoError, match="pixels are not square.*pyav|decord is not installed"):
+            read_frames(path, n=3, backend="decord")
+
+
+def test_addresses_and_bytes(films, tmp_path):
+    from PIL import Image
+
+    odd = tmp_path / "ein film %41.mp4"
+    odd.write_bytes((films / "a.mp4").read_bytes())
+    for name in (f"file://{odd}", f"file://localhost{odd}", f"file:{odd}", odd.as_uri(), Path(f"file://{odd}")):
+        assert video_info(name).frames == N and numbers(read_frames(name, n=3).array) == [0, 59, 119]
+    for name in ("https://example.invalid/x.mp4", "http://127.0.0.1:9/x.mp4", "rtsp://example.invalid/x", "s3://b/x.mp4"):
+        for path in (name, Path(name)):
+            with pytest.raises(VideoError, match="is an address, and nothing is fetched"):
+                read_frames(path, n=1)
+    with pytest.raises(VideoError, match="no file /nowhere/clip.mp4"):
+        read_frames("file:///nowhere/clip.mp4", n=1)
+    for data in (b"\0" * 5000, bytearray(9), memoryview(b"abc"), io.BytesIO(b"abc")):
+        with pytest.raises(VideoError, match="not bytes or an open file: save"):
+            read_frames(data, n=1)
+    Image.fromarray(bars(1)[0]).save(tmp_path / "0.png")
+    assert len(read_frames(tmp_path.as_uri(), n=1)) == 1  # a folder
+
+
+def test_what_does_not_fit_into_memory_is_a_sentence(films, monkeypatch):
+    class Little:
+        available = 50 * H * W * 3
+
+    monkeypatch.setattr(video.psutil, "virtual_memory", lambda: Little)
+    with pytest.raises(VideoError, match="120 frames of 160 x 96 .*iter_frames"):
+        read_frames(films / "a.mp4")
+    assert len(read_frames(films / "a.mp4", n=50)) == 50
+
+
+def test_parts_of_large_pictures_hold_fewer(films, monkeypatch):
+    monkeypatch.setattr(video, "PART_BYTES", 5 * H * W * 3)
+    parts = list(video.iter_frames(films / "a.mp4", n=12))
+    assert [len(part) for part in parts] == [5, 5, 2]
+    assert sum((numbers(part.array) for part in parts), []) == np.linspace(0, N - 1, 12, dtype=int).tolist()
+
+
+def cut_out():
+    "A picture [H,W,4]: on the left hidden red, on the right half transparent green, in the middle blue."
+    from PIL import Image
+
+    pixels = np.zeros((H, W, 4), np.uint8)
+    pixels[:, :40, 0] = 255
+    pixels[:, 40:120] = (0, 0, 255, 255)
+    pixels[:, 120:] = (0, 255, 0, 128)
+    return Image.fromarray(pixels)
+
+
+def test_transparent_frames_lie_on_white_as_images_do(tmp_path):
+    from longva.vision.image import open_image
+
+    stills = tmp_path / "stills"
+    stills.mkdir()
+    for k in range(3):
+        cut_out().save(stills / f"{k}.png")
+    want = np.asarray(open_image(stills / "0.png")).astype(int)
+    assert want[0, 0].tolist() == [255, 255, 255] and want[0, -1].tolist() == [127, 255, 127]
+    assert np.array_equal(read_frames(stills).array, np.stack([want] * 3))
+    for name, codec, pixels in (("a.mov", "png", "rgba"), ("b.mov", "qtrle", "argb"), ("c.png", "apng", "rgba")):
+        with av.open(str(tmp_path / name), "w", format="apng" if codec == "apng" else "mov") as out:
+            stream = out.add_stream(codec, rate=5)
+            stream.height, stream.width, stream.pix_fmt = H, W, pixels
+            for _ in range(3):
+                frame = av.VideoFrame.from_ndarray(np.asarray(cut_out()), format="rgba")
+                out.mux(stream.encode(frame.reformat(format=pixels)))
+            out.mux(stream.encode())
+        got = read_frames(tmp_path / name).array
+        assert np.abs(got - want).max() <= 1, name
+    for backend in ("decord",):
+        with pytest.raises(VideoError, match="transparent frames|decord"):
+            read_frames(tmp_path / "a.mov", backend=backend)
+
+
+def test_large_pictures_of_a_folder_are_not_unpacked(tmp_path, monkeypatch):
+    cut_out().save(tmp_path / "0.png")
+    monkeypatch.setattr(video, "MOST_PIXELS", H * W - 1)
+    with pytest.raises(VideoError, match="0.png has 160 x 96 pixels, and at most"):
+        read_frames(tmp_path)
+
+
+def test_images_by_address_and_as_bytes(tmp_path, monkeypatch):
+    import socket
+
+    from PIL import Image
+
+    from longva.vision.image import data_url, open_image
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given: pytest.fail("looked up"))
+    path = tmp_path / "ein bild.png"
+    Image.fromarray(bars(1)[0]).save(path)
+    url = data_url(Image.fromarray(bars(1)[0]), "PNG")
+    sources = [f"file://{path}", path.as_uri(), path.read_bytes(), bytearray(path.read_bytes()), path.open("rb"), url]
+    for source in [*sources, url.partition(",")[2]]:
+        assert np.array_equal(np.asarray(open_image(source)), bars(1)[0])
+    for name in ("https://example.invalid/x.png", "http://127.0.0.1:9/x.png", "s3://bucket/x.png"):
+        with pytest.raises(ValueError, match="is an address, and nothing is fetched"):
+            open_image(name)
+    for broken in (b"no picture", io.BytesIO(b""), "data:image/png;base64,AAAA", "data:image/png;base64,A", "nope.png"):
+        with pytest.raises(ValueError, match="cannot be read as an image|no file nope.png"):
+            open_image(broken)

@@ -142,7 +142,7 @@ def grid(
         raise Usage(f"{option}: {error}") from None
 
 def check_fps(fps):
-    """Refuse a rate that is no positive number."""
+    """Refuse a rate that isn't a positive number; raise Usage."""
     if fps is not None and not 0 < fps < float("inf"):
         raise Usage(f"--fps must be a number above 0, and not {fps:g}.")
 

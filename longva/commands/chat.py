@@ -22,7 +22,7 @@ def chat_model(
     name: str,  # a miniature, a folder, or a name on the hub
     device_map,  # for transformers
 ) -> tuple:  # (model, processor)
-    """Load a model to talk with; raise UnknownModel."""
+    """Load a LongVA and its processor; raise UnknownModel."""
     return load_model(model_folder(name), device_map)
 
 def what_it_knows(
@@ -170,7 +170,7 @@ def chat_command(
     stop: StopText = None,
     device_map: DeviceMap = None,
 ):
-    """Ask about videos and images; memory and time are estimated before, here and for LongVA-7B."""
+    """Ask about videos and images; first, memory and time are estimated, here and for LongVA-7B."""
     videos = video or []
     images = image or []
     sampling = dict(temperature=temperature, top_p=top_p, seed=seed)

@@ -29,12 +29,12 @@ def lmms_vniah_command(
     film: Annotated[Path, typer.Option(parser=path, help="A video file.")],
     needles: Annotated[Path, typer.Option(parser=path, help="A folder with needles.json.")],
     frames: Annotated[str, typer.Option(help="Haystack lengths, as 200,400,800.")],
-    out: Annotated[Path, typer.Option(parser=path, help="The folder for --include_path.")],
+    out: Annotated[Path, typer.Option(parser=path, help="Folder of the tasks, for lmms-eval's --include_path.")],
     depths: Annotated[str, typer.Option(help="Depths from 0 (first frame) to 1 (last).")] = "0,0.2,0.4,0.6,0.8,1",
     fps: Fps = None,
     fit: Annotated[Fit, typer.Option(help="How frames become square.")] = Fit.PAD,
 ):
-    """Write V-NIAH tasks for lmms-eval, of a video and needles."""
+    """Write V-NIAH tasks for lmms-eval from a video and needles."""
     with one_sentence(out):
         lengths = numbers(frames, int, "--frames")
         places = numbers(depths, float, "--depths")

@@ -220,7 +220,7 @@ def chance(
 Model = Annotated[str, typer.Option(help=(
     "mini-longva, mini-anyres, mini-short, or a LongVA: a folder (ours or the original's) or a name on the "
     "Hugging Face hub. Or a LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL, Qwen2.5-VL or Qwen3-VL in the format of "
-    "transformers, likewise."
+    "transformers, named in the same way."
 ))]
 HaystackWords = Annotated[list[str], typer.Option(callback=check_paths, help=(
     "The video to hide pictures in, or a folder of videos; may be given several times. "

@@ -49,7 +49,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".web
 def part_of(
     visual,  # a PIL image, a path, frames, or a dictionary that says its `type`
 ) -> dict:  # {"type": "image" or "video", "url": ...}
-    """Make a visual a part of a message; sound, and what is nothing, is a ValueError."""
+    """Make a visual a part of a message; raise ValueError for sound and for None."""
     if isinstance(visual, dict) and "type" in visual:
         return visual
     if isinstance(visual, Image.Image):

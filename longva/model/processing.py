@@ -159,7 +159,7 @@ def _stack_frames(pictures) -> np.ndarray:  # [N,H,W,3] uint8
 
 def _video_parts(video, num_frames, fps):  # yields uint8 [n,H,W,3], and seconds [n] or None
     """Read the frames of a video; of a file, some at a time, so that hours of it fit into memory."""
-    if isinstance(video, (str, Path)):
+    if isinstance(video, (str, Path, bytes)) or hasattr(video, "read"):  # the last two are refused there
         for part in iter_frames(video, n=num_frames, fps=fps):
             yield part.array, part.seconds
         return

@@ -19,7 +19,7 @@ from ..vision.unires import fit_frames, normalize
 
 # %% ../../nbs/552_needle.adapters.ipynb #4500006
 class Adapter(Reader):
-    """How one of transformers' models sees frames, is asked, and reads. As it stands it suits LLaVA-NeXT-Video."""
+    """A reader for one of transformers' models. This class suits LLaVA-NeXT-Video; others derive from it."""
     layers = None  # the model type whose layers the plan should count, where the model's own is unknown to it
     frames_at_once = 16
 
@@ -42,7 +42,7 @@ class Adapter(Reader):
         return own
 
     def facts(self) -> tuple:
-        """List what decides, beside the weights, what the model sees."""
+        """List the settings, besides the weights, that change what the model sees."""
         return type(self).__name__, self.side, self.seconds
 
     def tower_weights(self):
@@ -211,7 +211,7 @@ def words(self: Qwen3VL, ids, at) -> tuple:  # (embeddings [l,D], positions [3,l
 
 @patch
 def parts(self: Qwen3VL, piece, state):  # yields (embeddings [l,D'], positions [3,l], whether they are a frame's)
-    """Take a piece apart: text, or stamps, frames and the marks behind them."""
+    """Split a piece into its parts: text, or stamps, frames and the marks behind them."""
     at, shown = state
     if piece[0] == "ids":
         yield self.words(piece[1], at)

@@ -149,7 +149,7 @@ def token_ids(
     tokenizer,
     text: str,
 ) -> np.ndarray:  # [L] int64
-    """Tokenize a text, without the tokens that a tokenizer adds around it."""
+    """Tokenize a text, without the tokens that a tokenizer adds at the ends."""
     return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
 
 # %% ../../nbs/530_needle.book.ipynb #6f7c1fc8
@@ -264,7 +264,7 @@ class Pieces:
     stops: Stops
 
     def identity(self) -> str:  # 12 hex digits
-        """Hash what the tokenizer makes of the wording."""
+        """Hash the token ids of the wording."""
         parts = [self.prefix, self.question, *self.needles, *self.distractors, self.stops.ends, self.stops.digits]
         return digest(*(p.tobytes() for p in parts), self.answers)
 

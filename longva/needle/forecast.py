@@ -272,7 +272,7 @@ def rounds(
     trials: list,  # of the run so far
     asks: dict,  # all that may be asked: {(needle, length, depth): Ask}
     half_width: float,  # at which a cell is settled; None asks everything once
-    right,  # number of the needle -> will the model's answer be right?
+    right,  # number of a needle -> whether its answer is taken as right
 ):  # yields lists of Ask
     """Say what a run asks, walk by walk, if its answers come out like this."""
     done = [trial for trial in trials if key(trial) in asks]

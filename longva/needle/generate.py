@@ -267,7 +267,7 @@ VIEWS = {
 
 # %% ../../nbs/525_needle.generate.ipynb #51c25c54
 def _draw_view(image, pen, view):
-    """Draw what stands between the scene and who looks at it."""
+    """Draw what stands between the scene and the viewer."""
     side = image.width
     if view == "round":
         mask = Image.new("L", (side, side), 255)

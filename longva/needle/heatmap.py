@@ -94,7 +94,7 @@ def scores(
 def mean_score(
     results,  # as in `scores`
 ) -> float:  # between 0 and 1
-    """Average the cells: what the field calls the average accuracy."""
+    """Average the cells: what papers call the average accuracy."""
     shares = list(scores(results).values())
     return sum(shares) / len(shares) if shares else math.nan
 

@@ -43,7 +43,7 @@ def judge(
     logits: torch.Tensor,  # [S,V]
     answer: list,  # S ids
 ) -> tuple:  # (arg-max ids, correct, margin)
-    """Judge one trial as the field does; say by how much it was decided."""
+    """Judge one trial by V-NIAH's rule, and compute its margin."""
     if not logits.isfinite().all():
         raise NeedleError(
             "The model's logits are not finite: load it in bfloat16 or float32, for Qwen2 overflows in float16."

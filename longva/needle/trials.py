@@ -42,7 +42,7 @@ class Trial:
     correct: bool  # argmax_ids == answer_ids
     margin: float  # smallest lead of an answer token over the best other token, in logits
     seconds: float  # time of the trial (of its batch, divided by the batch's trials)
-    seed: int = 0  # the one that haystack and needles were made with
+    seed: int = 0  # seed that haystack and needles were made with
     versions: dict = field(default_factory=dict)  # of the software that computed it
     variant: str = "vniah"  # see `needle.variants`
     choices: list = field(default_factory=list)  # ids, or answers as lists of ids, to choose from; empty: every token
@@ -73,7 +73,7 @@ def different(
     old: dict,  # settings of the trials that are there
     new: dict,  # settings of those that are wanted
 ) -> str:  # names, and where it is short both values; empty if nothing differs
-    """Name the settings in which two tests differ; the half-width of an adaptive run makes no other test."""
+    """Name the settings in which two tests differ; the half-width of an adaptive run doesn't count."""
     old = {"variant": "vniah"} | old
     new = {"variant": "vniah"} | new
     names = [k for k in old | new if k != "half_width" and _content(old.get(k)) != _content(new.get(k))]

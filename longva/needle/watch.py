@@ -43,7 +43,7 @@ def undisturbed(
 
 # %% ../../nbs/580_needle.watch.ipynb #45a0007
 def _whole_passes(reader):
-    """Let every pass end with the last layer, as ZeRO-3 wants it: a plain cache instead of the reader's buffer."""
+    """Let every pass run through the last layer, as ZeRO-3 requires: a plain cache instead of the reader's buffer."""
     def cache(room, host=False):
         return kv_cache(reader.model, room)
     reader.cache = cache

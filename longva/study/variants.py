@@ -49,7 +49,7 @@ def answer_choices(
     answer: str,  # a colour and a background
     k: int,  # number of the needle
     seed: int,
-) -> tuple:  # four answers, the right one at a place drawn by lot
+) -> tuple:  # four answers, the right one at a random place
     """Offer answers to choose from: other colours on other backgrounds."""
     rng = np.random.default_rng((seed, k, 4))
     colour, background = answer.split()
@@ -84,7 +84,7 @@ def mini_scene(
     seed: int = 0,
     side: int = 28,  # pixels
 ) -> tuple:  # (Frames, needles, distractors)
-    """Draw a video of the small world, images that are foreign to it, and others that are like them."""
+    """Draw a video of the small world, images that are foreign to it, and their distractors."""
     with tempfile.TemporaryDirectory() as folder:
         drawn = load_needles(W.write_needles(folder, needles, seed, side))
     foreign = [W.OBJECTS[thing] for thing in W.needle_objects(seed)]

@@ -144,20 +144,35 @@ def tile_image(
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean, in grey levels
 
 
+_THIN = 4  # long side over short side, from which work goes by the square and not by the picture
+
+
 def _crop(image, S):
     "Short side to S, the other side truncated to whole pixels, the middle cut out."
     short = min(image.size)
     w, h = (int(S * side / short) for side in image.size)
     x = (w - S) // 2
     y = (h - S) // 2
-    return _resize(image, (w, h)).crop((x, y, x + S, y + S))
+    if max(image.size) < _THIN * short:
+        return _resize(image, (w, h)).crop((x, y, x + S, y + S))
+    # only the middle is resized
+    wide = image.width / w
+    high = image.height / h
+    box = (x * wide, 0, (x + S) * wide, image.height)
+    image = image.resize((S, image.height), Image.Resampling.BICUBIC, box)
+    return image.resize((S, S), Image.Resampling.BICUBIC, (0, y * high, S, (y + S) * high))
 
 
 def _pad(image, S):
     "On the smallest square that holds it, centred, then to S."
     side = max(image.size)
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    whole = (side, side)
+    if side >= _THIN * min(image.size):  # along the long side nothing is added, so that one is resized first
+        is_wide = image.width == side
+        whole = (S, side) if is_wide else (side, S)
+        image = image.resize((S, image.height) if is_wide else (image.width, S), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", whole, PAD_COLOUR)
+    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
     return _resize(square, (S, S))
 
 

@@ -58,7 +58,7 @@ def foreign_file(
     value,  # parsed JSON
     uploads: Path,  # where uploads lie
 ) -> str | None:
-    """Find the first path in an event that is no upload."""
+    """Find the first path in an event that isn't in the folder of uploads."""
     if isinstance(value, list):
         values = value
     elif isinstance(value, dict):

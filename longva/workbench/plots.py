@@ -371,8 +371,8 @@ def work_at(kind: str, ranks: int, step: int, each: int = 4) -> Work:
                 done[rank] += pairs.sum()
     return Work(length, owner, done, now)
 
-def held_keys(kind: str, ranks: int, step: int) -> np.ndarray:  # [W,chunks] the chunk's rank; nan: not at hand
-    """Find the chunks of keys that each rank has at hand in this step."""
+def held_keys(kind: str, ranks: int, step: int) -> np.ndarray:  # [W,chunks] the chunk's rank; nan: not held
+    """Find the chunks of keys that each rank holds in this step."""
     context = Context(kind, ranks)
     order = context.order(context.multiple).numpy()
     chunks = np.full((ranks, context.multiple), np.nan)
@@ -413,7 +413,7 @@ def _add_pairs(figure, work, chunks, colours):
     figure.update_yaxes(title="query (chunk)", range=[chunks - 0.5, -0.5], scaleanchor="x", **ticks)
 
 def _add_keys(figure, held, colours, names):
-    """Draw the keys that each rank has at hand."""
+    """Draw the keys that each rank holds."""
     ranks, chunks = held.shape
     figure.add_heatmap(
         z=held, x=list(range(chunks)), y=names, colorscale=_hard_scale(colours), zmin=-0.5, zmax=ranks - 0.5,

@@ -235,7 +235,7 @@ class NeedleExplorer(Explorer):
         self.cell.value = ""
 
     def change_rope(self, change=None):
-        """Stretch the rotary embedding; the map so far no longer holds."""
+        """Stretch the rotary embedding, and empty the map."""
         self.factor.disabled = self.method.value == "base"
         if self.paused:
             return
