@@ -1209,7 +1209,7 @@ def test_addresses_and_bytes(films, tmp_path):
     with pytest.raises(VideoError, match="no file /nowhere/clip.mp4"):
         read_frames("file:///nowhere/clip.mp4", n=1)
     for data in (b"\0" * 5000, bytearray(9), memoryview(b"abc"), io.BytesIO(b"abc")):
-        with pytest.raises(VideoError, match="not from bytes or an open file: save it"):
+        with pytest.raises(VideoError, match="not bytes or an open file: save"):
             read_frames(data, n=1)
     Image.fromarray(bars(1)[0]).save(tmp_path / "0.png")
     assert len(read_frames(tmp_path.as_uri(), n=1)) == 1  # a folder

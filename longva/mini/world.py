@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ..vision.index import open_video
 from ..vision.video import write_video
 
 # %% ../../nbs/600_mini.world.ipynb #2e456fab
@@ -439,7 +440,7 @@ def film_seed(
     path: str | Path,  # a video
 ) -> int | None:  # None if the video has no such comment
     """Read the seed of a video by `write_film`, even if the file was renamed."""
-    with av.open(str(path), metadata_errors="replace") as video:
+    with open_video(path) as (video, _):
         mark, _, seed = video.metadata.get("comment", "").rpartition(" ")
     is_ours = f"{mark} " == MARK and seed.isascii() and seed.isdigit()
     return int(seed) if is_ours else None

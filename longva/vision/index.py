@@ -62,8 +62,8 @@ def local_path(
 def video_path(path) -> Path:
     """Make a Path, also of a `file://` address, or raise a `VideoError` about what is none."""
     if isinstance(path, (bytes, bytearray, memoryview)) or hasattr(path, "read"):
-        raise VideoError("A video is read from a file, not from bytes or an open file: save it under a name, and give "
-                         "that.")
+        raise VideoError("The path of a video must be a text or a Path, not bytes or an open file: save the video "
+                         "under a name, and give that.")
     if not isinstance(path, (str, os.PathLike)):
         kind = type(path).__name__
         raise VideoError(f"The path of a video must be a text or a Path, not {str(path)[:60]!r} ({kind}).")

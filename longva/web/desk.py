@@ -22,7 +22,7 @@ from PIL import Image
 from ..model.chat import Chat, ChatError, Stopped, TooLarge, UnknownWord
 from ..model.prefill import measure_speed, say_bytes, say_seconds
 from ..vision.image import data_url, open_image
-from ..vision.video import VideoError, read_frames, video_info
+from ..vision.video import VideoError, iter_frames, video_info
 from .serve import remove_uploads
 
 # %% ../../nbs/775_web.desk.ipynb #33ecb1f2
@@ -65,8 +65,8 @@ def seen_html(
             shown.append(open_image(part["image"]))
         if part["type"] == "video":
             count = min(most, video_info(part["video"]).frames)
-            frames = read_frames(part["video"], n=count).array
-            shown += [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+            for one in iter_frames(part["video"], n=count, batch=1):
+                shown.append(Image.fromarray(np.ascontiguousarray(one.array[0])).resize((84, 84)))
     return f'<div class="seen">{"".join(map(thumbnail, shown))}</div>' if shown else ""
 
 # %% ../../nbs/775_web.desk.ipynb #b6eaaf1f
