@@ -1,4 +1,5 @@
-"""The real command in fresh processes: what it refuses, what it keeps when it is stopped, and that it is quick to say no."""
+"""The real command in fresh processes: what it refuses, what it keeps when it is stopped, and that it is quick
+to say no."""
 
 import json
 import os
@@ -93,7 +94,10 @@ def test_it_is_installed_and_quick_to_help(tmp_path):
         (
             dict(model="mini-lonva"),
             2,
-            "no miniature called mini-lonva: choose one of mini-longva, mini-anyres, mini-short, or name a folder with a model",
+            (
+                "no miniature called mini-lonva: choose one of mini-longva, mini-anyres, mini-short, or name a folder"
+                " with a model"
+            ),
         ),
         (dict(model=""), 2, "--model is empty: choose one of mini-longva"),
         (dict(model="bare"), 2, "The folder bare holds no processor"),
@@ -270,28 +274,32 @@ def test_killed_then_stopped_then_finished(things, tmp_path):
 
 
 def test_whose_needles(things, tmp_path):
-    "Without --needles: those beside the video; otherwise the ones that this video doesn't show; never those of another seed."
+    """Without --needles: those beside the video; otherwise the ones that this video doesn't show; never those of
+    another seed."""
     film = shutil.copy(things / "film.mp4", tmp_path / "alone.mp4")
     assert film_seed(film) == 3
-    go = lambda film, out, *more: longva(
-        "vniah",
-        "--model",
-        "mini-longva",
-        "--haystack",
-        film,
-        "--frames",
-        "4",
-        "--depths",
-        "0",
-        "--out",
-        out,
-        *more,
-        cwd=tmp_path,
-    )
+
+    def go(film, out, *more):
+        return longva(
+            "vniah",
+            "--model",
+            "mini-longva",
+            "--haystack",
+            film,
+            "--frames",
+            "4",
+            "--depths",
+            "0",
+            "--out",
+            out,
+            *more,
+            cwd=tmp_path,
+        )
+
     beside = go(things / "film.mp4", "beside")
-    assert beside.returncode == 0 and f"Needles: those beside the video, in {things / 'needles'}." in beside.stdout, (
-        beside
-    )
+    assert (
+        beside.returncode == 0 and f"Needles: those beside the video, in {things / 'needles'}." in beside.stdout
+    ), beside
     assert (
         len(read_trials(tmp_path / "beside" / "trials.jsonl")) == 2 and not (tmp_path / "beside" / "needles").exists()
     )
@@ -306,9 +314,9 @@ def test_whose_needles(things, tmp_path):
     for out in ("strange", "stray"):
         before = sorted(tmp_path.rglob("*"))
         done = go(film, out)
-        assert done.returncode == 1 and f"{out}/needles holds something else than this video's needles" in done.stderr, (
-            done
-        )
+        assert (
+            done.returncode == 1 and f"{out}/needles holds something else than this video's needles" in done.stderr
+        ), done
         assert len(done.stderr.splitlines()) == 1 and sorted(tmp_path.rglob("*")) == before
     before = sorted(tmp_path.rglob("*"))
     done = go(film, "beside")  # begun with other needles
@@ -338,7 +346,9 @@ def test_an_out_that_is_a_file(things, tmp_path):
 
 
 def test_full_disk(things, tmp_path):
-    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # no file may grow beyond 12 kB
+    def small():
+        return resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # no file may grow beyond 12 kB
+
     words = [
         "vniah",
         "--model",
@@ -358,7 +368,8 @@ def test_full_disk(things, tmp_path):
     assert (
         0 < kept < 40
         and done.stderr.splitlines()[-1]
-        == f"out/trials.jsonl can't be written (file too large): its {kept} finished trials are kept; make room and run the same again."
+        == f"out/trials.jsonl can't be written (file too large): its {kept} finished trials are kept; make room and run"
+        " the same again."
     )
     assert longva(*words, "--out", "out", cwd=tmp_path).returncode == 0  # when there is room again
     assert len(read_trials(tmp_path / "out" / "trials.jsonl")) == 40

@@ -197,6 +197,7 @@ def break_the_order(house):
 
 
 disorders = [
+    (break_the_order, "nbs/210_room.thing.ipynb imports longva.top.thing, which is 1 floors up"),
     (edit_module, "longva/room/thing.py is not what nbs/210_room.thing.ipynb exports"),
     (rename_notebook, "longva/room/thing.py is stale, no notebook exports it"),
     (forget_export, "longva/room/new.py is missing, a notebook exports it: run `make export`"),
@@ -215,9 +216,9 @@ def test_check_tree_finds(house, disorder, sentence):
     done = run(sys.executable, "tools/check_tree.py", cwd=house)
     assert done.returncode == 1
     assert sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert before == {
-        p: p.read_bytes() for p in house.rglob("*") if p.suffix in (".py", ".ipynb", ".md")
-    }, "the check wrote into the tree"
+    assert before == {p: p.read_bytes() for p in house.rglob("*") if p.suffix in (".py", ".ipynb", ".md")}, (
+        "the check wrote into the tree"
+    )
 
 
 def test_notebooks_that_fail_or_test_nothing(house):

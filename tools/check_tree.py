@@ -3,7 +3,8 @@
     python tools/check_tree.py
 
 Finds modules edited by hand, modules that no notebook exports any more, exports that were forgotten, notebooks that
-are unclean, too big or show a path of a machine, and a README out of step. It works on a copy in a temporary folder
+are unclean, too big or show a path of a machine, imports that go up or in a circle, exported code that no call shows
+(tools/house.py), a stale map and a README out of step. It works on a copy in a temporary folder
 and never writes into the tree.
 """
 
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import house
 
 root = Path(__file__).resolve().parents[1]
 max_kb = 300
@@ -117,6 +120,8 @@ def shown_text(value):
 
 def main():
     if faults := [*differences(), *notebook_faults()]:
+        sys.exit("\n".join(faults))
+    if faults := list(house.faults(root)):
         sys.exit("\n".join(faults))
     # Last, because README.md is built by running index.ipynb on the modules.
     readme = subprocess.run([sys.executable, root / "tools" / "readme.py", "--check"], capture_output=True, text=True)
