@@ -146,7 +146,7 @@ def faults(folder):
 STYLE = """
   text { font: 13px system-ui, sans-serif; fill: #1f2328 }
   .floor { font-size: 12px; fill: #59636e }
-  .module { font-size: 12px }
+  .module { font-size: 11px }
   .name { font-weight: 600 }
   .room { fill: #f6f8fa; stroke: #8c959f }
   .arrow { stroke: #0969da; fill: none; opacity: .45 }
@@ -157,7 +157,7 @@ STYLE = """
   .room { fill: #161b22; stroke: #6e7681 }
   .arrow { stroke: #4493f8 } #tip path { fill: #4493f8 } }
 """
-width, row, column, left, gap = 1000, 17, 116, 30, 28
+width, row, column, left, gap = 1000, 17, 132, 30, 28
 
 
 def draw(modules):
