@@ -699,14 +699,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 for folder in ({str(tmp_path / "ours")!r}, {str(original)!r}):
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
     assert type(model) is LongVA and type(processor).__name__ == "LongVAProcessor"
     image = {{"type": "image", "image": Image.new("RGB", (70, 40), "teal")}}
-talk = [{{"role": "user", "content": [image, {{"type": "text", "text": "w1"}}]}}]
+    talk = [{{"role": "user", "content": [image, {{"type": "text", "text": "w1"}}]}}]
     batch = processor.apply_chat_template(
-    talk, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-)
-    with torch.no_grad(): save_file({{"logits": model(**batch).logits}}, folder + "/logits.safetensors")
+        talk, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    with torch.no_grad():
+        save_file({{"logits": model(**batch).logits}}, folder + "/logits.safetensors")
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     talk = [

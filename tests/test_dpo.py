@@ -426,7 +426,7 @@ def test_file_that_goes_away_in_training_is_a_sentence(data, tmp_path, monkeypat
         return first(self, batch, normalizer)
 
     monkeypatch.setattr(DPOLoss, "forward", lose)
-    with pytest.raises(TrainError, match="could be read before training, and no more"):
+    with pytest.raises(TrainError, match="could be read before training, and cannot be read any more"):
         trainer(where / data.name, tmp_path / "run", steps=4, rows=5, parts=ALL_PARTS)
 
 

@@ -624,7 +624,8 @@ def test_not_a_rotary_model():
 def test_what_is_no_model_at_all():
     for wrong in ("x", None, torch.nn.Linear(2, 2), {"rope_theta": 1e6}):
         for call in (rope_report, exact_rope, lambda m: extend_rope(m, theta=1e6), lambda m: base_search(m, len)):
-            with pytest.raises(ValueError, match=f"{type(wrong).__name__}.*transformers model.*\\.$"):
+            needed = f"transformers model.* is needed, not a {type(wrong).__name__}: load one with from_pretrained\\.$"
+            with pytest.raises(ValueError, match=needed):
                 call(wrong)
-    with pytest.raises(ValueError, match="Qwen2Config.*transformers model"):
+    with pytest.raises(ValueError, match="transformers model is needed, not a Qwen2Config"):
         rope_report(tf.Qwen2Config())
