@@ -400,3 +400,13 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path, command):
         and ("it is empty" in done.stderr or "Say with --text" in done.stderr)
         and not list(tmp_path.iterdir())
     )
+
+
+def test_addresses_of_videos(things):
+    """A file:// address is read; another one is refused by its own sentence, before a model is loaded for nothing."""
+    film = (things / "film.mp4").resolve()
+    read = longva("chat", "--video", film.as_uri(), "--frames", "4", "find star", cwd=things)
+    assert read.returncode == 0, read
+    refused = longva("chat", "--video", "https://a.b/c.mp4", "find star", cwd=things)
+    assert refused.returncode == 1 and "nothing is fetched from the network" in refused.stderr, refused
+    assert "Traceback" not in refused.stderr

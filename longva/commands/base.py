@@ -99,7 +99,8 @@ def check_exists(
 ):
     """Refuse names that don't exist, before anything slow begins; raise MissingInput."""
     for name in names:
-        if not Path(name).exists():
+        is_address = "://" in str(name)  # the reader of the file takes file:// and has a sentence for others
+        if not is_address and not Path(name).exists():
             raise MissingInput(f"There is no file {name} ({option}): check the name and the folder.")
 
 # %% ../../nbs/800_commands.base.ipynb #30a4e889
