@@ -8,7 +8,7 @@ __all__ = ['PIXELS', 'AlignLoss']
 # %% ../../nbs/459_train.align_loss.ipynb #a5751ab3
 import torch
 
-from ..context.loss import linear_cross_entropy
+from ..context.loss import linear_cross_entropy, output_head
 from ..context.parallel import current_context, shard, shard_batch
 from ..model.config import LongVAConfig
 from .batch import TokenLoss, collate
@@ -60,6 +60,7 @@ class AlignLoss(TokenLoss):
         batch: dict,  # of `collate`
         normalizer: float,  # learned tokens of the whole step
     ) -> torch.Tensor:  # this rank's part of the mean
+        self.check(batch["position_ids"])
         embeds = self.embed(batch)
         text = {name: batch[name] for name in ("position_ids", "labels", "weights")}
         if current_context().ranks > 1:
@@ -67,9 +68,8 @@ class AlignLoss(TokenLoss):
             embeds = shard(embeds, 1)
         positions = text["position_ids"]
         hidden = self.model.base_model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
-        weight = self.model.get_output_embeddings().weight
         return linear_cross_entropy(
-            hidden, weight, text["labels"], text["weights"], chunk=self.chunk, normalizer=normalizer
+            hidden, output_head(self.model), text["labels"], text["weights"], chunk=self.chunk, normalizer=normalizer
         )
 
     def figures(self) -> dict:  # this rank's part

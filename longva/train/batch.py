@@ -8,8 +8,8 @@ __all__ = ['check_sample', 'collate', 'counted', 'TokenLoss']
 # %% ../../nbs/425_train.batch.ipynb #e8b42062
 import torch
 
-from ..context.loss import linear_cross_entropy
-from ..context.parallel import PADDING, shard_batch
+from ..context.loss import check_documents, check_head, last_hidden, linear_cross_entropy, output_head
+from ..context.parallel import PADDING, current_context, shard_batch
 from .recipe import TrainError
 
 # %% ../../nbs/425_train.batch.ipynb #3b09b3cf
@@ -72,8 +72,13 @@ class TokenLoss(torch.nn.Module):
         chunk: int = 1024,  # tokens
     ):
         super().__init__()
+        if hasattr(model, "get_base_model"):
+            raise TrainError("The model is wrapped by PEFT: give model.get_base_model(), whose adapters are trained "
+                             "just the same.")
         self.model = model
         self.chunk = chunk
+        self.head_is_known = False
+        self.documents_are_known = False
 
     def collate(self, samples: list) -> dict:
         return collate(samples)
@@ -90,12 +95,27 @@ class TokenLoss(torch.nn.Module):
     def figures(self) -> dict:
         return {}
 
+    def check(self, positions: torch.Tensor) -> None:
+        """Try the model on a few tokens before its first batch; raise ValueError if its loss would be wrong.
+
+        This loss must make the model's own logits, and the model keep documents apart, where a row holds several.
+        """
+        if not self.head_is_known:
+            check_head(self.model)
+        self.head_is_known = True
+        if self.documents_are_known or current_context().ranks > 1:
+            return  # models that read shards have been tried by context_parallel
+        if (positions[:, 1:] == 0).any():
+            check_documents(self.model)
+            self.documents_are_known = True
+
     def forward(self,
         batch: dict,  # from `collate`; under context parallelism from `shard`
         normalizer: float,  # `count` of the whole step
     ) -> torch.Tensor:  # this rank's part of the mean
+        self.check(batch["position_ids"])
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "weights")}
-        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        weight = self.model.get_output_embeddings().weight
+        hidden = last_hidden(self.model, **inputs)
+        head = output_head(self.model)
         return linear_cross_entropy(
-            hidden, weight, batch["labels"], batch["weights"], chunk=self.chunk, normalizer=normalizer)
+            hidden, head, batch["labels"], batch["weights"], chunk=self.chunk, normalizer=normalizer)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ..context.loss import token_log_probs
+from ..context.loss import Head, output_head, token_log_probs
 from ..context.parallel import current_context, shard_batch
 from .batch import TokenLoss
 from .pair_batch import collate_pairs
@@ -59,14 +59,14 @@ def dpo_loss(
 # %% ../../nbs/468_train.dpo_loss.ipynb #ce7eca85
 def answer_log_probs(
     hidden: torch.Tensor,  # the last hidden states [R,L,D]
-    weight: torch.Tensor,  # of the output layer [V,D]
+    head: torch.Tensor | Head,  # the output layer [V,D]
     labels: torch.Tensor,  # int64 [R,L], already shifted; -100 where the token that follows is no answer
     chunk: int = 1024,  # tokens whose logits exist at the same time
 ) -> tuple:  # sums over each row's answer tokens [R], in float32 or more, and how many these are [R]
-    """Compute log-probabilities of answers, without holding [L,V]; gradients flow to `hidden` and `weight`."""
+    """Compute log-probabilities of answers, without holding [L,V]; gradients flow to `hidden` and the head."""
     answers = labels != -100
     counts = answers.sum(1)
-    each = token_log_probs(hidden[answers], weight, labels[answers], chunk)
+    each = token_log_probs(hidden[answers], head, labels[answers], chunk)
     return torch.stack([row.sum() for row in each.split(counts.tolist())]), counts
 
 # %% ../../nbs/468_train.dpo_loss.ipynb #ea0aa334
@@ -142,13 +142,13 @@ class DPOLoss(TokenLoss):
 
     def log_probs(self, batch: dict) -> tuple:  # sums [2B] and counts [2B] of the answers' tokens
         """Compute log-probabilities of the answers; ranks that share a sequence get the sums over all of them."""
+        self.check(batch["position_ids"])
         rows = dict(inputs_embeds=self.embed(batch), labels=batch["labels"], position_ids=batch["position_ids"])
         shared = current_context().ranks > 1
         rows = shard_batch(rows) if shared else rows
         labels = rows.pop("labels")
         hidden = self.model.base_model(**rows, use_cache=False).last_hidden_state
-        weight = self.model.get_output_embeddings().weight
-        sums, counts = answer_log_probs(hidden, weight, labels, self.chunk)
+        sums, counts = answer_log_probs(hidden, output_head(self.model), labels, self.chunk)
         if not shared:
             return sums, counts
         everyone = torch.stack([sums.detach(), counts.to(sums.dtype)])

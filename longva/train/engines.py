@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..context.parallel import context_parallel
+from ..context.parallel import check_attention, context_parallel
 from .ranks import Ranks, set_deepspeed_device
 from .recipe import Recipe, TrainError
 
@@ -294,12 +294,21 @@ def make_engine(
     return kind(loss, groups, recipe, ranks)
 
 @contextmanager
-def shared_sequences(model, recipe: Recipe, ranks: Ranks):
-    """Switch the model's attention to context parallelism, if ranks share sequences."""
+def shared_sequences(
+    model,
+    recipe: Recipe,
+    ranks: Ranks,
+    length: int = 0,  # tokens of the longest sequence, if known
+):
+    """Switch the model's attention to context parallelism, if ranks share sequences; refuse a model that can't."""
     if ranks.cp == 1:
         yield
         return
     if model.config.get_text_config()._attn_implementation != "longva_cp":
         model.set_attn_implementation("longva_cp")
+    try:
+        check_attention(model, length)
+    except ValueError as error:
+        raise TrainError(str(error)) from None
     with context_parallel(ranks.group, kind=recipe.kind):
         yield

@@ -87,11 +87,12 @@ def train(
     if recipe.steps < 1: raise TrainError("steps is 0: it must be at least 1, or nothing is trained.")
     ranks = find_ranks(recipe)
     ranks.run(lambda: check_trackers(recipe.trackers))
-    check_memory(model, getattr(batches, "length", 1), recipe, ranks)
+    length = getattr(batches, "length", 1)
+    check_memory(model, length, recipe, ranks)
     loss = loss or TokenLoss(model)
     groups = groups or weight_groups(loss, recipe)
     now = Identity(recipe, [group["lr"] for group in groups], model_facts(loss), identity or {})
-    with Run(out, recipe, ranks, now) as run, shared_sequences(model, recipe, ranks):
+    with Run(out, recipe, ranks, now) as run, shared_sequences(model, recipe, ranks, length):
         _prepare(model, recipe)
         engine = make_engine(loss, groups, recipe, ranks)
         peak = peak_flops(ranks.device)
