@@ -185,7 +185,8 @@ def test_presets_are_those_of_section_3_2():
         (128, 8192, "cosine", 0.03, 1, "square"),
         (32, 32768, "cosine", 0.03, 1, "model"),
     ]
-    said = "".join(json.dumps(c["source"]) for c in json.loads((ROOT / "nbs/paper/section3_2.ipynb").read_text())["cells"])
+    cells = json.loads((ROOT / "nbs/paper/section3_2.ipynb").read_text())["cells"]
+    said = "".join(json.dumps(c["source"]) for c in cells)
     assert all(words in said for words in ("1e-3", "1e-5", "2e-6", "8,192", "32,768", "3% warm-up"))
 
 
