@@ -153,7 +153,7 @@ def view_handlers(gr, demo):
         try:
             return visit, *look(visit, demo, palette, which)
         except (NeedleError, mini.UnknownModel) as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
 
     def sliders(visit):
         most = len(visit.bench(bench).film)
@@ -173,7 +173,7 @@ def slider_handlers(view):
         return view.shown(visit, palette, which)
 
     def lengthen(visit, n, palette, which):
-        visit.frames = int(n)
+        visit.frames = min(max(int(n), 1), len(visit.bench(bench).film))
         return view.shown(visit, palette, which)
 
     def move(visit, percent, palette, which):
@@ -184,28 +184,39 @@ def slider_handlers(view):
 
 
 def click_handlers(gr, view, demo):
-    "Clicks and drags; what was clicked comes with the event."
+    "Clicks and drags; what was clicked comes with the event, and is checked before the visit changes."
+    from longva.needle.bench import FRAMES
+    from longva.needle.trials import NeedleError
+    from longva.web.visit import event_number
+
+    def number(event, name, high, low=0):
+        try:
+            return event_number(event, name, low, high)
+        except NeedleError as error:
+            raise gr.Error(str(error), print_exception=False) from None
 
     def drag(visit, palette, which, event: gr.EventData):
-        visit.depth = min(max(float(event.depth), 0.0), 1.0)
+        visit.depth = number(event, "depth", 1)
         return round(100 * visit.depth, 2), *view.shown(visit, palette, which)
 
     def click_needle(visit, palette, which, event: gr.EventData):
-        visit.needle = int(event.index)
+        visit.needle = int(number(event, "index", len(visit.bench(bench).needles) - 1))
         return view.shown(visit, palette, which)
 
     def click_cell(visit, palette, event: gr.EventData):
-        cell = int(event.frames), float(event.depth)
+        cell = int(number(event, "frames", FRAMES[-1], 1)), number(event, "depth", 1)
         visit.opened = None if visit.opened == cell else cell
         picture, trials = heat_map(visit, demo, palette)
         return visit, picture, opened(visit, trials)
 
     def click_trial(visit, palette, which, event: gr.EventData):
+        frames = int(number(event, "frames", len(visit.bench(bench).film), 1))
+        depth = number(event, "depth", 1)
         names = [needle.name for needle in visit.bench(bench).needles]
         if event.needle in names:
             visit.needle = names.index(event.needle)
-        visit.frames = int(event.frames)
-        visit.depth = float(event.depth)
+        visit.frames = frames
+        visit.depth = depth
         return *view.sliders(visit), *view.shown(visit, palette, which)
 
     return SimpleNamespace(drag=drag, click_needle=click_needle, click_cell=click_cell, click_trial=click_trial)
