@@ -433,7 +433,8 @@ def test_rope_settings_that_are_given(original, tmp_path):
     model.save_pretrained(tmp_path / "ours")
     again = LongVA.from_pretrained(tmp_path / "ours", rope_theta=1e7).config.text_config.rope_parameters
     assert again == dict(rope_type="linear", factor=2.0, rope_theta=1e7)
-    refused(lambda: LongVA.from_pretrained(original, config=model.config, rope_theta=1e6), "rope_theta came", error=ValueError)
+    beside = dict(config=model.config, rope_theta=1e6)
+    refused(lambda: LongVA.from_pretrained(original, **beside), "rope_theta came", error=ValueError)
     refused(lambda: LongVAConfig(text_config=dict(rope_theta=1e9), rope_theta=1e6), "said twice", error=ValueError)
     refused(lambda: LongVAConfig(text_config=Qwen2Config(), max_position_embeddings=7), "said twice", error=ValueError)
 
