@@ -422,7 +422,7 @@ def test_a_rope_that_is_not_built_is_named(tmp_path, change, words):
 
 
 def test_rope_settings_that_are_given(original, tmp_path):
-    """A base alone is the base alone; what is given counts more than the file; said twice, and differently, is refused."""
+    """A base alone is the base alone; what is given counts more than the file; two that differ are refused."""
     model = LongVA.from_pretrained(original, rope_theta=1e6, max_position_embeddings=77)
     assert model.config.text_config.rope_parameters == dict(rope_type="default", rope_theta=1e6)
     assert model.config.text_config.max_position_embeddings == 77
