@@ -46,7 +46,11 @@ RADIOS = """() => {
         const group = document.querySelector(`#${id} .wrap:has(input)`);
         group.setAttribute('role', 'radiogroup');
         group.setAttribute('aria-label', id === 'model' ? 'Model' : 'Colours of the heat map');
-        for (const radio of group.querySelectorAll('input')) radio.name = id;
+        const name = () => {
+            for (const radio of group.querySelectorAll('input')) if (radio.name !== id) radio.name = id;
+        };
+        new MutationObserver(name).observe(group, {subtree: true, attributeFilter: ['name']});
+        name();
     }
 }"""
 SAVE = """text => {
@@ -155,7 +159,7 @@ def view_handlers(gr, shared):
         try:
             return visit, *look(visit, shared, palette, which)
         except (NeedleError, mini.UnknownModel) as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
 
     def slider(visit):
         most = len(visit.bench(shared).film)
@@ -165,7 +169,7 @@ def view_handlers(gr, shared):
     return SimpleNamespace(shown=shown, slider=slider)
 
 
-def slider_handlers(view):
+def slider_handlers(view, shared):
     "Model and length."
 
     def choose(visit, name, palette, which):
@@ -174,42 +178,55 @@ def slider_handlers(view):
         return view.shown(visit, palette, which)
 
     def lengthen(visit, n, palette, which):
-        visit.frames = int(n)
+        visit.frames = min(max(int(n), 1), len(visit.bench(shared).film))
         return view.shown(visit, palette, which)
 
     return SimpleNamespace(choose=choose, lengthen=lengthen)
 
 
 def click_handlers(gr, view, shared):
-    "Clicks and drags; what was clicked comes with the event."
+    "Clicks and drags; what was clicked comes with the event, and is checked before the visit changes."
+    from longva.needle.bench import FRAMES
+    from longva.needle.trials import NeedleError
+    from longva.web.visit import event_number
+
+    def number(event, name, high, low=0):
+        try:
+            return event_number(event, name, low, high)
+        except NeedleError as error:
+            raise gr.Error(str(error), print_exception=False) from None
 
     def drag(visit, palette, which, event: gr.EventData):
-        visit.depth = min(max(float(event.depth), 0.0), 1.0)
-        visit.places = 11 if event.places == 11 else 21
+        depth = number(event, "depth", 1)
+        visit.places = int(number(event, "places", 21, 2))
+        visit.depth = depth
         return view.shown(visit, palette, which)
 
     def click_needle(visit, palette, which, event: gr.EventData):
-        visit.needle = int(event.index)
+        visit.needle = int(number(event, "index", len(visit.bench(shared).needles) - 1))
         return view.shown(visit, palette, which)
 
     def click_cell(visit, palette, event: gr.EventData):
-        cell = int(event.frames), float(event.depth)
+        cell = int(number(event, "frames", FRAMES[-1], 1)), number(event, "depth", 1)
         visit.opened = None if visit.opened == cell else cell
         picture, trials = heat_map(visit, shared, palette)
         return visit, picture, opened(visit, shared, trials)
 
     def click_trial(visit, palette, which, event: gr.EventData):
+        frames = int(number(event, "frames", len(visit.bench(shared).film), 1))
+        depth = number(event, "depth", 1)
         names = [needle.name for needle in visit.bench(shared).needles]
         why_not = shared.why_not(visit.model) if demo_trials(visit, shared) else ""
-        if event.needle not in names:
-            why_not = why_not or f"there is no needle {event.needle} here any more"
+        needle = str(getattr(event, "needle", ""))[:80]
+        if needle not in names:
+            why_not = why_not or "this needle is not here any more"
         if why_not:
             _, trials = heat_map(visit, shared, palette)
-            said = trouble(f"The trial of {event.needle} can't be repeated: {why_not}.")
+            said = trouble(f"The trial of {needle} can't be repeated: {why_not}.")
             return [gr.skip()] * 6 + [said + opened(visit, shared, trials)]
-        visit.needle = names.index(event.needle)
-        visit.frames = int(event.frames)
-        visit.depth = float(event.depth)
+        visit.needle = names.index(needle)
+        visit.frames = frames
+        visit.depth = depth
         return view.slider(visit), *view.shown(visit, palette, which)
 
     return SimpleNamespace(drag=drag, click_needle=click_needle, click_cell=click_cell, click_trial=click_trial)
@@ -384,7 +401,7 @@ READING = QUIET | dict(show_progress="minimal", trigger_mode="once", concurrency
 def connect_views(gr, page, c, view, shared):
     looks = [c.palette, c.which]
     views = [c.visit, c.film, c.needles, c.verdict, c.heat, c.listed]
-    slide = slider_handlers(view)
+    slide = slider_handlers(view, shared)
     page.load(view.shown, [c.visit, *looks], views, **QUIET)
     page.load(None, None, None, js=RADIOS, api_visibility="private")
     gr.on([c.palette.input, c.which.input], view.shown, [c.visit, *looks], views, **QUIET)

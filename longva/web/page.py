@@ -411,6 +411,7 @@ CSS = """
 .dark .gradio-container .pale, .dark.gradio-container .pale, .dark .pale {color: var(--neutral-300)}
 .small {font-size: 13px; color: var(--body-text-color)}
 .head {font-size: 14px; line-height: 1.4; margin-bottom: 4px; color: var(--body-text-color)}
+#own > button, #frames input[type=number] {min-height: 24px}
 .trouble {border-left: 4px solid #d55e00; padding: 2px 10px; color: var(--body-text-color)}
 .pictures {display: flex; gap: 3px}
 .film .pictures {gap: 0}
@@ -498,8 +499,8 @@ CSS = """
     padding: 2px 8px 2px 0; text-align: left; border-bottom: 1px solid var(--border-color-primary);
 }
 .trials button {
-    border: 0; background: none; padding: 0; color: var(--link-text-color); text-decoration: underline;
-    cursor: pointer;
+    border: 0; background: none; padding: 0; min-width: 24px; min-height: 24px; color: var(--link-text-color);
+    text-decoration: underline; cursor: pointer;
 }
 .trials .number, .trials th:last-child {text-align: right; white-space: nowrap}
 @media (max-width: 900px) {
