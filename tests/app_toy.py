@@ -83,7 +83,12 @@ PALE = r"""() => {
 
 def tab_stops(page, most=60):
     "What the tab key reaches, from the top of the page: (id of the block, role or tag, name)."
-    page.evaluate("() => { document.activeElement.blur(); scrollTo(0, 0); }")
+    page.evaluate("""() => {
+        const top = document.createElement('span');
+        top.tabIndex = -1;
+        document.body.prepend(top);
+        top.focus();
+    }""")
     stops = []
     for _ in range(most):
         page.keyboard.press("Tab")
