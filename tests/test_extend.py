@@ -160,6 +160,47 @@ def test_another_start_is_refused(tmp_path):
             shutil.rmtree(checkpoint)
 
 
+def test_memory_is_asked_before_text_and_weights(tmp_path, monkeypatch):
+    """On all three trainings: the refusal comes before anything is read or written."""
+    from longva.context.plan import PlanError
+    from longva.model.open import find_model
+    from longva.train import align, dpo, extend, throughput
+
+    def too_late(*given, **more):
+        raise AssertionError("memory was not asked first")
+
+    for module, names in (
+        (extend, ["open_tokenizer", "open_corpus", "open_model"]),
+        (align, ["open_data", "open_both"]),
+        (dpo, ["read_pairs", "open_both"]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, too_late)
+    monkeypatch.setattr(throughput, "_host_gib", lambda: 0.25)
+    toy.tiny().save_pretrained(tmp_path / "reader")
+    out = tmp_path / "run"
+    for call in (
+        lambda: extend.extend("mini", tmp_path, out, model=tmp_path / "reader"),
+        lambda: align.align("mini-2", tmp_path / "rows.json", out, model="mini-longva"),
+        lambda: dpo.dpo("mini", tmp_path / "pairs.json", out, model=str(find_model("mini-longva"))),
+    ):
+        with pytest.raises(PlanError, match="the process has 0.3 GB and would need"):
+            call()
+    assert not out.exists()
+
+
+def test_a_plan_without_a_run(tmp_path):
+    from longva.train.extend import describe_extension
+
+    toy.tiny().save_pretrained(tmp_path / "reader")
+    before = sorted(tmp_path.rglob("*"))
+    text, planned = describe_extension("mini", model=tmp_path / "reader", length=1000, steps=7)
+    assert planned.fits and planned.length == 1000 and planned.engine == "plain"
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert {"length 1000", "theta 1000000000.0", "steps 7", "engine plain"} <= set(lines)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_context_that_does_not_fit_is_the_planners_sentence(tmp_path):
     from transformers import Qwen2Config
 
