@@ -246,3 +246,32 @@ def test_a_short_window_and_a_lost_rope_are_refused_before_the_text_is_read(tmp_
         ((code, error),) = toy.wait(start(tmp_path / "run", *command, tmp_path / name, option))
         assert words not in error, "now the tokenizer is missed"
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch):
+    """On all three trainings; a plan that doesn't fit is one sentence and exit 1."""
+    from typer.testing import CliRunner
+
+    from longva.cli import app
+    from longva.train import throughput
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": 1, "conversations": [
+        {"from": "human", "value": "find owl"}, {"from": "gpt", "value": "red"}]}]))
+    (tmp_path / "pairs.json").write_text(json.dumps([{"prompt": "find owl", "chosen": "red", "rejected": "blue"}]))
+    before = sorted(tmp_path.rglob("*"))
+    commands = [
+        ["extend", "--preset", "mini"],
+        ["align", "--preset", "mini-2", "--data", "rows.json", "--model", "mini-longva"],
+        ["dpo", "--preset", "mini", "--data", "pairs.json"],
+    ]
+    for words in commands:
+        done = CliRunner().invoke(app, [*words, "--steps", "7", "--dry-run"])
+        assert done.exit_code == 0, done.output
+        lines = [" ".join(line.split()) for line in done.output.splitlines()]
+        assert {"steps 7", "engine plain", "precision fp32"} <= set(lines)
+        assert any(line.startswith("weights ") for line in lines) and any("would, then memory" in x for x in lines)
+    monkeypatch.setattr(throughput, "_host_gib", lambda: 0.25)
+    done = CliRunner().invoke(app, [*commands[0], "--dry-run"])
+    assert done.exit_code == 1 and "do not fit: the process has 0.3 GB" in done.output
+    assert sorted(tmp_path.rglob("*")) == before

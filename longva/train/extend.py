@@ -193,7 +193,8 @@ def describe_extension(
     preset = _chosen(preset, dict(model=model, theta=theta, length=length), changes)
     check_reach(start_config(preset.model), preset)
     planned = plan_step(_memory_model(preset.model), preset.length, preset.recipe, find_ranks(preset.recipe))
-    return describe_run(planned, preset), planned
+    name = getattr(preset.model, "name_or_path", preset.model) or type(preset.model).__name__
+    return describe_run(planned, replace(preset, model=name)), planned
 
 def extend(
     preset,  # one of PRESETS, or a Preset
