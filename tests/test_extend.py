@@ -171,7 +171,7 @@ def test_memory_is_asked_before_text_and_weights(tmp_path, monkeypatch):
 
     for module, names in (
         (extend, ["open_tokenizer", "open_corpus", "open_model"]),
-        (align, ["open_data", "open_both"]),
+        (align, ["open_data", "open_start"]),
         (dpo, ["read_pairs", "open_both"]),
     ):
         for name in names:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from ..files import whole_folder
 from ..model.config import LongVAConfig
 from ..model.modeling import LongVA
-from ..model.open import find_model
+from ..model.open import find_model, open_config
 from .engines import decay_groups, trained
 from .ranks import Ranks
 from .recipe import TrainError
@@ -83,16 +83,25 @@ def part_groups(
         groups += decay_groups(weights, rate)
     return groups
 
-# %% ../../nbs/447_train.parts.ipynb #c2d0dbe9
+# %% ../../nbs/447_train.parts.ipynb #66946527
+def _start_config(model, joined) -> LongVAConfig:
+    """Read the configuration of a model, or join those of a language model and a vision tower."""
+    if model is not None:
+        return LongVAConfig.from_pretrained(find_model(model))
+    language, whole = (open_config(find_model(name)) for name in joined)
+    tower = getattr(whole, "vision_config", whole)
+    return LongVAConfig(text_config=language.to_dict(), vision_config=tower.to_dict())
+
 def outline(
     model,  # a LongVA, its folder or its hub name; or a LongVAConfig
     parts,  # names of the parts that are trained
+    joined: tuple = (),  # without a model: a language model and a vision tower
 ) -> LongVA | None:  # None for what cannot be opened: the opener says why
     """Build a model without numbers from its configuration."""
     config = getattr(model, "config", model)
     if not isinstance(config, LongVAConfig):
         try:
-            config = LongVAConfig.from_pretrained(find_model(model))
+            config = _start_config(model, joined)
         except (OSError, ValueError):
             return None
     with torch.device("meta"):
@@ -100,7 +109,7 @@ def outline(
     choose_parts(shapes, parts)
     return shapes
 
-# %% ../../nbs/447_train.parts.ipynb #32c0bc53
+# %% ../../nbs/447_train.parts.ipynb #137a7441
 def frozen_weights(
     model,
     keep: bool = True,  # False on ranks that don't save: they get an empty dictionary
@@ -123,7 +132,7 @@ def _gathered(weight):
 
     return deepspeed.zero.GatheredParameters([weight])
 
-# %% ../../nbs/447_train.parts.ipynb #c9e0d888
+# %% ../../nbs/447_train.parts.ipynb #6c53e5aa
 def save_model(
     model,  # a transformers model
     companion,  # its processor or its tokenizer, saved beside it

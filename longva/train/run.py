@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'FACTS', 'RECORD', 'LOST', 'checkpoints', 'checksum', 'save_checkpoint', 'read_state', 'load_checkpoint',
-           'trained_weights', 'model_facts', 'weights_hash', 'Identity', 'check_identity', 'check_resume', 'finished',
-           'Stop', 'wrong_loss', 'check_trackers', 'Log', 'Run']
+           'trained_weights', 'model_facts', 'weights_hash', 'Identity', 'deciding', 'check_identity', 'check_resume',
+           'finished', 'Stop', 'wrong_loss', 'check_trackers', 'Log', 'Run']
 
 # %% ../../nbs/435_train.run.ipynb #c711d8f9
 import errno
@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from ..files import versions, write_whole
 from .engines import shape_of, trained
 from .ranks import Ranks
-from .recipe import Recipe, TrainError, deciding
+from .recipe import Decisions, Recipe, TrainError
 
 # %% ../../nbs/435_train.run.ipynb #26fc13f5
 KEYS = ("weight", "first", "second")  # tensors of every weight: itself and AdamW's moments
@@ -311,6 +311,13 @@ class Identity:
     def state(self) -> dict:  # for state.json
         about = self.about or {}
         return dict(recipe=asdict(self.recipe), rates=self.rates, model=self.model, about=about, versions=versions())
+
+def deciding(recipe: Recipe | None) -> tuple:  # names of fields
+    """Name the settings that a resumed run must repeat: steps only if the learning rate depends on them."""
+    names = tuple(f.name for f in fields(Decisions) if f.name != "steps")
+    if recipe and recipe.schedule != "constant":
+        return (*names, "steps")
+    return names
 
 def _changes(old: dict, new: dict) -> list:  # such as "rows 4 (now 8)"
     changes = []
