@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from ..context.rope_files import write_both_spellings
 from ..files import whole_folder
 from ..model.config import LongVAConfig
 from ..model.modeling import LongVA
@@ -148,6 +149,7 @@ def save_model(
     try:
         with whole_folder(out) as part:
             model.save_pretrained(part, state_dict=weights)
+            write_both_spellings(part)
             companion.save_pretrained(part)
             shutil.copy(checkpoint / "state.json", part / RECORD)
     except (OSError, SafetensorError) as e:
