@@ -26,11 +26,13 @@ DEPTHS, SEED = (0, 0.25, 0.5, 0.75, 1), 20270114
 
 def film(frames, seed):
     """Write a video and needles of the miniature's world."""
-    from longva.mini.world import put_needles, write_film
+    from longva.mini.world import draw_needles, write_film
+    from longva.needle.needles import keep_needles
 
     WORK.mkdir(parents=True, exist_ok=True)
     file = WORK / f"film-{seed}.mp4"
-    return file if file.exists() else write_film(file, frames, seed), put_needles(WORK / f"needles-{seed}", 20, seed)
+    needles = keep_needles(draw_needles(20, seed), WORK / f"needles-{seed}")
+    return file if file.exists() else write_film(file, frames, seed), needles
 
 
 def bases():
@@ -246,7 +248,8 @@ def dpo():
 def beyond():
     """Ask mini-longva in videos of up to three times its text-training length."""
     from longva.mini import load
-    from longva.mini.world import put_needles, write_film
+    from longva.mini.world import draw_needles, write_film
+    from longva.needle.needles import keep_needles
     from longva.needle.trials import cells
     from longva.needle.vniah import run
 
@@ -255,7 +258,7 @@ def beyond():
     WORK.mkdir(parents=True, exist_ok=True)
     if not haystack.exists():
         write_film(haystack, 1536, SEED + 5)
-    needles = put_needles(WORK / "needles-long", 10, SEED + 5)
+    needles = keep_needles(draw_needles(10, SEED + 5), WORK / "needles-long")
     trials = run((model, processor), haystack, needles, (512, 1024, 1536), (0, 0.5, 1), WORK / "beyond", seed=SEED + 5)
     return dict(
         seed=SEED + 5, text_frames=512, cells=[[n, depth, *count] for (n, depth), count in cells(trials).items()]

@@ -6,14 +6,12 @@
 __all__ = ['mini_film', 'mini_bench']
 
 # %% ../../nbs/620_mini.bench.ipynb #889d7b4c
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 from . import load
-from .world import film_frames, write_needles
+from .world import draw_needles, film_frames
 from ..needle.bench import NeedleBench
-from ..needle.needles import load_needles
 
 # %% ../../nbs/620_mini.bench.ipynb #c4f13bf2
 @lru_cache(maxsize=2)
@@ -22,9 +20,7 @@ def mini_film(
     seed: int,
 ) -> tuple:  # (frames of a video [N,112,112,3] uint8, 20 needles)
     """Draw a video of the small world, and needles that are foreign to it."""
-    with tempfile.TemporaryDirectory() as folder:
-        needles = load_needles(write_needles(folder, seed=seed))
-    return film_frames(frames, seed), needles
+    return film_frames(frames, seed), draw_needles(seed=seed)
 
 def mini_bench(
     name: str,  # one of `longva.mini.NAMES`, or a folder that `longva mini train` wrote

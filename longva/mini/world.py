@@ -7,10 +7,9 @@ __all__ = ['COLOURS', 'BACKGROUNDS', 'TEXT_OBJECTS', 'CITIES', 'DIGITS', 'FUNCTI
            'VOCABULARY', 'PATTERNS', 'ID', 'DOT', 'FIND', 'WORD_OBJECTS', 'CHAT_TEMPLATE', 'MARK', 'shape_mask',
            'draw_background', 'scene_words', 'draw_frame', 'FrameBank', 'random_scenes', 'scene_ids',
            'repeats_document', 'facts_document', 'needles_document', 'text_batch', 'mini_tokenizer', 'needle_objects',
-           'film_scenes', 'film_frames', 'write_film', 'film_seed', 'write_needles', 'put_needles']
+           'film_scenes', 'film_frames', 'write_film', 'film_seed', 'draw_needles', 'write_needles']
 
 # %% ../../nbs/600_mini.world.ipynb #e4f1b136
-import json
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ..needle.needles import Needle, save_needles
 from ..vision.index import open_video
 from ..vision.video import write_video
 
@@ -446,35 +446,26 @@ def film_seed(
     return int(seed) if is_ours else None
 
 # %% ../../nbs/600_mini.world.ipynb #66c1e844
+def draw_needles(
+    n: int = 20,  # objects take turns
+    seed: int = 0,  # the video's seed
+    side: int = 112,  # pixels
+) -> list:  # of Needle
+    """Draw needles that the video of this seed doesn't show, with their questions and answers."""
+    rng = np.random.default_rng((seed, 8))
+    things = needle_objects(seed)
+    needles = []
+    for i in range(n):
+        thing, colour, background = scene_words((things[i % len(things)], rng.integers(8), rng.integers(8)))
+        image = Image.fromarray(draw_frame((thing, colour, background), side, rng))
+        needles.append(Needle(f"{i:02d}_{thing}", image, f"find {thing}", f"{colour} {background}"))
+    return needles
+
 def write_needles(
     folder: str | Path,  # made if it is not there
-    n: int = 20,  # needles; objects take turns
+    n: int = 20,
     seed: int = 0,  # the video's seed
     side: int = 112,  # pixels
 ) -> Path:  # the folder
-    """Write needle images with their questions and answers."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng((seed, 8))
-    things = needle_objects(seed)
-    rows = []
-    for i in range(n):
-        thing, colour, background = scene_words((things[i % len(things)], rng.integers(8), rng.integers(8)))
-        name = f"{i:02d}_{thing}.png"
-        Image.fromarray(draw_frame((thing, colour, background), side, rng)).save(folder / name)
-        rows.append({"image": name, "question": f"find {thing}", "answer": f"{colour} {background}"})
-    (folder / "needles.json").write_text(json.dumps(rows, indent=1))
-    return folder
-
-def put_needles(
-    folder: str | Path,  # made if it isn't there, left as it is if it is
-    n: int,  # needles
-    seed: int,  # the video's seed
-) -> Path:  # the folder
-    """Write the miniature's needles unless they are there; the folder appears when it is complete."""
-    folder = Path(folder)
-    if not (folder / "needles.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-            write_needles(Path(beside) / "needles", n, seed).rename(folder)
-    return folder
+    """Write the needles of `draw_needles` as a folder."""
+    return save_needles(draw_needles(n, seed, side), folder)
