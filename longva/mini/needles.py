@@ -9,7 +9,7 @@ __all__ = ['needles_beside', 'world_seed', 'ChosenNeedles', 'needles_of_the_worl
 from dataclasses import dataclass
 from pathlib import Path
 
-from .world import draw_needles, film_seed
+from .world import draw_needles, video_seed
 from ..needle.haystack import list_videos
 from ..needle.needles import check_kept, load_needles
 from ..needle.trials import NeedleError
@@ -31,7 +31,7 @@ def world_seed(
     """Read the seed of a haystack; raise NeedleError for two seeds."""
     if isinstance(source, str):
         return None
-    seeds = {film_seed(video) if Path(video).is_file() else None for video in list_videos(source)}
+    seeds = {video_seed(video) if Path(video).is_file() else None for video in list_videos(source)}
     if len(seeds) > 1:
         raise NeedleError(
             "The videos show worlds of several seeds, and a needle of one may be in another: "

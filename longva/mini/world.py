@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'BACKGROUNDS', 'TEXT_OBJECTS', 'CITIES', 'DIGITS', 'FUNCTI
            'VOCABULARY', 'PATTERNS', 'ID', 'DOT', 'FIND', 'WORD_OBJECTS', 'CHAT_TEMPLATE', 'MARK', 'shape_mask',
            'draw_background', 'scene_words', 'draw_frame', 'FrameBank', 'random_scenes', 'scene_ids',
            'repeats_document', 'facts_document', 'needles_document', 'text_batch', 'mini_tokenizer', 'needle_objects',
-           'film_scenes', 'film_frames', 'write_film', 'film_seed', 'draw_needles', 'write_needles']
+           'video_scenes', 'video_frames', 'write_mini_video', 'video_seed', 'draw_needles', 'write_needles']
 
 # %% ../../nbs/600_mini.world.ipynb #e4f1b136
 import tempfile
@@ -392,7 +392,7 @@ def needle_objects(
     """Choose the objects that a haystack of this seed never shows."""
     return np.random.default_rng((seed, 5)).permutation(len(OBJECTS))[:n]
 
-def film_scenes(
+def video_scenes(
     frames: int,  # N
     seed: int,
 ) -> np.ndarray:  # [N,3] numbers of object, colour, background
@@ -400,14 +400,14 @@ def film_scenes(
     others = np.setdiff1d(np.arange(len(OBJECTS)), needle_objects(seed))
     return random_scenes(frames, np.random.default_rng((seed, 6)), others)
 
-def film_frames(
+def video_frames(
     frames: int,  # N
     seed: int,
     side: int = 112,  # pixels
 ) -> np.ndarray:  # [N,side,side,3] uint8
     """Draw a haystack."""
     rng = np.random.default_rng((seed, 7))
-    return np.stack([draw_frame(scene, side, rng) for scene in film_scenes(frames, seed)])
+    return np.stack([draw_frame(scene, side, rng) for scene in video_scenes(frames, seed)])
 
 # %% ../../nbs/600_mini.world.ipynb #580aef98
 MARK = "The miniature's world, seed "
@@ -424,7 +424,7 @@ def _with_comment(video, copy, comment):
             out.mux(packet)
     return copy
 
-def write_film(
+def write_mini_video(
     path: str | Path,  # .mp4
     frames: int = 768,  # N
     seed: int = 0,
@@ -433,13 +433,13 @@ def write_film(
     """Write a haystack as a real H.264 video, one frame a second; its comment holds the seed."""
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
-        plain = write_video(film_frames(frames, seed, side), Path(beside) / "plain.mp4", fps=1.0)
+        plain = write_video(video_frames(frames, seed, side), Path(beside) / "plain.mp4", fps=1.0)
         return _with_comment(plain, Path(beside) / "signed.mp4", f"{MARK}{seed}").replace(path)
 
-def film_seed(
+def video_seed(
     path: str | Path,  # a video
 ) -> int | None:  # None if the video has no such comment
-    """Read the seed of a video by `write_film`, even if the file was renamed."""
+    """Read the seed of a video by `write_mini_video`, even if the file was renamed."""
     with open_video(path) as (video, _):
         mark, _, seed = video.metadata.get("comment", "").rpartition(" ")
     is_ours = f"{mark} " == MARK and seed.isascii() and seed.isdigit()

@@ -103,7 +103,7 @@ def prepare_demo(
     if not file.exists():
         write_whole(file, json.dumps(record, indent=2))
     if not plan.video.exists():
-        world.write_film(plan.video, record["film"], plan.seed)
+        world.write_mini_video(plan.video, record["film"], plan.seed)
     keep_needles(world.draw_needles(plan.needles, plan.seed), plan.images)
     return record
 
@@ -116,8 +116,8 @@ def _calibration(plan, model, processor, needles=6, depths=(0.0, 0.5, 1.0)):
         for depth in depths:
             spots += [Spot(j, n, depth) for j in range(needles)]
     reader = Reader(model, processor)
-    video = reader.encode(world.film_frames(plan.frames[-1], CALIBRATION_SEED))
-    return reader.seeing(video, reader.encode_needles(hidden)), [reader.prompt(n) for n in hidden], spots
+    video = reader.encode(world.video_frames(plan.frames[-1], CALIBRATION_SEED))
+    return reader.with_tokens(video, reader.encode_needles(hidden)), [reader.prompt(n) for n in hidden], spots
 
 def try_bases(
     plan: DemoPlan,

@@ -92,7 +92,7 @@ def mini_scene(
         needle = replace(needle, locate=locate, choices=answer_choices(needle.answer, k, seed))
         hidden.append(needle)
         distractors.append(_distractor(needle, foreign, k, seed, side))
-    return Frames(W.film_frames(frames, seed, side), np.arange(frames, dtype=float), 1.0), hidden, distractors
+    return Frames(W.video_frames(frames, seed, side), np.arange(frames, dtype=float), 1.0), hidden, distractors
 
 # %% ../../nbs/710_study.variants.ipynb #ee7017d9
 def measure_variants(
