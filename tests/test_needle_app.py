@@ -75,7 +75,7 @@ def shows(page, answer):
     page.wait_for_selector(f'#verdict .card[data-insert="{t.insert}"][data-frames="{t.frames}"]')
     card = page.locator("#verdict .card")
     said = [word.split()[1] for word in card.locator(".word").all_inner_texts()]
-    assert said == [word.said for word in answer.words]
+    assert said == [word.predicted for word in answer.words]
     assert card.locator(".verdict").inner_text() == ("✓ right" if t.correct else "✗ wrong")
     assert card.get_attribute("data-correct") == str(t.correct).lower()
     assert abs(float(card.get_attribute("data-margin")) - t.margin) < 2e-3
@@ -222,10 +222,10 @@ def test_heat_map_cells_log_and_short_twin(page, bench, tmp_path):
 @pytest.fixture
 def real_film(tmp_path):
     "A film from a telephone where it is there; a drawn one elsewhere. (path, frames taken)"
-    from longva.mini.world import write_film
+    from longva.mini.world import write_mini_video
 
     film = root.parent / "shared" / "data" / "media" / "jobs.mp4"
-    return (film, 512) if film.exists() else (write_film(tmp_path / "jobs.mp4", 40, seed=3, side=56), 40)
+    return (film, 512) if film.exists() else (write_mini_video(tmp_path / "jobs.mp4", 40, seed=3, side=56), 40)
 
 
 def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):

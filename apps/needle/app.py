@@ -82,7 +82,7 @@ def heat_map(visit, demo, palette):
 
     here = visit.bench(bench)
     trials = list(here.kept.values())
-    columns = lengths(len(here.film))
+    columns = lengths(len(here.video))
     source = visit.film[0] if visit.film else "filled here"
     before = [] if visit.film or visit.filled else recorded(here, demo / visit.model)
     if before:
@@ -156,7 +156,7 @@ def view_handlers(gr, demo):
             raise gr.Error(str(error), print_exception=False) from None
 
     def sliders(visit):
-        most = len(visit.bench(bench).film)
+        most = len(visit.bench(bench).video)
         step = 16 if most == FRAMES[-1] else 1
         length = gr.update(minimum=min(FRAMES[0], most), maximum=most, step=step, value=visit.frames)
         return length, round(100 * visit.depth, 2)
@@ -173,7 +173,7 @@ def slider_handlers(view):
         return view.shown(visit, palette, which)
 
     def lengthen(visit, n, palette, which):
-        visit.frames = min(max(int(n), 1), len(visit.bench(bench).film))
+        visit.frames = min(max(int(n), 1), len(visit.bench(bench).video))
         return view.shown(visit, palette, which)
 
     def move(visit, percent, palette, which):
@@ -210,7 +210,7 @@ def click_handlers(gr, view, demo):
         return visit, picture, opened(visit, trials)
 
     def click_trial(visit, palette, which, event: gr.EventData):
-        frames = int(number(event, "frames", len(visit.bench(bench).film), 1))
+        frames = int(number(event, "frames", len(visit.bench(bench).video), 1))
         depth = number(event, "depth", 1)
         names = [needle.name for needle in visit.bench(bench).needles]
         if event.needle in names:

@@ -178,7 +178,7 @@ def take_film(
         visit.film = film
         visit.benches = {}
         visit.opened = None
-    visit.frames = min(256, len(visit.bench(shared).film))
+    visit.frames = min(256, len(visit.bench(shared).video))
 
 def take_needle(visit: Visit, shared, needle: Needle):
     """Give the visitor a needle, and choose it."""
@@ -204,4 +204,4 @@ def fill_here(
     """Fill the map with the first needles and the uploaded ones."""
     shipped = len(bench.needles) - own
     numbers = [*range(min(NEEDLES, shipped)), *range(shipped, len(bench.needles))]
-    return fill(bench, lengths(len(bench.film)), needles=numbers)
+    return fill(bench, lengths(len(bench.video)), needles=numbers)
