@@ -339,7 +339,7 @@ def test_what_the_command_says_of_variants(inside, tmp_path):
     assert done.exit_code == 0 and "said so" in done.output and "a share of 0 is best" in done.output, done.output
     for more, words in (
         (["--variant", "absent", "--depths", "0,1"], "give one depth"),
-        (["--variant", "vniah-d"], "needs --look-alikes"),
+        (["--variant", "vniah-d"], "needs --distractors"),
         (["--half-width", "2"], "between 0 and 0.5"),
     ):
         done = inside(*given, *more, "--out", "never")

@@ -17,6 +17,7 @@ import typer
 from .base import Usage, app, check_base, check_fps, grid, numbers, one_sentence, path, show_rows
 from .models import is_miniature, load_model, model_folder, set_rope_base
 from .options import ModelTitle, Needles, Place, Repeat, RopeBase, Variant, path_option
+from .renamed import Renamed
 from ..needle.names import NOTHING
 
 # %% ../../nbs/805_commands.vniah.ipynb #2bfcf466
@@ -67,9 +68,9 @@ def check_variant(
 ):
     """Refuse options that the variant doesn't take; raise Usage."""
     if variant == "vniah-d" and distractors is None:
-        raise Usage("--variant vniah-d needs --look-alikes: a folder with a distractor for each needle.")
+        raise Usage("--variant vniah-d needs --distractors: a folder with a distractor for each needle.")
     if variant != "vniah-d" and distractors is not None:
-        raise Usage("--look-alikes is for --variant vniah-d, which needs it.")
+        raise Usage("--distractors is for --variant vniah-d, which needs it.")
     if half_width is not None and not 0 < half_width < 0.5:
         raise Usage(f"--half-width is half of an interval, between 0 and 0.5, and not {half_width:g}.")
     if variant in NOTHING and depths and "," in depths:
@@ -190,7 +191,7 @@ def results_folder(
         parts.append("adaptive")
     return Path("runs") / "vniah" / "_".join(parts)
 
-@app.command("vniah")
+@app.command("vniah", cls=Renamed)
 def vniah_command(
     model: Model,
     haystack: HaystackWords,
@@ -206,7 +207,7 @@ def vniah_command(
     workers: Workers = 1,
     kv: KeysAndValues = Place.DEVICE,
     variant: VariantName = Variant.VNIAH,
-    look_alikes: Distractors = None,
+    distractors: Distractors = None,
     distance: Distance = 200,
     half_width: HalfWidth = None,
     repeat: Repeat = False,
@@ -222,7 +223,7 @@ def vniah_command(
     with one_sentence(out):
         if not plain and (generate or workers > 1 or kv == Place.HOST):
             raise Usage("--variant and --half-width go without --generate, --workers and --kv.")
-        check_variant(variant, look_alikes, half_width, depths)
+        check_variant(variant, distractors, half_width, depths)
         check_base(rope_base)
         depths = depths or ("0" if variant in NOTHING else "0,0.5,1")
         where = model_folder(model, families=True)
@@ -236,7 +237,7 @@ def vniah_command(
             raise Usage("Say which pictures to hide with --needles FOLDER: only a miniature has needles of its own.")
         if needles is None:
             typer.echo(f"Needles: {chosen.origin}.")
-        asked, hidden = choose_variant(variant, look_alikes, distance, chosen.needles, reader.processor.tokenizer)
+        asked, hidden = choose_variant(variant, distractors, distance, chosen.needles, reader.processor.tokenizer)
         reading = dict(naive=naive, generate=generate, workers=workers, kv=kv.value, features=features)
         _, asks = plan(reader, source, hidden, lengths, places, asked, chosen.seed)
         show_forecast(reader, asks, out, half_width, **reading)
