@@ -161,12 +161,12 @@ HaystackWords = Annotated[list[str], typer.Option(callback=check_paths, help=(
     "The video to hide pictures in, or a folder of videos; may be given several times. "
     "Or scenery, a drawn video of any length; scenery:7 is drawn with seed 7."
 ))]
-Frames = Annotated[str, typer.Option(help="Frames of the video, one number for each column.")]
+Frames = Annotated[str, typer.Option(help="Numbers of frames to test, with commas; each is a column of the heat map.")]
 Depths = Annotated[Optional[str], typer.Option(help="Depths from 0 (first frame) to 1 (last); by default 0,0.5,1.")]
 VideoFps = Annotated[Optional[float], typer.Option(help="Frames to take per second of video; by default all.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes, each with its own model; on GPUs, one GPU each.")]
 KeysAndValues = Annotated[Place, typer.Option(help="Where keys and values are kept; host if the GPU is too small.")]
-Naive = Annotated[bool, typer.Option("--naive", help="Read everything for each trial, without shared prefixes.")]
+Naive = Annotated[bool, typer.Option("--naive", help="Read the whole video again for each trial (slow; to check the shared reading).")]
 Generate = Annotated[bool, typer.Option("--generate", help="Let the model write its answer (no teacher forcing).")]
 VariantName = Annotated[Variant, typer.Option(help="What is asked; vniah is the paper's test.")]
 Distractors = path_option("For vniah-d: a folder like that of the needles, with a distractor for each.")
