@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from ..context.rope_files import write_both_spellings
 from ..files import whole_folder
 from .engines import decay_groups, trained
 from .ranks import Ranks
@@ -112,6 +113,7 @@ def save_model(
     try:
         with whole_folder(out) as part:
             model.save_pretrained(part, state_dict=weights)
+            write_both_spellings(part)
             companion.save_pretrained(part)
             shutil.copy(checkpoint / "state.json", part / RECORD)
     except (OSError, SafetensorError) as e:
