@@ -21,12 +21,12 @@ def rooms(tmp_path_factory):
 def demo(tmp_path_factory):
     "A demo's video and needles, of which only mini-anyres was asked, among 16 frames: other maps begin empty."
     from longva.mini import load
-    from longva.mini.world import put_needles, write_mini_video
+    from longva.mini.world import write_mini_video, write_needles
     from longva.needle.vniah import run
 
     folder = tmp_path_factory.mktemp("demo")
     video = write_mini_video(folder / "haystack.mp4", 512, seed=20261101)
-    needles = put_needles(folder / "needles", 20, seed=20261101)
+    needles = write_needles(folder / "needles", 20, seed=20261101)
     run(load("mini-anyres"), video, needles, [16], [0.0, 0.5], folder / "mini-anyres", progress=False)
     return folder
 
