@@ -166,7 +166,7 @@ Depths = Annotated[Optional[str], typer.Option(help="Depths from 0 (first frame)
 VideoFps = Annotated[Optional[float], typer.Option(help="Frames to take per second of video; by default all.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes, each with its own model; on GPUs, one GPU each.")]
 KeysAndValues = Annotated[Place, typer.Option(help="Where keys and values are kept; host if the GPU is too small.")]
-Naive = Annotated[bool, typer.Option("--naive", help="Read the whole video again for each trial (slow; to check the shared reading).")]
+Naive = Annotated[bool, typer.Option("--naive", help="Read the whole video again for each trial (slow).")]
 Generate = Annotated[bool, typer.Option("--generate", help="Let the model write its answer (no teacher forcing).")]
 VariantName = Annotated[Variant, typer.Option(help="What is asked; vniah is the paper's test.")]
 Distractors = path_option("For vniah-d: a folder like that of the needles, with a distractor for each.")
