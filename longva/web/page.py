@@ -254,8 +254,8 @@ def needles_html(
 
 def _word_html(word):
     """Draw one word of an answer with its verdict."""
-    symbol = "✓" if word.said == word.right else "✗"
-    return f'<span class="word" title="probability {word.sure:.2f}">{symbol} {escape(word.said)}</span>'
+    symbol = "✓" if word.predicted == word.right else "✗"
+    return f'<span class="word" title="probability {word.sure:.2f}">{symbol} {escape(word.predicted)}</span>'
 
 def _signed(number):
     return f"{number:+.2f}".replace("-", "−")
