@@ -219,3 +219,13 @@ def test_the_place_of_an_upload_does_not_follow_from_its_contents(server):
     "Else who knows a file could see whether somebody has it here."
     path = Path(give(server[0], "secret.png", b"secret"))
     assert hashlib.sha256(b"secret").hexdigest() not in str(path)
+
+
+@pytest.mark.parametrize("name", ["chat", "needle"])
+def test_every_event_of_the_apps_takes_the_route_that_is_open(name, tmp_path):
+    "Gradio sends an event without a queue to a route of its own, which is closed."
+    gr = pytest.importorskip("gradio", reason="gradio is not installed (make env)")
+    app = app_module(name)
+    given = (SimpleNamespace(), "", []) if name == "chat" else ("mini-longva", tmp_path)
+    page = app.build(gr, *given)
+    assert len(page.fns) > 8 and all(fn.queue is not False for fn in page.fns.values())
