@@ -184,3 +184,24 @@ def test_context_that_does_not_fit_is_the_planners_sentence(tmp_path):
     )
     with pytest.raises(PlanError):
         check_memory(seven, 4_000_000, Recipe(steps=1), Ranks())
+
+
+def test_a_short_window_and_a_lost_rope_are_refused_before_the_text_is_read(tmp_path):
+    from transformers import LlamaConfig, MistralConfig
+
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    MistralConfig(**sizes, num_key_value_heads=2, sliding_window=32).save_pretrained(tmp_path / "window")
+    rope = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    rope["original_max_position_embeddings"] = 64
+    LlamaConfig(**sizes, rope_parameters=rope).save_pretrained(tmp_path / "rope")
+    (tmp_path / "text").mkdir()
+    command = ("--preset", "mini", "--text", tmp_path / "text", "--model")
+    for name, words, option in [
+        ("window", "all 2 layers see 32 tokens", "--keep-window"),
+        ("rope", "of type llama3", "--replace-rope"),
+    ]:
+        ((code, error),) = toy.wait(start(tmp_path / "run", *command, tmp_path / name))
+        assert code == 1 and words in error and option in error and "Traceback" not in error, error
+        ((code, error),) = toy.wait(start(tmp_path / "run", *command, tmp_path / name, option))
+        assert words not in error, "now the tokenizer is missed"
+    assert not (tmp_path / "run").exists()

@@ -24,6 +24,14 @@ def app_module(name):
     return app
 
 
+@cache
+def benches():
+    "The needle app's benches, without a demo."
+    from longva.web.visit import SharedBenches
+
+    return SharedBenches("no-demo")
+
+
 @pytest.mark.parametrize(
     "handler, event",
     [
@@ -31,6 +39,8 @@ def app_module(name):
         ("drag", dict(depth=7)),
         ("drag", dict(depth=-0.1)),
         ("drag", dict()),
+        ("drag", dict(depth=0.5)),
+        ("drag", dict(depth=0.5, places=30000)),
         ("click_needle", dict(index=-1)),
         ("click_needle", dict(index=999)),
         ("click_needle", dict(index="one")),
@@ -40,18 +50,18 @@ def app_module(name):
         ("click_cell", dict(frames="inf", depth=0.5)),
     ],
 )
-def test_a_bad_event_leaves_the_visit_as_it_was(handler, event, tmp_path):
+def test_a_bad_event_leaves_the_visit_as_it_was(handler, event):
     gr = pytest.importorskip("gradio", reason="gradio is not installed (make env)")
     from longva.web.visit import Visit
 
     app = app_module("needle")
     visit = Visit("mini-longva")
-    before = (visit.needle, visit.frames, visit.depth, visit.opened)
-    view = SimpleNamespace(shown=lambda *_: (), sliders=lambda *_: ())
+    before = (visit.needle, visit.frames, visit.depth, visit.places, visit.opened)
+    view = SimpleNamespace(shown=lambda *_: (), slider=lambda *_: ())
     given = (visit, "field") if handler == "click_cell" else (visit, "field", app.MEAN)
     with pytest.raises(gr.Error) as refused:
-        getattr(app.click_handlers(gr, view, tmp_path), handler)(*given, gr.EventData(None, event))
-    assert (visit.needle, visit.frames, visit.depth, visit.opened) == before
+        getattr(app.click_handlers(gr, view, benches()), handler)(*given, gr.EventData(None, event))
+    assert (visit.needle, visit.frames, visit.depth, visit.places, visit.opened) == before
     assert str(refused.value.message).endswith(".") and not refused.value.print_exception
 
 # A small page behind the same server as the apps

@@ -92,6 +92,19 @@ def test_parts_add_up_and_grow():
     assert large.flops["model"] > 2 * small.flops["model"] and large.seconds > 2 * small.seconds
 
 
+@pytest.mark.parametrize("kind", ["all_gather", "ring", None])
+def test_keys_and_values_of_other_ranks_by_hand(kind):
+    """Qwen2-7B in bfloat16, 4 of 8 ranks share 100,000 tokens: with all-gather only those of the others are extra."""
+    p = plan("qwen2-7b", 100_000, gpus=8, context=4, kind=kind, gpu_gib=80)
+    number, narrow = 2, 4 * 128
+    wanted = {
+        "all_gather": 75_000 * 2 * narrow * number * 2,  # keys and values, and their gradients
+        "ring": 2 * 25_000 * 2 * narrow * (number + 4),  # two blocks, and their gradients in float32
+        None: 0,
+    }
+    assert p.parts[0].get("KV", 0) == wanted[kind]
+
+
 def test_the_limiting_sentence():
     p = plan("qwen2-7b", 2_000_000, **SETTINGS)
     with pytest.raises(

@@ -74,6 +74,10 @@ def extend_command(
         help="Folder or hub name of the model to start from, if not the preset's.")] = None,
     theta: Annotated[Optional[float], typer.Option(help="The new RoPE base.")] = None,
     length: Length = None,
+    replace_rope: Annotated[bool, typer.Option(
+        "--replace-rope", help="Let the new base replace RoPE settings such as llama3 or longrope.")] = False,
+    keep_window: Annotated[bool, typer.Option(
+        "--keep-window", help="Extend a model whose layers keep a window shorter than the length.")] = False,
     steps: Steps = None,
     rows: Rows = None,
     cp: ContextParallel = None,
@@ -91,6 +95,7 @@ def extend_command(
             from longva.mini.reader import extend_reader
             made = extend_reader(out, theta=theta, length=length, **changes)[1]
         elif (text or "").strip():
+            changes |= dict(replace_rope=replace_rope, keep_window=keep_window)
             made = extend(preset, text, out, model=model, theta=theta, length=length, **changes)
         else:
             raise Usage("Say with --text on which text to train.")

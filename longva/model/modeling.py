@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..context.parallel import current_context
 from .config import LongVAConfig, grid_count, longva_7b, mini_config
-from .original import CheckpointError, is_original, placeholder_ids, read_json
+from .original import CheckpointError, is_original, placeholder_ids, read_json, read_tokenizer
 from .tower import LongVASiglipTower, LongVATower, pool_patches
 from longva.model.weights import (
     compare_tensors,
@@ -221,7 +221,9 @@ class LongVAPreTrainedModel(Qwen2PreTrainedModel):
         """Join a language model and a vision tower by a fresh projector."""
         language = read_language(language_model)
         tower = read_tower(vision_tower)
-        image_id, video_id = placeholder_ids(language.tokenizer if tokenizer is None else tokenizer)
+        if tokenizer is None:
+            tokenizer = read_tokenizer(language.folder)
+        image_id, video_id = placeholder_ids(tokenizer)
         if dtype is None:
             dtype = language.dtype or next(iter(language.state.values())).dtype
             dtype = torch.bfloat16 if dtype == torch.float16 else dtype

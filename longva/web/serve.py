@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAGES', 'MOST_FIELD', 'port_number', 'server_options', 'check_address', 'spare_memory', 'shorten_refusals',
-           'bound_fields', 'launch', 'keep_listening', 'upload_folder', 'remove_empty', 'remove_uploads']
+           'bound_fields', 'readable_theme', 'launch', 'keep_listening', 'upload_folder', 'remove_empty',
+           'remove_uploads']
 
 # %% ../../nbs/760_web.serve.ipynb #9f5d8ef4
 import argparse
@@ -120,6 +121,22 @@ def bound_fields(
     parser.on_part_data = on_part_data
 
 # %% ../../nbs/760_web.serve.ipynb #e4231a6b
+def readable_theme(
+    gr,  # gradio, imported by the app
+):
+    """Make Gradio's theme with the system's fonts, and darker where text had a contrast below 4.5."""
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return theme.set(
+        body_text_color_subdued="*neutral_600",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_cancel_background_fill="#b91c1c",
+        button_cancel_background_fill_hover="#991b1b",
+    )
+
 def launch(
     gr,  # gradio, imported by the app
     page,  # its Blocks
@@ -136,12 +153,11 @@ def launch(
     # through the public address come names that this server can't know
     served = asked.host if not asked.share else "0.0.0.0"
     guard = Middleware(Guard, served=served, uploads=os.environ["GRADIO_TEMP_DIR"])
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     address = dict(server_name=asked.host, server_port=asked.port, share=asked.share)
     quiet = dict(quiet=True, prevent_thread_lock=True, ssr_mode=False, run_history=False, footer_links=[])
     closed = dict(app_kwargs={"middleware": [guard]}, enable_monitoring=False)
     try:
-        page.launch(**address, **quiet, **closed, theme=theme, state_session_capacity=PAGES, **more)
+        page.launch(**address, **quiet, **closed, theme=readable_theme(gr), state_session_capacity=PAGES, **more)
     except OSError:
         check_address(asked.host, asked.port)
         raise

@@ -4,21 +4,28 @@
 
 # %% auto #0
 __all__ = ['MOST_PIXELS', 'MOST_LETTERS', 'read_film', 'with_film', 'change_film', 'read_picture', 'check_needle', 'add_needle',
-           'event_number', 'fork', 'Visit', 'look_here', 'take_film', 'take_needle', 'lengths', 'fill_here']
+           'event_number', 'SharedBenches', 'fork', 'Visit', 'look_here', 'take_film', 'take_needle', 'lengths',
+           'fill_here']
 
 # %% ../../nbs/770_web.visit.ipynb #8182abf1
+import json
 import math
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..mini import load
+from ..mini.bench import mini_bench
+from ..mini.world import film_seed
 from ..model.chat import ChatError, check_words
-from ..needle.bench import FRAMES, NEEDLES, NeedleBench, fill, one_pass
-from ..needle.needles import Needle
-from ..needle.trials import NeedleError, key
+from ..needle.bench import FRAMES, NEEDLES, NeedleBench, fill, one_pass, recorded
+from ..needle.haystack import Haystack
+from ..needle.needles import Needle, folder_needles
+from ..needle.trials import NeedleError, different, key
 from ..vision.unires import fit_frames
 from ..vision.video import VideoError, iter_frames, video_info
 
@@ -32,12 +39,16 @@ def read_film(
 ) -> tuple:  # (film [N,S,S,3], shown [N,side,side,3]), both uint8
     """Read frames of a video, equally spaced and small; raise NeedleError."""
     film, shown = [], []
+    name = Path(path).name
     try:
-        for part in iter_frames(path, n=min(frames, video_info(path).frames), batch=8):
+        count = video_info(path).frames
+        if count < 2:
+            raise NeedleError(f"{name} holds one picture: give a video, or add the picture as a needle.")
+        for part in iter_frames(path, n=min(frames, count), batch=8):
             film.append(fit_frames(part.array, grid, fit))
             shown.append(fit_frames(part.array, side, fit))
     except VideoError as error:
-        raise NeedleError(str(error).replace(str(path), Path(path).name)) from None
+        raise NeedleError(str(error).replace(str(path), name)) from None
     return np.concatenate(film), np.concatenate(shown)
 
 def with_film(
@@ -120,6 +131,56 @@ def event_number(
     if low <= number <= high: return number
     raise NeedleError(f"The page sent {name} = {str(value)[:20]}, which must be from {low:g} to {high:g}.")
 
+# %% ../../nbs/770_web.visit.ipynb #62df9812
+class SharedBenches:
+    """A bench for each miniature, for all visitors: on the demo's video with its needles, or else on a drawn one."""
+
+    def __init__(
+        self,
+        demo,  # results of `longva demo`; the folder may be missing
+    ):
+        self.demo = Path(demo)
+        self.made = {}
+        self.missing = ""  # why the demo's video or needles can't be had
+
+    @cached_property
+    def scene(self) -> tuple:  # (video [N,H,W,3], needles, seed) of the demo, or None
+        """Read the demo's video and needles, once."""
+        video = self.demo / "haystack.mp4"
+        try:
+            needles = folder_needles(self.demo / "needles")
+            return Haystack(video).frames(FRAMES[-1]).array, needles, film_seed(video) or 0
+        except (NeedleError, VideoError) as error:
+            self.missing = str(error).replace(str(self.demo), self.demo.name).rstrip(".")
+            return None
+
+    def __call__(self, name: str) -> NeedleBench:
+        with one_pass:
+            if name not in self.made:
+                self.made[name] = self._make(name)
+            return self.made[name]
+
+    def _make(self, name):
+        if self.scene is None:
+            return mini_bench(name)
+        model, processor = load(name)
+        return NeedleBench(model, processor, *self.scene[:2], name, self.scene[2])
+
+    def recorded(self, name: str) -> list:  # of Trial
+        """Read the demo's trials of a model, if it ran with these weights."""
+        return recorded(self(name), self.demo / name)
+
+    def why_not(self, name: str) -> str:
+        """Say why the demo's trials of a model can't be repeated, or "" if they can."""
+        here = self(name)
+        if self.scene is None:
+            return f"the demo's video or needles could not be read ({self.missing})"
+        then = json.loads((self.demo / name / "settings.json").read_text())
+        needles = [needle.identity(asdict(prompt)) for needle, prompt in zip(here.needles, here.prompts)]
+        now = dict(haystack=Haystack(self.demo / "haystack.mp4").identity(), needles=needles)
+        changed = different({part: then.get(part) for part in now}, json.loads(json.dumps(now)))
+        return changed and f"the demo's video or needles have changed since it ran ({changed})"
+
 # %% ../../nbs/770_web.visit.ipynb #39e889b9
 def fork(
     bench: NeedleBench,
@@ -136,6 +197,7 @@ class Visit:
     needle: int = 0
     frames: int = 256
     depth: float = 0.5
+    places: int = 21  # pictures in the strip; a narrow page shows fewer
     film: tuple = None  # (name, film, shown) of an uploaded video, or None for the shipped one
     own: list = field(default_factory=list)  # uploaded Needles
     benches: dict = field(default_factory=dict)  # {model: bench} of the present video
