@@ -64,6 +64,7 @@ def test_a_bad_event_leaves_the_visit_as_it_was(handler, event):
     assert (visit.needle, visit.frames, visit.depth, visit.places, visit.opened) == before
     assert str(refused.value.message).endswith(".") and not refused.value.print_exception
 
+
 # A small page behind the same server as the apps
 
 
@@ -232,10 +233,10 @@ def test_the_place_of_an_upload_does_not_follow_from_its_contents(server):
 
 
 @pytest.mark.parametrize("name", ["chat", "needle"])
-def test_every_event_of_the_apps_takes_the_route_that_is_open(name, tmp_path):
+def test_every_event_of_the_apps_takes_the_route_that_is_open(name):
     "Gradio sends an event without a queue to a route of its own, which is closed."
     gr = pytest.importorskip("gradio", reason="gradio is not installed (make env)")
     app = app_module(name)
-    given = (SimpleNamespace(), "", []) if name == "chat" else ("mini-longva", tmp_path)
+    given = (SimpleNamespace(), "", []) if name == "chat" else ("mini-longva", benches())
     page = app.build(gr, *given)
     assert len(page.fns) > 8 and all(fn.queue is not False for fn in page.fns.values())
