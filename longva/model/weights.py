@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig
 
+from ..context.rope_files import read_rope
 from .original import CheckpointError, read_json
 
 # %% ../../nbs/310_model.weights.ipynb #d0434f9b
@@ -189,6 +190,14 @@ def _fields(config, *without) -> dict:
     return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "dtype", *without)}
 
 # %% ../../nbs/310_model.weights.ipynb #c3979f19
+def _rope_fields(folder) -> dict:
+    """Read a folder's RoPE settings in both spellings; transformers would lose the base of two."""
+    try:
+        settings = read_rope({"config.json": read_json(folder / "config.json")})
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return {"rope_parameters": settings} if settings else {}
+
 def read_language(
     part,  # a Qwen2: folder, hub id or model
 ) -> Part:
@@ -203,7 +212,10 @@ def read_language(
     generation = getattr(part, "generation_config", None)
     if folder and (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
-    return Part(_fields(config, "architectures"), state, config.dtype, generation, folder)
+    fields = _fields(config, "architectures")
+    if folder:
+        fields |= _rope_fields(folder)
+    return Part(fields, state, config.dtype, generation, folder)
 
 _TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_")  # of a whole CLIP or SigLIP
 
