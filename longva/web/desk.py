@@ -397,7 +397,8 @@ def _reply(self: Desk, talk: Talk, question: Question):
         yield from self._generate(talk, question, files)
         talk.read |= self.own.intersection(files)
         yield
-    except Exception:
+    except Exception as broken:
+        error = broken
         if question.late:
             error = TooLarge(f"This takes more than {self.patience:g} seconds, and others wait: take fewer frames.")
         question.line["content"] = Trouble(self.sentence(error, files))
