@@ -796,7 +796,7 @@ def check_attention(
     check_shareable(model.config, length, decoder)
     if text._attn_implementation != "longva_cp":
         raise ValueError(
-            f"This {text.model_type} was given a shard of a sequence, and its attention is {text._attn_implementation}: "
+            f"This {text.model_type} was given a shard of a sequence; its attention is {text._attn_implementation}: "
             'call set_attn_implementation("longva_cp"). If it stays as it is, this architecture keeps its own '
             "attention: give each sequence to one rank (cp=1).")
 
