@@ -756,6 +756,9 @@ def _check_mask_function(options, use_vmap, kv_length):
         raise ValueError("longva_cp knows causal attention within documents only; this model asks for a mask of its "
                          "own.")
     window = options.get("local_size")
+    kinds = set(getattr(options["config"], "layer_types", None) or ())
+    if kinds == {"full_attention"}:
+        window = None  # transformers makes masks of both kinds, and no layer takes this one
     if window and window < kv_length * current_context().ranks:
         setting = window_setting(options["config"])
         raise ValueError(f"longva_cp knows no sliding window and no chunks, and this model has layers that see "
