@@ -21,7 +21,7 @@ from ..context.parallel import Context, schedule
 from ..context.plan import Plan, longest
 from ..context.rope import inverse_frequencies, unseen_pairs
 from ..needle.heatmap import OKABE_ITO
-from ..vision.image import data_url
+from ..vision.image import data_url, open_image
 from ..vision.unires import choose_grid, place_image, token_order
 
 # %% ../../nbs/730_workbench.plots.ipynb #f6ece87d
@@ -60,7 +60,7 @@ def _strip_picture(places, side=56):
     row = Image.new("RGB", (side * len(places), side), "white")
     pen = ImageDraw.Draw(row)
     for k, place in enumerate(places):
-        row.paste(place.picture.convert("RGB").resize((side - 2, side - 2)), (k * side + 1, 1))
+        row.paste(open_image(place.picture).resize((side - 2, side - 2)), (k * side + 1, 1))
         if place.here:
             pen.rectangle((k * side, 0, (k + 1) * side - 1, side - 1), outline=RED, width=4)
     return row
@@ -310,7 +310,7 @@ def order_figure(
     titles = []
     for column, (encoding, name) in enumerate(ENCODINGS.items(), 1):
         layout = token_layout(size, encoding, grid, max_grids, pool)
-        _add_layout(figure, column, picture.convert("RGB"), layout)
+        _add_layout(figure, column, open_image(picture), layout)
         text = f"<b>{name}</b>: {layout.tokens:,} tokens<br>{_shape_words(encoding, layout)}"
         middle = (0.14, 0.5, 0.86)[column - 1]
         place = dict(x=middle, y=1.0, xref="paper", yref="paper", xanchor="center", yanchor="bottom")
