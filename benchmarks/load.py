@@ -48,12 +48,14 @@ async def needle_user(page, number, rng, end, note):
         await page.click("#fill")
     now = None
     while time.time() < end:
-        quarters = int(rng.integers(0, 401))  # of a percent, as the slider steps
-        if (insert := int(quarters / 4 / 100 * frames)) == now:
+        depth = int(rng.integers(0, 401)) / 400  # the steps of a click
+        if (insert := int(depth * frames)) == now:
             continue
         now = insert
+        strip = await page.locator("#strip .attention").bounding_box()
+        x = strip["x"] + strip["width"] * (0.5 + 20 * depth) / 21  # 21 pictures
         await note(
-            page.fill("#depth input[type=range]", str(quarters / 4)),
+            page.mouse.click(x, strip["y"] + 20),
             page.wait_for_selector(f'#verdict .card[data-insert="{insert}"]'),
         )
         await page.wait_for_timeout(int(rng.integers(100, 900)))  # people look before they move on

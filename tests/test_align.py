@@ -15,8 +15,9 @@ from align_toy import question, talk
 from transformers import CLIPVisionModel, Qwen2ForCausalLM
 
 from longva.model.modeling import LongVA
+from longva.model.open import open_parts
 from longva.model.processing import LongVAProcessor
-from longva.train.align import PRESETS, align, choose_preset, open_start
+from longva.train.align import PRESETS, align, choose_preset
 from longva.train.align_loss import AlignLoss
 from longva.train.conversations import parse_row, token_ids
 from longva.train.engines import Plain
@@ -374,7 +375,7 @@ def test_seed_decides_a_fresh_projector(world, model, tmp_path):
     small.tokenizer().save_pretrained(tmp_path / "words")
     CLIPVisionModel(model.config.vision_config).save_pretrained(tmp_path / "tower")
     parts = dict(language_model=str(tmp_path / "words"), vision_tower=str(tmp_path / "tower"))
-    a, b, c = [open_start(choose_preset("mini-1", dict(parts, seed=seed)))[0] for seed in (0, 0, 1)]
+    a, b, c = [open_parts(**parts, seed=seed)[0] for seed in (0, 0, 1)]
     assert weights_hash(a) == weights_hash(b) != weights_hash(c)
     made = align("mini-1", world / "captions.json", tmp_path / "run", **parts, steps=2)
     assert align("mini-1", world / "captions.json", tmp_path / "run", **parts, steps=2) == made

@@ -2,6 +2,7 @@
 processes; two ranks."""
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from transformers import (
 
 from longva import CheckpointError, LongVA, LongVAConfig, LongVAProcessor, load_original, save_original
 from longva.context.parallel import context_parallel, current_context, shard_batch, unshard
+from longva.context.rope_report import rope_report
 from longva.mini import folder as mini_folder
 from longva.mini import load as load_mini
 from longva.model.weights import weight_files
@@ -203,10 +205,10 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def refused(call, *words):
-    with pytest.raises(CheckpointError) as error:
+def refused(call, *words, error=CheckpointError):
+    with pytest.raises(error) as raised:
         call()
-    text = str(error.value)
+    text = str(raised.value)
     assert text.endswith(".") and "\n" not in text and len(text) < 600, text
     assert all(word in text for word in words), text
     return text
@@ -325,7 +327,6 @@ def test_the_tower_folder_is_found(tmp_path):
         ),
         (dict(model_type="qwen2"), dict(pool_stride=2)),
         (dict(torch_dtype="float16"), dict(dtype=torch.bfloat16)),
-        (dict(rope_scaling=dict(type="linear", factor=4.0)), dict(pool_stride=2)),
     ],
 )
 def test_settings_as_the_original_treats_them(tmp_path, changes, fields):
@@ -343,6 +344,114 @@ def test_settings_as_the_original_treats_them(tmp_path, changes, fields):
     save_original(model, tmp_path / "back")
     again = LongVA.from_pretrained(tmp_path / "back").config
     assert {k: getattr(again, k) for k in fields} == fields
+
+
+def turning(kind, width=D // 4, base=1e9, factor=4.0, trained=16):
+    """The angle per position of every pair, by the papers' formulas; a short call."""
+    plain = [base ** (-2 * i / width) for i in range(width // 2)]
+    if kind == "linear":
+        return [f / factor for f in plain]
+    if kind != "yarn":
+        return plain
+    low, high = (width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (32, 1))
+    low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
+    ramp = [min(max((i - low) / (high - low), 0), 1) for i in range(width // 2)]
+    return [f / factor * r + f * (1 - r) for f, r in zip(plain, ramp)]
+
+
+YARN = dict(factor=4.0, original_max_position_embeddings=16)
+SCALINGS = [("linear", dict(factor=4.0)), ("dynamic", dict(factor=4.0)), ("yarn", YARN)]
+
+
+@pytest.mark.parametrize("name", ["type", "rope_type"])
+@pytest.mark.parametrize("kind, details", SCALINGS)
+@pytest.mark.parametrize("where", ["original", "top", "text_config", "given"])
+def test_a_rope_scaling_is_in_force(tmp_path, where, kind, details, name):
+    """Wherever it stands, and with the base beside it: transformers would let it replace the base, or overlook it."""
+    scaling = {name: kind} | details
+    if where == "original":
+        folder = write(tmp_path / "model", dict(rope_scaling=scaling))
+        model = LongVA.from_pretrained(folder)
+    else:
+        folder = tmp_path / "ours"
+        LongVA.from_pretrained(write(tmp_path / "model")).save_pretrained(folder)
+        file = folder / "config.json"
+        raw = json.loads(file.read_text())
+        if where != "given":
+            (raw if where == "top" else raw["text_config"])["rope_scaling"] = scaling
+            file.write_text(json.dumps(raw))
+        model = LongVA.from_pretrained(folder, **(dict(rope_scaling=scaling) if where == "given" else {}))
+    live = model.model.rotary_emb
+    assert live.rope_type == kind and model.config.text_config.rope_parameters["rope_theta"] == 1e9
+    torch.testing.assert_close(live.inv_freq, torch.tensor(turning(kind)), rtol=1e-5, atol=0)
+    assert abs(live.attention_scaling - (0.1 * math.log(4) + 1 if kind == "yarn" else 1)) < 1e-6
+    assert rope_report(model, logits=False).theta is None or kind != "yarn"
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(LongVA.from_pretrained(tmp_path / "again").model.rotary_emb.inv_freq, live.inv_freq)
+
+
+BAD_ROPE = [
+    (dict(rope_scaling=dict(type="mrope", mrope_section=[2, 3, 3])), "of type 'mrope'"),
+    (dict(rope_scaling=dict(type="default", mrope_section=[2, 3, 3])), "mrope_section"),
+    (dict(rope_scaling=dict(type="linear", factor="2.0")), "'2.0', which must be a number"),
+    (dict(rope_scaling=dict(type="yarn", factor=True)), "must be a number"),
+    (dict(rope_scaling=dict(type="linear", factor=float("nan"))), "must be a number"),
+    (dict(rope_scaling=dict(type="linear")), "has no factor"),
+    (dict(rope_scaling=dict(type="linear", rope_type="yarn", factor=2.0)), "another type than rope_type"),
+    (dict(rope_scaling=dict(type="dynamic", factor=2.0, alpha=8.0)), "alpha"),
+    (dict(rope_scaling="yarn"), "'yarn', and must be an object"),
+    (dict(rope_theta="1e6"), "'1e6', which must be a number"),
+    (dict(rope_theta=1), "above 1"),
+    (dict(rope_type="yarn"), "rope_type = yarn"),
+    (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "full_attention"),
+]
+
+
+@pytest.mark.parametrize("change, words", BAD_ROPE)
+def test_a_rope_that_is_not_built_is_named(tmp_path, change, words):
+    folder = write(tmp_path / "model", change)
+    refused(lambda: LongVA.from_pretrained(folder), words)
+    LongVA.from_pretrained(write(tmp_path / "fine" / "model")).save_pretrained(tmp_path / "ours")
+    file = tmp_path / "ours" / "config.json"
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | change))
+    refused(lambda: LongVA.from_pretrained(tmp_path / "ours"), words, error=ValueError)
+    file.write_text(json.dumps(raw))
+    if "rope_type" not in change:
+        refused(lambda: LongVA.from_pretrained(tmp_path / "ours", **change), words, error=ValueError)
+
+
+def test_rope_settings_that_are_given(original, tmp_path):
+    """A base alone is the base alone; what is given counts more than the file; two that differ are refused."""
+    model = LongVA.from_pretrained(original, rope_theta=1e6, max_position_embeddings=77)
+    assert model.config.text_config.rope_parameters == dict(rope_type="default", rope_theta=1e6)
+    assert model.config.text_config.max_position_embeddings == 77
+    assert abs(model.model.rotary_emb.inv_freq[-1] - 1e6 ** (-14 / 16)) < 1e-12
+    text = dict(rope_scaling=dict(type="linear", factor=2.0))
+    model = LongVA.from_pretrained(original, text_config=text)
+    assert model.config.text_config.rope_parameters == dict(rope_type="linear", factor=2.0, rope_theta=1e9)
+    model.save_pretrained(tmp_path / "ours")
+    again = LongVA.from_pretrained(tmp_path / "ours", rope_theta=1e7).config.text_config.rope_parameters
+    assert again == dict(rope_type="linear", factor=2.0, rope_theta=1e7)
+    beside = dict(config=model.config, rope_theta=1e6)
+    refused(lambda: LongVA.from_pretrained(original, **beside), "rope_theta came", error=ValueError)
+    refused(lambda: LongVAConfig(text_config=dict(rope_theta=1e9), rope_theta=1e6), "said twice", error=ValueError)
+    refused(lambda: LongVAConfig(text_config=Qwen2Config(), max_position_embeddings=7), "said twice", error=ValueError)
+
+
+def test_a_qwen2_in_both_spellings_keeps_its_base(tmp_path):
+    """transformers reads rope_scaling alone, and takes 10,000 for the base of rope_parameters."""
+    qwen = Qwen2ForCausalLM(Qwen2Config(vocab_size=V, hidden_size=D, intermediate_size=FFN, num_hidden_layers=1,
+                                        num_attention_heads=4, num_key_value_heads=2))
+    qwen.save_pretrained(tmp_path / "qwen")
+    file = tmp_path / "qwen" / "config.json"
+    new = dict(rope_parameters=dict(rope_type="default", rope_theta=1e9), rope_scaling=dict(type="linear", factor=4.0))
+    file.write_text(json.dumps(json.loads(file.read_text()) | new))
+    tower = CLIPVisionModel(CLIPVisionConfig(**TOWER))
+    made = LongVA.from_parts(tmp_path / "qwen", tower)
+    torch.testing.assert_close(made.model.rotary_emb.inv_freq, torch.tensor(turning("linear")), rtol=1e-5, atol=0)
+    again = LongVA.from_parts(tmp_path / "qwen", tower, rope_theta=1e6)
+    assert again.config.text_config.rope_parameters == dict(rope_type="linear", factor=4.0, rope_theta=1e6)
 
 
 def test_images_have_their_own_pool(tmp_path):

@@ -160,6 +160,47 @@ def test_another_start_is_refused(tmp_path):
             shutil.rmtree(checkpoint)
 
 
+def test_memory_is_asked_before_text_and_weights(tmp_path, monkeypatch):
+    """On all three trainings: the refusal comes before anything is read or written."""
+    from longva.context.plan import PlanError
+    from longva.model.open import find_model
+    from longva.train import align, dpo, extend, throughput
+
+    def too_late(*given, **more):
+        raise AssertionError("memory was not asked first")
+
+    for module, names in (
+        (extend, ["open_tokenizer", "open_corpus", "open_model"]),
+        (align, ["open_data", "open_start"]),
+        (dpo, ["read_pairs", "open_both"]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, too_late)
+    monkeypatch.setattr(throughput, "_host_gib", lambda: 0.25)
+    toy.tiny().save_pretrained(tmp_path / "reader")
+    out = tmp_path / "run"
+    for call in (
+        lambda: extend.extend("mini", tmp_path, out, model=tmp_path / "reader"),
+        lambda: align.align("mini-2", tmp_path / "rows.json", out, model="mini-longva"),
+        lambda: dpo.dpo("mini", tmp_path / "pairs.json", out, model=str(find_model("mini-longva"))),
+    ):
+        with pytest.raises(PlanError, match="the process has 0.3 GB and would need"):
+            call()
+    assert not out.exists()
+
+
+def test_a_plan_without_a_run(tmp_path):
+    from longva.train.extend import describe_extension
+
+    toy.tiny().save_pretrained(tmp_path / "reader")
+    before = sorted(tmp_path.rglob("*"))
+    text, planned = describe_extension("mini", model=tmp_path / "reader", length=1000, steps=7)
+    assert planned.fits and planned.length == 1000 and planned.engine == "plain"
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert {"length 1000", "theta 1000000000.0", "steps 7", "engine plain"} <= set(lines)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_context_that_does_not_fit_is_the_planners_sentence(tmp_path):
     from transformers import Qwen2Config
 
@@ -184,3 +225,53 @@ def test_context_that_does_not_fit_is_the_planners_sentence(tmp_path):
     )
     with pytest.raises(PlanError):
         check_memory(seven, 4_000_000, Recipe(steps=1), Ranks())
+
+
+def test_a_short_window_and_a_lost_rope_are_refused_before_the_text_is_read(tmp_path):
+    from transformers import LlamaConfig, MistralConfig
+
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    MistralConfig(**sizes, num_key_value_heads=2, sliding_window=32).save_pretrained(tmp_path / "window")
+    rope = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    rope["original_max_position_embeddings"] = 64
+    LlamaConfig(**sizes, rope_parameters=rope).save_pretrained(tmp_path / "rope")
+    (tmp_path / "text").mkdir()
+    command = ("--preset", "mini", "--text", tmp_path / "text", "--model")
+    for name, words, option in [
+        ("window", "all 2 layers see 32 tokens", "--keep-window"),
+        ("rope", "of type llama3", "--replace-rope"),
+    ]:
+        ((code, error),) = toy.wait(start(tmp_path / "run", *command, tmp_path / name))
+        assert code == 1 and words in error and option in error and "Traceback" not in error, error
+        ((code, error),) = toy.wait(start(tmp_path / "run", *command, tmp_path / name, option))
+        assert words not in error, "now the tokenizer is missed"
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch):
+    """On all three trainings; a plan that doesn't fit is one sentence and exit 1."""
+    from typer.testing import CliRunner
+
+    from longva.cli import app
+    from longva.train import throughput
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": 1, "conversations": [
+        {"from": "human", "value": "find owl"}, {"from": "gpt", "value": "red"}]}]))
+    (tmp_path / "pairs.json").write_text(json.dumps([{"prompt": "find owl", "chosen": "red", "rejected": "blue"}]))
+    before = sorted(tmp_path.rglob("*"))
+    commands = [
+        ["extend", "--preset", "mini"],
+        ["align", "--preset", "mini-2", "--data", "rows.json", "--model", "mini-longva"],
+        ["dpo", "--preset", "mini", "--data", "pairs.json"],
+    ]
+    for words in commands:
+        done = CliRunner().invoke(app, [*words, "--steps", "7", "--dry-run"])
+        assert done.exit_code == 0, done.output
+        lines = [" ".join(line.split()) for line in done.output.splitlines()]
+        assert {"steps 7", "engine plain", "precision fp32"} <= set(lines)
+        assert any(line.startswith("weights ") for line in lines) and any("would, then memory" in x for x in lines)
+    monkeypatch.setattr(throughput, "_host_gib", lambda: 0.25)
+    done = CliRunner().invoke(app, [*commands[0], "--dry-run"])
+    assert done.exit_code == 1 and "do not fit: the process has 0.3 GB" in done.output
+    assert sorted(tmp_path.rglob("*")) == before

@@ -399,12 +399,46 @@ def torn_tensors(folder):
     file.write_bytes(file.read_bytes()[:-9])
 
 
-@pytest.mark.parametrize("harm", [empty_state, state_without_step, missing_tensors, torn_tensors])
+def flipped_bit(folder):
+    file = folder / "part-00000.safetensors"
+    written = bytearray(file.read_bytes())
+    written[-5] ^= 1  # the last bit of a number
+    file.write_bytes(written)
+
+
+def zeroed_tensors(folder):
+    file = folder / "part-00000.safetensors"
+    written = file.read_bytes()
+    file.write_bytes(written[: len(written) // 2] + bytes(len(written) - len(written) // 2))
+
+
+HARMS = [empty_state, state_without_step, missing_tensors, torn_tensors, flipped_bit, zeroed_tensors]
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_damaged_checkpoints_are_named(done, tmp_path, harm):
+    """The only checkpoint; the last of two; and both."""
     out = copied(done, tmp_path / "run")
     harm(out / "step-000002")
-    with pytest.raises(TrainError, match="step-000002 is damaged .*: remove it"):
+    with pytest.raises(TrainError, match="step-000002 is damaged .*: remove it, .* resumes from the beginning"):
         here(out, identity=ABOUT)
+    out = Path(shutil.copytree(done[0], tmp_path / "two"))
+    harm(out / "step-000004")
+    with pytest.raises(TrainError, match="step-000004 is damaged .*: remove it, .* resumes from step-000002"):
+        here(out, identity=ABOUT, steps=6)
+    harm(out / "step-000002")
+    with pytest.raises(TrainError, match="remove it and step-000002, .* resumes from the beginning"):
+        here(out, identity=ABOUT, steps=6)
+
+
+def test_checkpoints_without_checksums_are_read(done, tmp_path):
+    """As they were written before there were checksums."""
+    out = copied(done, tmp_path / "run")
+    file = out / "step-000002/state.json"
+    state = json.loads(file.read_text())
+    assert state.pop("sums").keys() == {"part-00000.safetensors"}
+    file.write_text(json.dumps(state))
+    assert here(out, identity=ABOUT) == done[1]
 
 
 def test_folders_of_others_are_left_alone(done, tmp_path):

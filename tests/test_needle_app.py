@@ -1,11 +1,14 @@
 """The needle app in a real browser: nothing leaves the machine, and what the page says is what the bench says."""
 
+import importlib.util
 import socket
 import time
+from html import unescape
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
-from app_toy import flags, free_port, patience, root, start, wait_for
+from app_toy import PALE, flags, free_port, patience, root, start, tab_stops, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -15,11 +18,23 @@ def rooms(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def process(chromium, rooms, tmp_path_factory):
+def demo(tmp_path_factory):
+    "A demo's video and needles, of which only mini-anyres was asked, among 16 frames: other maps begin empty."
+    from longva.mini import load
+    from longva.mini.world import put_needles, write_film
+    from longva.needle.vniah import run
+
+    folder = tmp_path_factory.mktemp("demo")
+    video = write_film(folder / "haystack.mp4", 512, seed=20261101)
+    needles = put_needles(folder / "needles", 20, seed=20261101)
+    run(load("mini-anyres"), video, needles, [16], [0.0, 0.5], folder / "mini-anyres", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def process(chromium, rooms, demo):
     pytest.importorskip("gradio", reason="gradio is not installed, so the needle app is not tested (make env)")
-    process = start(
-        "needle", "--port", free_port(), "--demo", tmp_path_factory.mktemp("none"), TMPDIR=str(rooms)
-    )  # whatever runs/demo holds, the maps begin empty
+    process = start("needle", "--port", free_port(), "--demo", demo, TMPDIR=str(rooms))
     yield process
     process.terminate()
     process.wait(30)
@@ -27,10 +42,21 @@ def process(chromium, rooms, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(process):  # made while the app starts
-    from longva.mini.bench import mini_bench
+def bench_of(demo):
+    "What the app shows, made without the app: (name of a model) -> bench of the demo's video and needles."
+    from longva.mini import load
+    from longva.needle.bench import NeedleBench
+    from longva.needle.needles import load_needles
+    from longva.vision.video import read_frames
 
-    return mini_bench("mini-longva")
+    film = read_frames(demo / "haystack.mp4").array
+    needles = load_needles(demo / "needles")
+    return lambda name: NeedleBench(*load(name), film, needles, name)
+
+
+@pytest.fixture(scope="module")
+def bench(process, bench_of):  # made while the app starts
+    return bench_of("mini-longva")
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +134,8 @@ def test_click_slider_drag_keys_and_model(page, bench, tmp_path):
     page.click('#strip button[data-index="3"]')
     page.wait_for_selector('#strip button.here[data-index="3"]')
     shows(page, bench.ask(0, 256, 0.15))
-    page.wait_for_function("document.querySelector('#depth input[type=number]').value === '15'")
     assert page.locator("#strip button.here").count() == 1
     assert ring(page) == pytest.approx((4, 0.6))
-
-    page.fill("#depth input[type=range]", "80.25")
-    shows(page, bench.ask(0, 256, 0.8025))
-    page.wait_for_selector('#strip button.here[data-index="16"]')
 
     box = page.locator("#strip .film .pictures").bounding_box()
 
@@ -127,7 +148,6 @@ def test_click_slider_drag_keys_and_model(page, bench, tmp_path):
         page.mouse.move(x(depth), box["y"] + 15)
     page.mouse.up()
     shows(page, bench.ask(0, 256, 0.25))
-    page.wait_for_function("document.querySelector('#depth input[type=number]').value === '25'")
 
     page.focus("#strip .grip")
     page.keyboard.press("ArrowRight")
@@ -144,14 +164,15 @@ def test_click_slider_drag_keys_and_model(page, bench, tmp_path):
     shows(page, bench.ask(7, 32, 0.0))
     page.screenshot(path=tmp_path / "needle.png", full_page=True)
     assert (tmp_path / "needle.png").stat().st_size > 20_000
-    page.set_viewport_size(dict(width=420, height=800))
     clean(page)
 
 
 def test_attention(page, bench):
-    seen = bench.attention(0, 256, 0.5)
+    page.click('#strip button[data-index="4"]')
+    shows(page, bench.ask(0, 256, 0.2))
+    seen = bench.attention(0, 256, 0.2)
     strip = page.locator("#strip .attention")
-    assert float(strip.get_attribute("data-needle")) == pytest.approx(seen[128], abs=1e-3)
+    assert float(strip.get_attribute("data-needle")) == pytest.approx(seen[51], abs=1e-3)
     assert float(strip.get_attribute("data-text")) == pytest.approx(1 - seen.sum(), abs=1e-3)
     needle = page.evaluate(
         "(() => { const b = document.querySelector('#strip .attention path.needle').getBoundingClientRect(); return b.x"
@@ -162,12 +183,11 @@ def test_attention(page, bench):
     page.click("#which input")
     page.click("[role=option] >> text=layer 1, head 2")
     page.wait_for_selector(".axis >> text=layer 1, head 2")
-    assert float(strip.get_attribute("data-needle")) == pytest.approx(bench.attention(0, 256, 0.5, 1, 2)[128], abs=1e-3)
+    assert float(strip.get_attribute("data-needle")) == pytest.approx(bench.attention(0, 256, 0.2, 1, 2)[51], abs=1e-3)
     clean(page)
 
 
-def test_heat_map_cells_log_and_short_twin(page, bench, tmp_path):
-    from longva.mini.bench import mini_bench
+def test_heat_map_cells_log_and_short_twin(page, bench, bench_of, tmp_path):
     from longva.needle.bench import fill
     from longva.needle.trials import cells, read_trials
     from longva.web.page import shade
@@ -213,7 +233,7 @@ def test_heat_map_cells_log_and_short_twin(page, bench, tmp_path):
 
     page.locator("#model label", has_text="mini-short").click()
     page.wait_for_selector("#heat .title >> text=mini-short")
-    shows(page, mini_bench("mini-short").ask(4, 16, 0.5))
+    shows(page, bench_of("mini-short").ask(4, 16, 0.5))
     time.sleep(1)
     assert page.locator("#heat button[data-all]").count() == 1, "the other model's map went on growing"
     clean(page)
@@ -231,7 +251,7 @@ def real_film(tmp_path):
 def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):
     from PIL import Image
 
-    from longva.mini.world import draw_frame
+    from longva.mini.world import draw_frame, write_film
     from longva.needle.needles import Needle
     from longva.web.visit import add_needle, with_film
 
@@ -241,6 +261,22 @@ def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):
     page.set_input_files("#video input[type=file]", tmp_path / "noise.mp4")
     page.wait_for_selector("#film-said [role=alert] >> text=noise.mp4 cannot be read as a video")
     shows(page, bench.ask(0, 256, 0.5))  # what was there stays
+    write_film(tmp_path / "one.mp4", 1, seed=3, side=56)
+    Image.fromarray(draw_frame(("heart", "pink", "checks"), 112)).save(tmp_path / "photo.png")
+    for name in ("one.mp4", "photo.png"):
+        page.set_input_files("#video input[type=file]", tmp_path / name)
+        page.wait_for_selector(f"#film-said [role=alert] >> text={name} holds one picture: give a video")
+    shows(page, bench.ask(0, 256, 0.5))
+    page.set_input_files("#video input[type=file]", write_film(tmp_path / "two.mp4", 2, seed=3, side=56))
+    page.wait_for_selector("#film-said >> text=two.mp4 now, 2 of its frames")
+    shows(page, with_film(bench, tmp_path / "two.mp4").ask(0, 2, 0.5))
+    length = page.locator("#frames input[type=range]")
+    page.wait_for_function("document.querySelector('#frames input[type=range]').value === '2'")
+    assert (length.get_attribute("min"), length.get_attribute("max")) == ("1", "2")
+    assert page.locator("#strip button").count() == 3 and page.locator("#strip img").first.bounding_box()["width"] < 113
+    page.fill("#frames input[type=range]", "1")
+    shows(page, with_film(bench, tmp_path / "two.mp4").ask(0, 1, 0.5))
+    assert "of 1 frame," in page.inner_text("#verdict") and page.locator(".error").count() == 0
     page.set_input_files("#video input[type=file]", film)
     page.wait_for_selector(f"#film-said >> text={film.name} now, {count} of its frames")
     other, n = with_film(bench, film), min(256, count)
@@ -269,6 +305,110 @@ def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):
     page.wait_for_function("document.querySelectorAll('#film-said [role=status]').length === 0")
     page.wait_for_selector('#verdict .card[data-frames="256"]')
     clean(page)
+
+
+def test_a_trial_of_the_demo_is_repeated_with_its_own_needle(page, demo, bench_of):
+    from longva.needle.trials import read_trials
+
+    bench = bench_of("mini-anyres")
+    names = [needle.name for needle in bench.needles]
+    page.locator("#model label", has_text="mini-anyres").click()
+    page.wait_for_selector("#heat .title >> text=mini-anyres, from the demo")
+    page.click('#heat button[data-frames="16"][data-depth="0.0"]')
+    trials = [t for t in read_trials(demo / "mini-anyres" / "trials.jsonl") if t.depth == 0]
+    worst, best = min(trials, key=lambda t: t.margin), max(trials, key=lambda t: t.margin)
+    for t in (worst, best):
+        page.click(f'#trials button[data-needle="{t.needle}"]')
+        page.wait_for_selector(f'#needles button.here[data-index="{names.index(t.needle)}"]')
+        answer = bench.ask(names.index(t.needle), 16, 0.0)
+        shows(page, answer)
+        assert answer.trial.correct == t.correct and abs(answer.trial.margin - t.margin) < 2e-3
+    clean(page)
+
+
+def test_a_trial_of_the_demo_without_its_video_is_not_repeated(demo, tmp_path):
+    gr = pytest.importorskip("gradio", reason="gradio is not installed (make env)")
+    from longva.needle.trials import read_trials
+    from longva.web.visit import SharedBenches, Visit
+
+    spec = importlib.util.spec_from_file_location("needle_app", root / "apps" / "needle" / "app.py")
+    app = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(app)
+    (tmp_path / "mini-anyres").symlink_to(demo / "mini-anyres")
+    shared = SharedBenches(tmp_path)
+    visit = Visit("mini-anyres", opened=(16, 0.0))
+    t = read_trials(demo / "mini-anyres" / "trials.jsonl")[0]
+    click = app.click_handlers(gr, app.view_handlers(gr, shared), shared).click_trial
+    event = SimpleNamespace(needle=t.needle, frames=t.frames, depth=t.depth)
+    *same, said = click(visit, "field", app.MEAN, event)
+    assert (visit.needle, visit.frames, visit.depth) == (0, 256, 0.5) and same == [gr.skip()] * len(same)
+    assert f"The trial of {t.needle} can't be repeated: the demo's video or needles could not be read" in unescape(said)
+    assert str(tmp_path) not in said and said.count("data-needle") == 20
+
+
+def test_on_a_phone(page):
+    page.set_viewport_size(dict(width=390, height=800))
+    page.wait_for_selector('#strip .film[data-places="11"]')
+    page.locator("#model label", has_text="mini-anyres").click()
+    page.click('#heat button[data-frames="16"][data-depth="0.0"]')
+    page.wait_for_selector("#trials td")
+    page.locator("#own > button").click()
+    page.wait_for_selector("#hide")
+    boxes = """selector => [...document.querySelectorAll(selector)].map(e => {
+        const b = e.getBoundingClientRect();
+        return [e.textContent.slice(0, 30), b.left, b.right, b.width, b.height, e.scrollWidth - e.clientWidth];
+    })"""
+    for text, left, right, *_ in page.evaluate(boxes, "main *:not(script, style)"):
+        assert left >= 0 and right <= 390, f"{text} is cut off"
+    shown = page.evaluate(boxes, "#needles button, #strip button, #heat button, #trials button")
+    assert len(shown) == 20 + 11 + 30 + 20
+    for text, _, _, width, height, hidden in shown:
+        assert width >= 24 and height >= 24, f"{text} is too small to touch"
+        assert hidden <= 0, f"{text} does not fit"
+    assert page.locator("#strip").bounding_box()["x"] <= 12
+    page.click('#strip button[data-index="3"]')
+    page.wait_for_selector('#verdict .card[data-insert="76"]')  # 30% of 256 frames
+    page.set_viewport_size(dict(width=1280, height=800))
+    page.wait_for_selector('#strip .film[data-places="21"]')
+    clean(page)
+
+
+def test_by_keyboard(page, bench):
+    page.locator("#model label", has_text="mini-anyres").click()
+    page.wait_for_selector("#heat .title >> text=from the demo")
+    stops = tab_stops(page)
+    blocks = [block for block, _, _ in stops]
+    for once in ("model", "needles", "strip", "which", "heat", "palette", "own"):
+        assert blocks.count(once) == 1, (once, stops)
+    assert len(stops) <= 12 and all(name for *_, name in stops), stops
+    page.focus("#model input:checked")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_selector("#heat .title >> text=mini-longva")
+    shows(page, bench.ask(0, 256, 0.5))
+
+    page.focus('#needles button[tabindex="0"]')
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        page.keyboard.press(key)
+    index = int(page.evaluate("document.activeElement.dataset.index"))
+    assert index > 3
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f'#needles button.here[data-index="{index}"]')
+    page.wait_for_function(f"document.activeElement.dataset.index === '{index}'")  # the focus stays
+    shows(page, bench.ask(index, 256, 0.5))
+    assert blocks.count("needles") == page.locator('#needles [tabindex="0"]').count() == 1
+    clean(page)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_can_be_read(page, address, theme):
+    page.goto(f"{address}/?__theme={theme}")
+    page.locator("#model label", has_text="mini-anyres").click()
+    page.click('#heat button[data-frames="16"][data-depth="0.0"]')
+    page.wait_for_selector("#trials td")
+    page.locator("#own > button").click()
+    page.wait_for_selector("#hide")
+    assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    assert page.evaluate(PALE) == []
 
 
 def refusal(*options):

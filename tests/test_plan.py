@@ -92,6 +92,46 @@ def test_parts_add_up_and_grow():
     assert large.flops["model"] > 2 * small.flops["model"] and large.seconds > 2 * small.seconds
 
 
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_the_plain_engine_has_everything_on_each_gpu(gpus):
+    """AdamW on float32 weights: 16 bytes a parameter, however many ranks there are."""
+    settings = dict(engine="plain", mixed=True, optimizer_bytes=8, gpu_gib=80, gpus=gpus, context=1, kind=None)
+    p = plan("qwen2-7b", 4096, host_gib=500, **settings)
+    assert sum(p.parts[0][name] for name in ("weights", "gradients", "optimizer")) == 16 * 7_615_616_512
+    assert not p.fits and longest(p) == 0
+    assert [name for name, _ in p.advice] == ["ZeRO-3 (engine deepspeed)"]
+    assert plan("qwen2-0.5b", 4096, **settings).fits
+
+
+def test_rows_are_computed_together():
+    one, four = (plan("qwen2-0.5b", 1000, gpus=2, rows=rows, gpu_gib=80) for rows in (1, 4))
+    for part in ("layer", "KV", "checkpoints"):
+        assert four.parts[0][part] == 4 * one.parts[0][part] > 0
+    assert four.flops["model"] == 4 * one.flops["model"] and four.flops["attention"] == one.flops["attention"]
+
+
+def test_gradients_come_as_activations_go():
+    """With one micro batch the plain engine's gradients and its activations are never there in full together."""
+    settings = dict(engine="plain", b=4, optimizer_bytes=8, gpu_gib=80, checkpoints="none", cpu=True)
+    apart, beside = (plan("qwen2-0.5b", 8000, accumulates=known, **settings).parts[0] for known in (False, True))
+    assert "gradients" not in apart and beside["gradients"] == beside["weights"]
+    short = plan("qwen2-0.5b", 1, accumulates=False, **settings).parts[0]
+    assert 0.4 < short["gradients"] / short["weights"] < 1
+
+
+@pytest.mark.parametrize("kind", ["all_gather", "ring", None])
+def test_keys_and_values_of_other_ranks_by_hand(kind):
+    """Qwen2-7B in bfloat16, 4 of 8 ranks share 100,000 tokens: with all-gather only those of the others are extra."""
+    p = plan("qwen2-7b", 100_000, gpus=8, context=4, kind=kind, gpu_gib=80)
+    number, narrow = 2, 4 * 128
+    wanted = {
+        "all_gather": 75_000 * 2 * narrow * number * 2,  # keys and values, and their gradients
+        "ring": 2 * 25_000 * 2 * narrow * (number + 4),  # two blocks, and their gradients in float32
+        None: 0,
+    }
+    assert p.parts[0].get("KV", 0) == wanted[kind]
+
+
 def test_the_limiting_sentence():
     p = plan("qwen2-7b", 2_000_000, **SETTINGS)
     with pytest.raises(

@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 
 from longva.context.rope import DETAILS, base_search, exact_rope, extend_rope, inverse_frequencies, unseen_pairs
+from longva.context.rope_files import write_both_spellings
 from longva.context.rope_report import logits_moved, rope_report
 
 tf.utils.logging.set_verbosity_error()
@@ -446,6 +447,60 @@ def test_settings_that_cannot_be_built():
         and "no model can be built" in report.ignored[0]
         and abs(report.theta / 1e4 - 1) < 1e-4
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [None, {"rope_type": "mrope", "mrope_section": [2, 3, 3]}, {"rope_type": "linear", "factor": "2"}, {"factor": []}],
+)
+@pytest.mark.parametrize("asked", [None, {"rope_theta": "x", "rope_scaling": [1], "type": None}])
+def test_a_report_never_breaks_off(settings, asked):
+    """What breaks a model is what a report is asked about."""
+    for model in (build(qwen()), build(gemma()), around(lambda outer: None)(None)[0]):
+        text = model.config.get_text_config()
+        text.rope_parameters = settings
+        assert repr(rope_report(model, asked)) and rope_report(model, asked).ignored
+    model = around(lambda outer: setattr(outer, "rope_parameters", {"type": "yarn", "factor": 4.0}))(None)[0]
+    assert "rope" in rope_report(model, asked).ignored[0]
+    tiny = build(qwen(head_dim=2))  # one pair: no base can be read from it
+    assert rope_report(tiny).theta is None
+
+
+def version_4(raw):
+    """The frequencies that transformers 4.57 computes with for a Qwen2, a Llama or a Gemma 3: it knows no
+    rope_parameters."""
+    scaling = dict(raw.get("rope_scaling") or {})
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    if kind == "longrope":  # whose trained length it takes from the top
+        trained = raw.get("original_max_position_embeddings") or raw["max_position_embeddings"]
+        scaling["original_max_position_embeddings"] = trained
+    text = qwen(raw.get("rope_theta", 1e4), head_dim=raw.get("head_dim") or 32)
+    text.max_position_embeddings = raw["max_position_embeddings"]
+    text.rope_parameters = text.rope_parameters | scaling | {"rope_type": kind}
+    return inverse_frequencies(text)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama3", "gemma3", "mistral", "olmo2"])
+@pytest.mark.parametrize("method", ["base", "yarn", "linear", "dynamic"])
+def test_both_versions_of_transformers_read_one_base(name, method, tmp_path):
+    model = build(FAMILIES[name]())
+    how = {"theta": 1e9} if method == "base" else {"theta": 1e6, "factor": 4.0}
+    extend_rope(model, method, **how)
+    model.save_pretrained(tmp_path)
+    alone = json.loads((tmp_path / "config.json").read_text())
+    assert version_4(alone).min() > 2 * inverse_frequencies(model.config).min()
+    write_both_spellings(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    torch.testing.assert_close(version_4(raw), inverse_frequencies(model.config))
+    assert raw.get("rope_local_base_freq") == (1e4 if name == "gemma3" else None)
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.to_dict()["rope_parameters"] == model.config.to_dict()["rope_parameters"]
+    assert torch.equal(last_logits(again), last_logits(model))
+
+
+def last_logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(1, 30)[None]).logits
 
 
 # ---- every kind of decoder ------------------------------------------------------------------------------------------

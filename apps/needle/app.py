@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from functools import lru_cache
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,10 +36,23 @@ Dotted: the longest text the language model was trained on, counted in frames. G
 """
 LIMITS = """
 The miniature's world is small: drawn objects in eight colours on eight backgrounds. It answers `find OBJECT` with a \
-colour and a background, such as `pink checks`, and knows only {} words. Of a real video it sees 28 pixels a side. \
-Uploads are removed as soon as they are read.
+colour and a background, such as `pink checks`, and knows only the words below. Of a real video it sees 28 pixels a \
+side. Uploads are removed as soon as they are read.
 <details><summary>The words it knows</summary>{}</details>
 """
+# Gradio gives each radio button a name of its own; with one name for all, the tab key stops once and arrow keys choose.
+RADIOS = """() => {
+    for (const id of ['model', 'palette']) {
+        const group = document.querySelector(`#${id} .wrap:has(input)`);
+        group.setAttribute('role', 'radiogroup');
+        group.setAttribute('aria-label', id === 'model' ? 'Model' : 'Colours of the heat map');
+        const name = () => {
+            for (const radio of group.querySelectorAll('input')) if (radio.name !== id) radio.name = id;
+        };
+        new MutationObserver(name).observe(group, {subtree: true, attributeFilter: ['name']});
+        name();
+    }
+}"""
 SAVE = """text => {
     const link = document.createElement('a');
     link.href = URL.createObjectURL(new Blob([text], {type: 'application/jsonl'}));
@@ -48,18 +60,6 @@ SAVE = """text => {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }"""
-
-
-@lru_cache(maxsize=len(mini.NAMES))
-def bench(name):
-    "The bench of a miniature, shared by all visitors; its video is encoded the first time only."
-    from longva.mini.bench import mini_bench
-
-    return mini_bench(name)
-
-
-def text_config(name):
-    return bench(name).model.config.get_text_config()
 
 
 def heads(config):
@@ -73,18 +73,23 @@ def heads(config):
     return choices
 
 
-def heat_map(visit, demo, palette):
+def demo_trials(visit, shared):
+    "The demo's trials of this model, while the map shows them."
+    return [] if visit.film or visit.filled else shared.recorded(visit.model)
+
+
+def heat_map(visit, shared, palette):
     "The map of a demo run with these weights, or of what was decided here; and its trials."
-    from longva.needle.bench import FRAMES, recorded
+    from longva.needle.bench import FRAMES
     from longva.study.demo import TRAIN_FRAMES
     from longva.web.page import map_html
     from longva.web.visit import lengths
 
-    here = visit.bench(bench)
+    here = visit.bench(shared)
     trials = list(here.kept.values())
     columns = lengths(len(here.film))
     source = visit.film[0] if visit.film else "filled here"
-    before = [] if visit.film or visit.filled else recorded(here, demo / visit.model)
+    before = demo_trials(visit, shared)
     if before:
         trials = before
         columns = FRAMES
@@ -93,15 +98,15 @@ def heat_map(visit, demo, palette):
     return map_html(trials, f"{visit.model}, {source}", columns, palette=palette, **marks), trials
 
 
-def opened(visit, trials):
+def opened(visit, shared, trials):
     "The trials of the open cell."
     from longva.web.page import trials_html
 
     listed = [t for t in trials if (t.frames, t.depth) == visit.opened]
-    return trials_html(listed, visit.bench(bench).processor.tokenizer)
+    return trials_html(listed, visit.bench(shared).processor.tokenizer)
 
 
-def look(visit, demo, palette, which):
+def look(visit, shared, palette, which):
     "Everything that follows from where the needle is."
     import numpy as np
 
@@ -111,14 +116,15 @@ def look(visit, demo, palette, which):
 
     visit.palette = palette
     with one_pass:  # so that of two events at once the later one shows both changes
-        here = visit.bench(bench)
+        here = visit.bench(shared)
         answer, seen = look_here(visit, here)
         weights = seen[heads(here.model.config.get_text_config())[which]]
         weights = weights.mean(tuple(range(np.ndim(weights) - 1)))
-        places = strip(here, visit.needle, visit.frames, visit.depth)
+        places = strip(here, visit.needle, visit.frames, visit.depth, visit.places)
         film = strip_html(places, visit.frames, visit.depth, weights, which)
-        picture, trials = heat_map(visit, demo, palette)
-        return film, needles_html(here.needles, visit.needle), card_html(answer), picture, opened(visit, trials)
+        picture, trials = heat_map(visit, shared, palette)
+        listed = opened(visit, shared, trials)
+        return film, needles_html(here.needles, visit.needle), card_html(answer), picture, listed
 
 
 def read_upload(path, most, read):
@@ -144,28 +150,27 @@ def status(sentence):
 # The handlers of events. Each gets a visit and what the page has chosen, and gives what changes on the page.
 
 
-def view_handlers(gr, demo):
+def view_handlers(gr, shared):
     "What every handler ends with: the page as it is after a change."
     from longva.needle.bench import FRAMES
     from longva.needle.trials import NeedleError
 
     def shown(visit, palette, which):
         try:
-            return visit, *look(visit, demo, palette, which)
+            return visit, *look(visit, shared, palette, which)
         except (NeedleError, mini.UnknownModel) as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
 
-    def sliders(visit):
-        most = len(visit.bench(bench).film)
-        step = 16 if most == FRAMES[-1] else 1
-        length = gr.update(minimum=min(FRAMES[0], most), maximum=most, step=step, value=visit.frames)
-        return length, round(100 * visit.depth, 2)
+    def slider(visit):
+        most = len(visit.bench(shared).film)
+        least = FRAMES[0] if most == FRAMES[-1] else 1  # which is below the shortest video, of two frames
+        return gr.update(minimum=least, maximum=most, step=least, value=visit.frames)
 
-    return SimpleNamespace(shown=shown, sliders=sliders)
+    return SimpleNamespace(shown=shown, slider=slider)
 
 
-def slider_handlers(view):
-    "Model, length and depth."
+def slider_handlers(view, shared):
+    "Model and length."
 
     def choose(visit, name, palette, which):
         visit.model = name
@@ -173,92 +178,108 @@ def slider_handlers(view):
         return view.shown(visit, palette, which)
 
     def lengthen(visit, n, palette, which):
-        visit.frames = int(n)
+        visit.frames = min(max(int(n), 1), len(visit.bench(shared).film))
         return view.shown(visit, palette, which)
 
-    def move(visit, percent, palette, which):
-        visit.depth = percent / 100
-        return view.shown(visit, palette, which)
-
-    return SimpleNamespace(choose=choose, lengthen=lengthen, move=move)
+    return SimpleNamespace(choose=choose, lengthen=lengthen)
 
 
-def click_handlers(gr, view, demo):
-    "Clicks and drags; what was clicked comes with the event."
+def click_handlers(gr, view, shared):
+    "Clicks and drags; what was clicked comes with the event, and is checked before the visit changes."
+    from longva.needle.bench import FRAMES
+    from longva.needle.trials import NeedleError
+    from longva.web.visit import event_number
+
+    def number(event, name, high, low=0):
+        try:
+            return event_number(event, name, low, high)
+        except NeedleError as error:
+            raise gr.Error(str(error), print_exception=False) from None
 
     def drag(visit, palette, which, event: gr.EventData):
-        visit.depth = min(max(float(event.depth), 0.0), 1.0)
-        return round(100 * visit.depth, 2), *view.shown(visit, palette, which)
+        depth = number(event, "depth", 1)
+        visit.places = int(number(event, "places", 21, 2))
+        visit.depth = depth
+        return view.shown(visit, palette, which)
 
     def click_needle(visit, palette, which, event: gr.EventData):
-        visit.needle = int(event.index)
+        visit.needle = int(number(event, "index", len(visit.bench(shared).needles) - 1))
         return view.shown(visit, palette, which)
 
     def click_cell(visit, palette, event: gr.EventData):
-        cell = int(event.frames), float(event.depth)
+        cell = int(number(event, "frames", FRAMES[-1], 1)), number(event, "depth", 1)
         visit.opened = None if visit.opened == cell else cell
-        picture, trials = heat_map(visit, demo, palette)
-        return visit, picture, opened(visit, trials)
+        picture, trials = heat_map(visit, shared, palette)
+        return visit, picture, opened(visit, shared, trials)
 
     def click_trial(visit, palette, which, event: gr.EventData):
-        names = [needle.name for needle in visit.bench(bench).needles]
-        if event.needle in names:
-            visit.needle = names.index(event.needle)
-        visit.frames = int(event.frames)
-        visit.depth = float(event.depth)
-        return *view.sliders(visit), *view.shown(visit, palette, which)
+        frames = int(number(event, "frames", len(visit.bench(shared).film), 1))
+        depth = number(event, "depth", 1)
+        names = [needle.name for needle in visit.bench(shared).needles]
+        why_not = shared.why_not(visit.model) if demo_trials(visit, shared) else ""
+        needle = str(getattr(event, "needle", ""))[:80]
+        if needle not in names:
+            why_not = why_not or "this needle is not here any more"
+        if why_not:
+            _, trials = heat_map(visit, shared, palette)
+            said = trouble(f"The trial of {needle} can't be repeated: {why_not}.")
+            return [gr.skip()] * 6 + [said + opened(visit, shared, trials)]
+        visit.needle = names.index(needle)
+        visit.frames = frames
+        visit.depth = depth
+        return view.slider(visit), *view.shown(visit, palette, which)
 
     return SimpleNamespace(drag=drag, click_needle=click_needle, click_cell=click_cell, click_trial=click_trial)
 
 
-def map_handlers(gr, demo):
+def map_handlers(gr, shared):
     "The heat map fills, and the log is downloaded."
     from longva.web.visit import fill_here
 
     def fill_map(visit):
         # while the map grows, the ring follows the needle, and colours can be changed; another model or film ends it
         visit.filled = True
-        here = visit.bench(bench)
+        here = visit.bench(shared)
         for _ in fill_here(here, len(visit.own)):
             if visit.benches.get(visit.model) is not here:
                 break
-            picture, trials = heat_map(visit, demo, visit.palette)
+            picture, trials = heat_map(visit, shared, visit.palette)
             if visit.benches.get(visit.model) is here:  # else the page shows another map by now
-                yield picture, opened(visit, trials)
+                yield picture, opened(visit, shared, trials)
         # Gradio sends the last value again when all is over, and by then the page may show something newer
         yield gr.skip(), gr.skip()
 
     def log(visit):
-        lines = [json.dumps(asdict(t), allow_nan=False) + "\n" for t in visit.bench(bench).kept.values()]
+        lines = [json.dumps(asdict(t), allow_nan=False) + "\n" for t in visit.bench(shared).kept.values()]
         return "".join(lines)
 
     return SimpleNamespace(fill_map=fill_map, log=log)
 
 
-def film_handlers(gr, view):
+def film_handlers(gr, view, shared):
     "A video of the visitor's, and the drawn one again."
     from longva.needle.trials import NeedleError
     from longva.web.visit import take_film
 
     def give_film(visit, path, palette, which):
         if path is None:
-            return [gr.skip()] * 10
+            return [gr.skip()] * 9
         try:
-            read_upload(path, FILM_BYTES, lambda path: take_film(visit, bench, path))
+            read_upload(path, FILM_BYTES, lambda path: take_film(visit, shared, path))
         except NeedleError as error:
-            return None, trouble(error), gr.skip(), gr.skip(), *view.shown(visit, palette, which)
+            return None, trouble(error), gr.skip(), *view.shown(visit, palette, which)
         name, film, _ = visit.film
         sentence = f"The video is {name} now, {len(film)} of its frames, equally spaced."
-        return None, status(sentence), *view.sliders(visit), *view.shown(visit, palette, which)
+        return None, status(sentence), view.slider(visit), *view.shown(visit, palette, which)
 
     def drawn_film(visit, palette, which):
-        take_film(visit, bench, None)
-        return None, "", *view.sliders(visit), *view.shown(visit, palette, which)
+        take_film(visit, shared, None)
+        return None, "", view.slider(visit), *view.shown(visit, palette, which)
 
     return SimpleNamespace(give_film=give_film, drawn_film=drawn_film)
 
 
-def new_needle(visit, question, answer):
+def new_needle(visit, shared, question, answer):
     "Hide the visitor's picture under a name of its own; the name."
     from longva.needle.needles import Needle
     from longva.needle.trials import NeedleError
@@ -269,14 +290,14 @@ def new_needle(visit, question, answer):
     if len(visit.own) >= MOST_NEEDLES:
         raise NeedleError(f"{MOST_NEEDLES} needles were added already: load the page again to start over.")
     name, picture = visit.picture
-    taken = {needle.name for needle in visit.bench(bench).needles}
+    taken = {needle.name for needle in visit.bench(shared).needles}
     names = [name, *(f"{name} {i}" for i in range(2, 99))]
     name = next(free for free in names if free not in taken)
-    take_needle(visit, bench, Needle(name, picture, (question or "").strip(), (answer or "").strip()))
+    take_needle(visit, shared, Needle(name, picture, (question or "").strip(), (answer or "").strip()))
     return name
 
 
-def picture_handlers(gr, view):
+def picture_handlers(gr, view, shared):
     "A needle of the visitor's."
     from longva.needle.trials import NeedleError
     from longva.web.visit import read_picture
@@ -293,7 +314,7 @@ def picture_handlers(gr, view):
 
     def give_needle(visit, question, answer, palette, which):
         try:
-            name = new_needle(visit, question, answer)
+            name = new_needle(visit, shared, question, answer)
         except NeedleError as error:
             return trouble(error), *view.shown(visit, palette, which)
         return status(f"{name} was added as a needle."), *view.shown(visit, palette, which)
@@ -313,27 +334,25 @@ def place_controls(gr, c, first):
     from longva.web.page import CLICK, DRAG
 
     with gr.Row():
-        with gr.Column(scale=5, min_width=430):
+        with gr.Column(scale=5, min_width=400):
             c.model = gr.Radio(mini.NAMES, value=first, label="Model", elem_id="model")
             length = dict(step=16, label="Frames of the video", elem_id="frames", buttons=[])
             c.frames = gr.Slider(FRAMES[0], FRAMES[-1], 256, **length)
-        with gr.Column(scale=6, min_width=430):
+        with gr.Column(scale=6, min_width=400):
             c.needles = html(gr, "needles", CLICK)
     c.film = html(gr, "strip", DRAG)
-    depth = dict(step=0.25, label="Depth of the needle, in percent of the video", elem_id="depth", buttons=[])
-    c.percent = gr.Slider(0, 100, 50, **depth)
 
 
-def place_results(gr, c, first):
+def place_results(gr, c, here):
     from longva.needle.bench import NEEDLES
     from longva.web.page import CLICK
 
     with gr.Row():
-        with gr.Column(scale=5, min_width=430):
+        with gr.Column(scale=5, min_width=400):
             c.verdict = html(gr, "verdict")
-            choices = list(heads(text_config(first)))
+            choices = list(heads(here.model.config.get_text_config()))
             c.which = gr.Dropdown(choices, value=MEAN, label="Attention under the video", elem_id="which")
-        with gr.Column(scale=6, min_width=430):
+        with gr.Column(scale=6, min_width=400):
             c.heat = html(gr, "heat", CLICK)
             with gr.Row():
                 c.fill = gr.Button(f"Fill the heat map ({NEEDLES} needles in each cell)", size="sm", elem_id="fill")
@@ -344,17 +363,17 @@ def place_results(gr, c, first):
             c.listed = html(gr, "trials", CLICK)
 
 
-def place_uploads(gr, c, first):
-    words = sorted(word for word in bench(first).processor.tokenizer.get_vocab() if word.isalpha())
+def place_uploads(gr, c, here):
+    words = sorted(word for word in here.processor.tokenizer.get_vocab() if word.isalpha())
     with gr.Accordion("Use your own video and needle", open=False, elem_id="own"):
-        gr.Markdown(LIMITS.format(len(words), ", ".join(words)), elem_classes="about small")
+        gr.Markdown(LIMITS.format(", ".join(words)), elem_classes="about small")
         with gr.Row():
-            with gr.Column(min_width=320):
+            with gr.Column(min_width=400):
                 label = f"A video, up to {FILM_BYTES >> 20} MiB: 512 of its frames are taken"
                 c.video = gr.File(label=label, elem_id="video", height=160)
                 c.back = gr.Button("Back to the drawn video", size="sm", elem_id="back")
                 c.film_said = html(gr, "film-said")
-            with gr.Column(min_width=320):
+            with gr.Column(min_width=400):
                 label = f"A needle: a picture, up to {PICTURE_BYTES >> 20} MiB"
                 c.picture = gr.File(label=label, elem_id="picture", height=160)
                 with gr.Row():
@@ -379,56 +398,56 @@ CLICKED = QUIET | dict(trigger_mode="multiple")  # "always_last" would keep what
 READING = QUIET | dict(show_progress="minimal", trigger_mode="once", concurrency_limit=2, concurrency_id="read")
 
 
-def connect_views(gr, page, c, view, demo):
+def connect_views(gr, page, c, view, shared):
     looks = [c.palette, c.which]
     views = [c.visit, c.film, c.needles, c.verdict, c.heat, c.listed]
-    slide = slider_handlers(view)
+    slide = slider_handlers(view, shared)
     page.load(view.shown, [c.visit, *looks], views, **QUIET)
+    page.load(None, None, None, js=RADIOS, api_visibility="private")
     gr.on([c.palette.input, c.which.input], view.shown, [c.visit, *looks], views, **QUIET)
     c.model.input(slide.choose, [c.visit, c.model, *looks], views, **QUIET)
     c.frames.input(slide.lengthen, [c.visit, c.frames, *looks], views, **QUIET)
-    c.percent.input(slide.move, [c.visit, c.percent, *looks], views, **QUIET)
-    click = click_handlers(gr, view, demo)
-    c.film.input(click.drag, [c.visit, *looks], [c.percent, *views], **CLICKED)
+    click = click_handlers(gr, view, shared)
+    c.film.input(click.drag, [c.visit, *looks], views, **CLICKED)
     c.needles.click(click.click_needle, [c.visit, *looks], views, **CLICKED)
     c.heat.click(click.click_cell, [c.visit, c.palette], [c.visit, c.heat, c.listed], **CLICKED)
-    c.listed.click(click.click_trial, [c.visit, *looks], [c.frames, c.percent, *views], **CLICKED)
+    c.listed.click(click.click_trial, [c.visit, *looks], [c.frames, *views], **CLICKED)
 
 
-def connect_map(gr, c, demo):
-    grow = map_handlers(gr, demo)
+def connect_map(gr, c, shared):
+    grow = map_handlers(gr, shared)
     filling = dict(show_progress="minimal", api_visibility="private", concurrency_limit=4)
     c.fill.click(grow.fill_map, c.visit, [c.heat, c.listed], **filling)
     saved = c.save.click(grow.log, c.visit, c.log_text, **QUIET)
     saved.then(None, c.log_text, None, js=SAVE, api_visibility="private")
 
 
-def connect_uploads(gr, c, view):
+def connect_uploads(gr, c, view, shared):
     looks = [c.palette, c.which]
     views = [c.visit, c.film, c.needles, c.verdict, c.heat, c.listed]
-    films = film_handlers(gr, view)
-    after_film = [c.video, c.film_said, c.frames, c.percent, *views]
+    films = film_handlers(gr, view, shared)
+    after_film = [c.video, c.film_said, c.frames, *views]
     c.video.upload(films.give_film, [c.visit, c.video, *looks], after_film, **READING)
     c.back.click(films.drawn_film, [c.visit, *looks], after_film, **READING)
-    pictures = picture_handlers(gr, view)
+    pictures = picture_handlers(gr, view, shared)
     c.picture.upload(pictures.give_picture, [c.visit, c.picture], [c.visit, c.picture, c.needle_said], **READING)
     c.hide.click(pictures.give_needle, [c.visit, c.question, c.answer, *looks], [c.needle_said, *views], **READING)
 
 
-def build(gr, first, demo):
+def build(gr, first, shared):
     "The page."
     from longva.web.visit import Visit
 
-    view = view_handlers(gr, demo)
+    view = view_handlers(gr, shared)
     with gr.Blocks(title="Needle in a haystack", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         c = SimpleNamespace(visit=gr.State(Visit(first)))
         gr.Markdown(ABOUT, elem_classes="about")
         place_controls(gr, c, first)
-        place_results(gr, c, first)
-        place_uploads(gr, c, first)
-        connect_views(gr, page, c, view, demo)
-        connect_map(gr, c, demo)
-        connect_uploads(gr, c, view)
+        place_results(gr, c, shared(first))
+        place_uploads(gr, c, shared(first))
+        connect_views(gr, page, c, view, shared)
+        connect_map(gr, c, shared)
+        connect_uploads(gr, c, view, shared)
         keep_listening(gr)
     return page.queue(max_size=64)
 
@@ -453,13 +472,15 @@ def main():
         from transformers.utils import logging
 
         from longva.web.page import CSS
+        from longva.web.visit import SharedBenches
 
         logging.disable_progress_bar()
+        shared = SharedBenches(asked.demo)
         try:
-            bench(asked.model)
+            shared(asked.model)
         except mini.UnknownModel as error:
             sys.exit(str(error))
-        launch(gr, build(gr, asked.model, asked.demo), asked, css=CSS, max_file_size=FILM_BYTES)
+        launch(gr, build(gr, asked.model, shared), asked, css=CSS, max_file_size=FILM_BYTES)
 
 
 if __name__ == "__main__":

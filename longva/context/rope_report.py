@@ -15,7 +15,7 @@ import tempfile
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from math import pi
+from math import inf, pi
 from pathlib import Path
 
 import torch
@@ -236,6 +236,8 @@ def base_and_factor(
 ) -> tuple:  # (base, factor); (None, None) if they follow no single base
     """Find the two numbers that describe frequencies on a straight line in log scale."""
     f = f[f > 0]
+    if len(f) < 2:  # one pair has a frequency, and no base
+        return None, None
     ratio = float(f[-1] / f[0]) ** (1 / (len(f) - 1))  # between neighbours, theta ** (-2/E)
     straight = torch.allclose(f, f[0] * ratio ** torch.arange(len(f)).double(), rtol=1e-2, atol=0)
     return (ratio ** -len(f), 1 / float(f[0])) if straight else (None, None)
@@ -337,7 +339,9 @@ def unmet_wishes(
     for key, value in flat.items():
         key = "rope_type" if key == "type" else key
         if key == "rope_theta":
-            if abs(theta / value - 1) > 1e-3:
+            if not isinstance(value, (int, float)) or not value:
+                faults.append(f"rope_theta = {value!r} was asked for, which is no base.")
+            elif abs(theta / value - 1) > 1e-3:
                 faults.append(f"rope_theta = {value:g} was asked for, and the base in force is {theta:g}.")
         elif key == "max_position_embeddings":
             if p["rope_type"] != "dynamic":
@@ -368,7 +372,9 @@ def survives_save(
 
 # %% ../../nbs/205_context.rope_report.ipynb #3bea535d
 def _number(x):
-    return "none" if x is None else f"{x:,.6g}"
+    if x is None:
+        return "none"
+    return f"{x:,.6g}" if isinstance(x, (int, float)) else repr(x)
 
 @dataclass(frozen=True)
 class RopeReport:
@@ -407,28 +413,59 @@ class RopeReport:
         return "\n".join([*lines, *(f"  {sentence}" for sentence in self.ignored)])
 
 # %% ../../nbs/205_context.rope_report.ipynb #2d1fa623
-def _faults(model, asked, theta) -> tuple:
+def _reason(error) -> str:
+    "Write an error as a part of a sentence."
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+
+def _attempt(said: list, what: str, call, *args):
+    "Do a part of the report; where settings make it break off, say so in `said`, and give None."
+    try:
+        return call(*args)
+    except Exception as e:  # of many kinds: what is looked for are settings of which no model can be built
+        said.append(f"{what} ({_reason(e)}).")
+        return None
+
+def _settings_of(text, kind) -> dict:
+    "The settings of one kind of layer, whatever the configuration holds."
+    settings = getattr(text, "rope_parameters", None)
+    if isinstance(settings, dict) and kind is not None:
+        settings = settings.get(kind)
+    return settings if isinstance(settings, dict) else {}
+
+def _kind_in(live) -> str | None:
+    "The kind of the layers that see the whole context, among those that a rotary module knows."
+    return next((kind for kind in (None, "full_attention") if kind in live), next(iter(live)))
+
+def _unused(rotary, text) -> list:
+    "Settings that no live module reads, or that have no effect, as sentences."
+    found = unread_settings(rotary, text)
+    for kind in live_frequencies(rotary):
+        found += idle_settings(text, kind)
+    return found
+
+def _faults(model, asked, theta, kind) -> tuple:
     "(what is wrong with the live modules, all that is not in force, whether it survives save and load)."
     text = text_config(model)
     rotary = rotary_modules(model)[0][1]
-    p = rope_settings(text, rope_settings(rotary.config)[1])[0]
-    stray = stray_settings(model.config, text, p.get("rope_type"))
+    p = _settings_of(text, kind)
+    ignored = []
+    survives = None
     try:
         faults = live_faults(model)
-        ignored = faults + unread_settings(rotary, text)
-        for kind in live_frequencies(rotary):
-            ignored += idle_settings(text, kind)
-        survives = survives_save(model)
-    except (KeyError, TypeError, ValueError) as e:  # no model can be built from them; the live one is of older settings
-        wish = ", ".join(f"{k} = {v}" for k, v in p.items() if not isinstance(v, list))
-        reason = f"{type(e).__name__}: {e}"
-        faults = [f"rope_parameters ({wish}) is not in force, and no model can be built from it ({reason})."]
-        return faults, faults + stray, None
-    ignored += stray
-    unmet = unmet_wishes(asked or {}, text, theta)
-    new = [wish for wish in unmet if not any(wish.split(" was")[0] in other for other in ignored)]
+    except Exception as e:  # no model can be built from them; the live one is of older settings
+        wish = ", ".join(f"{k} = {v}" for k, v in p.items() if not isinstance(v, list)) or text.rope_parameters
+        faults = [f"rope_parameters ({wish}) is not in force, and no model can be built from it ({_reason(e)})."]
+    else:
+        ignored = _attempt(ignored, "Unread settings were not looked for", _unused, rotary, text) or ignored
+        survives = _attempt(ignored, "The configuration can't be saved and read again", survives_save, model)
+    stray = _attempt(ignored, "Stray settings were not looked for", stray_settings, model.config, text,
+                     p.get("rope_type"))
+    ignored = faults + ignored + (stray or [])
+    unmet = _attempt(ignored, "What was asked for can't be compared", unmet_wishes, asked or {}, text, theta)
+    new = [wish for wish in unmet or [] if not any(wish.split(" was")[0] in other for other in ignored)]
     return faults, ignored + new, survives
 
+# %% ../../nbs/205_context.rope_report.ipynb #117baee4
 def rope_report(
     model,  # a live transformers model
     asked: dict | None = None,  # what you asked for, as you wrote it: {"rope_theta": 1e9} or {"rope_scaling": {...}}
@@ -441,22 +478,25 @@ def rope_report(
     """
     text = text_config(model)
     site, rotary = rotary_modules(model)[0]
-    kind = rope_settings(rotary.config)[1]
-    live = live_frequencies(rotary)[kind]
+    found = live_frequencies(rotary)
+    kind = _kind_in(found)
+    live = found[kind]
     f = live.detach().cpu().double()
     theta, factor = base_and_factor(f)
-    faults, ignored, survives = _faults(model, asked, theta)
+    faults, ignored, survives = _faults(model, asked, theta, kind)
+    rope_type = getattr(rotary, "rope_type", "default")
+    moved = _attempt(ignored, "Logits can't be compared", logits_moved, model) if logits else None
     return RopeReport(
         theta=theta,
         factor=factor,
-        longest_wavelength=2 * pi / float(f[f > 0].min()),
+        longest_wavelength=2 * pi / float(f[f > 0].min()) if (f > 0).any() else inf,
         dtype=live.dtype,
-        config_theta=rope_settings(text, kind)[0].get("rope_theta"),
+        config_theta=_settings_of(text, kind).get("rope_theta"),
         equal_to_config=not faults,
-        rope_type=rotary.rope_type if kind is None else rotary.rope_type[kind],
-        attention_factor=float(_attribute(rotary, kind, "attention_scaling", 1.0)),
+        rope_type=rope_type[kind] if isinstance(rope_type, dict) else rope_type,
+        attention_factor=float(_attribute(rotary, kind, "attention_scaling", 1.0) or 1.0),
         exact=isinstance(model.get_submodule(site), ExactRotary),
-        logits_moved=logits_moved(model) if logits else None,
+        logits_moved=moved,
         survives_save=survives,
         ignored=tuple(dict.fromkeys(ignored)),
     )

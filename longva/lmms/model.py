@@ -28,9 +28,12 @@ class LmmsError(ValueError):
 def generation_settings(
     asked: dict,  # a task's `generation_kwargs`
 ) -> dict:  # arguments of `generate`
-    """Take what a LongVA needs of a task's settings; by default greedy, and at most 1024 tokens."""
+    """Take what a LongVA needs of a task's settings; greedy by default and where `do_sample` is false."""
     temperature = asked.get("temperature")
-    sample = bool(asked.get("do_sample")) if temperature is None else temperature > 0
+    sample = asked.get("do_sample")
+    if temperature is not None and sample is not False:
+        sample = temperature > 0
+    sample = bool(sample)
     names = ("temperature", "top_p", "top_k")
     if sample:
         sampling = {name: asked[name] for name in names if asked.get(name) is not None}

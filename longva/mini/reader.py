@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDING', 'DIGITS', 'SHORT', 'BOTH', 'TEXTS', 'number_document', 'write_text', 'answer_weights', 'short_reader',
-           'extend_reader', 'write_book']
+           'describe_reader', 'extend_reader', 'write_book']
 
 # %% ../../nbs/615_mini.reader.ipynb #b98b079f
 import json
@@ -19,7 +19,7 @@ from ..files import whole_folder, write_whole
 from . import load
 from . import world as W
 from .recipe import SHORT_BASE, SHORT_CONTEXT
-from ..train.extend import PRESETS, Preset, extend
+from ..train.extend import PRESETS, Preset, describe_extension, extend
 from ..train.ranks import find_ranks
 
 # %% ../../nbs/615_mini.reader.ipynb #54872b41
@@ -120,6 +120,16 @@ def _write_data(out, seed):
     for name, (documents, length) in TEXTS.items():
         if not (out / name / "numbers.jsonl").exists():
             write_text(out / name, documents, length, seed)
+
+def describe_reader(
+    theta: float | None = None,  # as in `extend_reader`
+    length: int | None = None,
+    **changes,
+) -> tuple:  # (the plan and all settings as text, the Plan) of the long stage
+    """Say what `extend_reader` would hold and do."""
+    longva = load("mini-short")[0]
+    model = Qwen2ForCausalLM(longva.config.text_config)
+    return describe_extension("mini", model=model, theta=theta, length=length, **changes)
 
 def extend_reader(
     out,  # folder: reader, text, short/model and long/model

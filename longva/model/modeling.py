@@ -16,8 +16,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrained
 from transformers.utils.generic import can_return_tuple
 
 from ..context.parallel import current_context
-from .config import LongVAConfig, grid_count, longva_7b, mini_config
-from .original import CheckpointError, is_original, placeholder_ids, read_json
+from .config import TEXT_SETTINGS, LongVAConfig, change_text, grid_count, longva_7b, mini_config
+from .original import CheckpointError, is_original, placeholder_ids, read_json, read_tokenizer
 from .tower import LongVASiglipTower, LongVATower, pool_patches
 from longva.model.weights import (
     compare_tensors,
@@ -198,8 +198,13 @@ class LongVAPreTrainedModel(Qwen2PreTrainedModel):
                 f"{folder.name} is a {raw.get('model_type')} and no LongVA: "
                 "LongVA.from_parts joins a Qwen2 and a vision tower."
             )
-        if not isinstance(config, PreTrainedConfig):
-            changes = {name: kwargs.pop(name) for name in LongVAConfig.__annotations__ if name in kwargs}
+        changes = {name: kwargs.pop(name) for name in (*LongVAConfig.__annotations__, *TEXT_SETTINGS) if name in kwargs}
+        if isinstance(config, PreTrainedConfig):
+            if changes:
+                raise ValueError(
+                    f"{', '.join(changes)} came beside a configuration, which would count alone: change it in there."
+                )
+        else:
             config = LongVAConfig.from_pretrained(folder if config is None else config, **changes)
         if getattr(config, "quantization_config", None) is None:
             found = {}
@@ -221,7 +226,9 @@ class LongVAPreTrainedModel(Qwen2PreTrainedModel):
         """Join a language model and a vision tower by a fresh projector."""
         language = read_language(language_model)
         tower = read_tower(vision_tower)
-        image_id, video_id = placeholder_ids(language.tokenizer if tokenizer is None else tokenizer)
+        if tokenizer is None:
+            tokenizer = read_tokenizer(language.folder)
+        image_id, video_id = placeholder_ids(tokenizer)
         if dtype is None:
             dtype = language.dtype or next(iter(language.state.values())).dtype
             dtype = torch.bfloat16 if dtype == torch.float16 else dtype
@@ -234,6 +241,9 @@ class LongVAPreTrainedModel(Qwen2PreTrainedModel):
             "video_token_id": video_id,
             "dtype": str(dtype).removeprefix("torch."),
         }
+        given = {name: changes.pop(name) for name in TEXT_SETTINGS if name in changes}
+        if given:
+            fields = change_text(fields, given)
         config = LongVAConfig(**(fields | changes))
         state = language.state | tower.state
         found = {name: tuple(value.shape) for name, value in state.items()}

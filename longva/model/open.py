@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'LANGUAGE', 'OpenError', 'find_model', 'kind_of', 'open_config', 'open_tokenizer', 'PlainProcessor',
-           'open_processor', 'open_model', 'open_both', 'open_language']
+           'open_processor', 'open_model', 'open_both', 'open_language', 'open_parts', 'open_start']
 
 # %% ../../nbs/345_model.open.ipynb #7e31d273
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
@@ -218,3 +219,36 @@ def open_language(
     _check_kind(name, kind_of(name), ("longva", LANGUAGE))
     tokenizer = open_tokenizer(name)
     return open_model(name, ("longva", LANGUAGE), **options), tokenizer
+
+# %% ../../nbs/345_model.open.ipynb #f27caeae
+def open_parts(
+    language_model,  # a Qwen2: a folder, or a name of the hub
+    vision_tower,  # a CLIP or SigLIP: a folder, or a name of the hub
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,  # decides the fresh projector
+) -> tuple:  # (LongVA, LongVAProcessor)
+    """Join a language model and a vision tower to a LongVA; raise OpenError, or CheckpointError if they don't fit."""
+    tokenizer = open_tokenizer(language_model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LongVA.from_parts(language_model, vision_tower, tokenizer, dtype=dtype)
+    return model, LongVAProcessor.from_config(model.config, tokenizer)
+
+def open_start(
+    model=None,  # a live LongVA, its folder or its name; None: it is joined from `parts`
+    processor=None,  # of a live LongVA; otherwise by default the model's own
+    parts: tuple = (None, None),  # language model and vision tower, as in `open_parts`
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple:  # (LongVA, LongVAProcessor), on the CPU: the training moves it
+    """Open the model that a training starts from; a live one is given back as it is."""
+    if isinstance(model, PreTrainedModel):
+        if processor is None:
+            raise OpenError("A live model needs its processor beside it.")
+        return model, processor
+    if model is not None and processor is None:
+        return open_both(model, device="cpu", dtype=dtype)
+    if model is not None:
+        return open_model(model, device="cpu", dtype=dtype), processor
+    joined, own = open_parts(*parts, dtype, seed)
+    return joined, processor or own

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, CLIPVisionConfig, PreTrainedConfig, Qwen2Config
 
+from ..context.rope_files import read_rope, refuse_stray_rope
 from ..vision.unires import grid_choices
 
 # %% ../../nbs/300_model.original.ipynb #80991a9b
@@ -221,6 +222,15 @@ def _text_names() -> set:
     """Give the settings of a config.json that belong to the language model."""
     return set(Qwen2Config().to_dict()) - _NOT_TEXT
 
+def _rope_fields(raw) -> dict:
+    """Read the rotary embedding's settings."""
+    try:
+        refuse_stray_rope(raw, "config.json", home="rope_scaling")
+        settings = read_rope({"config.json": raw})
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return {"rope_parameters": settings} if settings else {}
+
 # %% ../../nbs/300_model.original.ipynb #6cda742c
 def translate_config(
     raw: dict,  # an original config.json
@@ -230,9 +240,7 @@ def translate_config(
     if fault := _not_built(raw):
         raise CheckpointError(f"config.json {fault}.")
     names = _text_names()
-    text = {name: raw[name] for name in sorted(names) if raw.get(name) is not None}
-    if raw.get("rope_theta"):
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": float(raw["rope_theta"])}
+    text = {name: raw[name] for name in sorted(names) if raw.get(name) is not None} | _rope_fields(raw)
     tower, pixels = tower_config(raw["mm_vision_tower"], folder)
     if tower.model_type != "clip_vision_model":
         raise CheckpointError(
@@ -240,7 +248,8 @@ def translate_config(
         )
     image_id, video_id = placeholder_ids(read_tokenizer(folder))
     dtype = raw.get("torch_dtype") or raw.get("dtype")
-    used = names - {"sliding_window"} | {"image_grid_pinpoints"}  # Qwen2Config forgets a window that is not used
+    # Qwen2Config forgets a window that is not used
+    used = names - {"sliding_window"} | {"image_grid_pinpoints", "rope_scaling"}
     return {
         "text_config": text,
         "vision_config": tower.to_dict(),

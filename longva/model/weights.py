@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig
 
-from .original import CheckpointError, read_json, read_tokenizer
+from ..context.rope_files import read_rope
+from .original import CheckpointError, read_json
 
 # %% ../../nbs/310_model.weights.ipynb #d0434f9b
 HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -169,7 +170,7 @@ class Part:
     state: dict  # name in a LongVA -> tensor
     dtype: torch.dtype | None = None  # what its configuration says
     generation: GenerationConfig | None = None
-    tokenizer: object = None
+    folder: Path | None = None  # where it lies; None for a model in memory
     pixels: dict = field(default_factory=dict)  # its preprocessor_config.json
 
 def _read_part(part) -> tuple:  # (its folder or None, its configuration, name -> tensor without computed ones)
@@ -189,10 +190,18 @@ def _fields(config, *without) -> dict:
     return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "dtype", *without)}
 
 # %% ../../nbs/310_model.weights.ipynb #c3979f19
+def _rope_fields(folder) -> dict:
+    """Read a folder's RoPE settings in both spellings; transformers would lose the base of two."""
+    try:
+        settings = read_rope({"config.json": read_json(folder / "config.json")})
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return {"rope_parameters": settings} if settings else {}
+
 def read_language(
     part,  # a Qwen2: folder, hub id or model
 ) -> Part:
-    """Read a language model, with its generation settings and its tokenizer."""
+    """Read a language model, with its generation settings."""
     folder, config, state = _read_part(part)
     if config.model_type != "qwen2":
         raise CheckpointError(f"The language model is a {config.model_type}, and LongVA is built on a qwen2.")
@@ -203,7 +212,10 @@ def read_language(
     generation = getattr(part, "generation_config", None)
     if folder and (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
-    return Part(_fields(config, "architectures"), state, config.dtype, generation, read_tokenizer(folder))
+    fields = _fields(config, "architectures")
+    if folder:
+        fields |= _rope_fields(folder)
+    return Part(fields, state, config.dtype, generation, folder)
 
 _TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_")  # of a whole CLIP or SigLIP
 

@@ -25,12 +25,20 @@ async function compile(library) {
   new Function("module", "exports", "define", text)(module, module.exports);
   return module.exports;
 }
+// ipywidgets gives its sliders no name that a screen reader could say
+function name() {
+  for (const handle of document.querySelectorAll(".jupyter-widgets .noUi-handle")) {
+    handle.setAttribute("aria-label", handle.closest(".jupyter-widgets").querySelector(".widget-label").textContent);
+  }
+}
 async function render({model, el}) {
   const other = name => model.widget_manager.get_model(model.get(name)), plot = document.createElement("div");
   const shown = await other("shown"), plotly = await (globalThis.longvaPlotly ??= other("library").then(compile));
   const draw = () => {
-    const {data, layout} = JSON.parse(shown.get("figure"));
-    return plotly.react(plot, data, layout, {displaylogo: false});
+    const {data, layout: {width, ...layout}} = JSON.parse(shown.get("figure"));
+    el.style.width = `min(100%, ${width}px)`;
+    name();
+    return plotly.react(plot, data, {...layout, autosize: true}, {displaylogo: false, responsive: true});
   };
   el.append(plot);
   await draw();

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'RED', 'RANKS', 'MUTED', 'PAIR_STATES', 'ENCODINGS', 'MEMORY_PARTS', 'GPUS', 'OFFLOADS',
            'attention_figure', 'pair_states', 'rope_figure', 'TokenLayout', 'token_layout', 'test_card', 'order_figure',
-           'computed', 'steps_of', 'Work', 'work_at', 'held_keys', 'schedule_figure', 'longest_by', 'plan_figure']
+           'computed', 'steps_of', 'Work', 'work_at', 'held_keys', 'schedule_figure', 'longest_by', 'plan_figure',
+           'difference_map']
 
-# %% ../../nbs/730_workbench.plots.ipynb #1b32c295
+# %% ../../nbs/730_workbench.plots.ipynb #6d1c1e0d
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..context.parallel import Context, schedule
 from ..context.plan import Plan, longest
 from ..context.rope import inverse_frequencies, unseen_pairs
 from ..needle.heatmap import OKABE_ITO
+from ..needle.trials import cells, key
 from ..vision.image import data_url, open_image
 from ..vision.unires import choose_grid, place_image, token_order
 
@@ -51,7 +53,7 @@ def _dress(
         margin=dict(l=70, r=30, t=top, b=60),
         font_size=12,
         legend=dict(orientation="h", x=0, y=-0.24, yanchor="top"),
-        hoverlabel=dict(align="left"),
+        hoverlabel=dict(align="left", bgcolor="white", bordercolor="#777777", font_color="#222222"),
     )
 
 # %% ../../nbs/730_workbench.plots.ipynb #af1210f4
@@ -296,7 +298,7 @@ def _shape_words(encoding, layout):
     columns, rows = layout.squares
     return f"{columns} x {rows} squares" + (f" and {layout.front} in front" if layout.front else "")
 
-# %% ../../nbs/730_workbench.plots.ipynb #4efcb18e
+# %% ../../nbs/730_workbench.plots.ipynb #c2190b6d
 def order_figure(
     picture: Image.Image,  # what is drawn; any size
     size: tuple = None,  # pixels that the image is taken to have; its own by default
@@ -317,7 +319,8 @@ def order_figure(
         titles.append(dict(text=text, showarrow=False, **place))
     figure.layout.annotations = titles
     title = f"An image of {size[0]} x {size[1]} pixels"
-    return _dress(figure, title, "colour: place in the sequence, dark first", 410, top=88)
+    _dress(figure, title, "colour: place in the sequence, dark first", 410, top=88)
+    return figure.update_layout(margin_r=80)  # the colour bar stands there
 
 # %% ../../nbs/730_workbench.plots.ipynb #7c68bf2d
 def computed(
@@ -529,3 +532,34 @@ def plan_figure(
     )
     _dress(figure, title, facts, 450, top=95)
     return figure.update_layout(barmode="stack")
+
+# %% ../../nbs/730_workbench.plots.ipynb #82a7fd30
+def difference_map(
+    a: list,  # of Trial
+    b: list,  # of Trial
+    names: tuple = ("a", "b"),  # of the two runs
+) -> go.Figure:
+    """Draw by how many trials a is ahead of b in each cell, over the trials that both have; raise ValueError."""
+    both = {key(t) for t in a} & {key(t) for t in b}
+    if not both:
+        raise ValueError("The runs have no trial in common: compare runs of the same needles, lengths and depths.")
+    first = cells([t for t in a if key(t) in both])
+    second = cells([t for t in b if key(t) in both])
+    lengths = sorted({n for n, _ in first})
+    depths = sorted({d for _, d in first})
+    shares = [[None] * len(lengths) for _ in depths]
+    texts = [[""] * len(lengths) for _ in depths]
+    for (n, d), (right, of) in first.items():
+        ahead = right - second[n, d][0]
+        shares[depths.index(d)][lengths.index(n)] = ahead / of
+        texts[depths.index(d)][lengths.index(n)] = f"{ahead:+d}/{of}" if ahead else f"0/{of}"
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=shares, x=[str(n) for n in lengths], y=[f"{d:.0%}" for d in depths], zmin=-1, zmax=1, zmid=0,
+        colorscale=[[0, ORANGE], [0.5, "#f7f7f7"], [1, BLUE]], text=texts, texttemplate="%{text}", xgap=2, ygap=2,
+        hovertemplate="%{x} frames, depth %{y}: %{text}<extra></extra>", colorbar=dict(title="ahead", thickness=12),
+    )
+    figure.update_xaxes(title="frames", type="category")
+    figure.update_yaxes(title="depth", type="category", autorange="reversed")
+    facts = f"trials that {names[0]} has right more than {names[1]}, of {len(both)} that both were asked"
+    return _dress(figure, f"{names[0]} against {names[1]}", facts, 380)

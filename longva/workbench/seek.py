@@ -7,13 +7,17 @@ __all__ = ['ROPES', 'trained_base', 'stretch_rope', 'answer_html', 'clickable_ma
 
 # %% ../../nbs/740_workbench.seek.ipynb #3c1dbf4a
 import html
+import json
 import threading
+from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 
 import ipywidgets as ipw
 import plotly.graph_objects as go
 
 from ..context.rope import extend_rope
+from ..files import write_whole
 from ..mini import NAMES, TEXT_FRAMES
 from ..mini.bench import mini_bench
 from ..needle.bench import DEPTHS, FRAMES, NeedleBench, fill, strip
@@ -82,7 +86,8 @@ def clickable_map(
         hovertemplate="%{text}<extra></extra>",
         showlegend=False,
     )
-    return figure.update_layout(width=560, height=380, margin=dict(l=60, r=10, t=60, b=60))
+    tooltip = dict(bgcolor="white", bordercolor="#777777", font_color="#222222")  # not the colour of a cell
+    return figure.update_layout(width=560, height=380, margin=dict(l=60, r=10, t=60, b=60), hoverlabel=tooltip)
 
 # %% ../../nbs/740_workbench.seek.ipynb #0cf63508
 class MapFiller:
@@ -180,7 +185,8 @@ class NeedleExplorer(Explorer):
         self.button.on_click(self.click_fill)
         layout = ipw.Layout(width="330px", padding="18px 0 0 10px")
         side = ipw.VBox([self.text, self.button, self.cell], layout=layout)
-        self.box.children = (self.box.children[0], ipw.HBox([grid, side]), video)
+        row = ipw.HBox([grid, side], layout=ipw.Layout(flex_flow="row wrap"))
+        self.box.children = (self.box.children[0], row, video)
 
     def _label(self, text, icon):
         self.button.description = text
@@ -233,6 +239,11 @@ class NeedleExplorer(Explorer):
         self.filler.stop()
         self._label("Fill the map", "play")
         self.cell.value = ""
+
+    def save(self, path):
+        """Write the trials of the map as a log for `read_trials` and `longva compare`."""
+        lines = [json.dumps(asdict(t), allow_nan=False) + "\n" for t in self.bench.kept.values()]
+        write_whole(Path(path), "".join(lines))
 
     def change_rope(self, change=None):
         """Stretch the rotary embedding, and empty the map."""
