@@ -236,11 +236,6 @@ def video_box(path, _):
     return read_frames(path).array[0]
 
 
-def film_upload(path, _):
-    film, shown = read_film(path, 28, side=56)
-    return shown[0]
-
-
 def folder_of_frames(path, _):
     folder = path.parent / "frames"
     folder.mkdir(exist_ok=True)
@@ -252,7 +247,7 @@ def folder_of_frames(path, _):
 
 PICTURE_DOORS = [
     needle_folder, single_needle, needle_upload, explorer_upload, chat_turn, processor_call, processor_of_bytes,
-    lmms_document, training_row, video_box, film_upload, folder_of_frames,
+    lmms_document, training_row, video_box, folder_of_frames,
 ]
 
 
