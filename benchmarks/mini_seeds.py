@@ -30,7 +30,7 @@ def panel(folder, seed, work):
 
     pair = mini.load(folder)
     name = Path(folder).name
-    drawn = world.film_frames(max(LENGTHS), seed)
+    drawn = world.video_frames(max(LENGTHS), seed)
     video = Frames(drawn, np.arange(len(drawn), dtype=float), 1.0)
     needles = world.write_needles(work / "needles", 20, seed)
     shown = dict(seed=seed, progress=False)

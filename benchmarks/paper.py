@@ -26,11 +26,13 @@ DEPTHS, SEED = (0, 0.25, 0.5, 0.75, 1), 20270114
 
 def film(frames, seed):
     """Write a video and needles of the miniature's world."""
-    from longva.mini.world import put_needles, write_film
+    from longva.mini.world import draw_needles, write_mini_video
+    from longva.needle.needles import keep_needles
 
     WORK.mkdir(parents=True, exist_ok=True)
     file = WORK / f"film-{seed}.mp4"
-    return file if file.exists() else write_film(file, frames, seed), put_needles(WORK / f"needles-{seed}", 20, seed)
+    needles = keep_needles(draw_needles(20, seed), WORK / f"needles-{seed}")
+    return file if file.exists() else write_mini_video(file, frames, seed), needles
 
 
 def bases():
@@ -84,7 +86,7 @@ def shot_trials(reader, needles, starts, count, seconds, shot):
             tokens = reader.haystack.clone()
             tokens[start : start + shot] = hidden[j]
             seen += int(((taken >= start) & (taken < start + shot)).any())
-            logits = answer_logits(reader.seeing(tokens[taken]), prompts, [Spot(j, count, 0.0)])[0]
+            logits = answer_logits(reader.with_tokens(tokens[taken]), prompts, [Spot(j, count, 0.0)])[0]
             right += bool(judge(logits, prompt.answer)[1])
     return right, seen
 
@@ -94,7 +96,7 @@ def sampling():
     import numpy as np
 
     from longva.mini import load
-    from longva.mini.world import film_frames
+    from longva.mini.world import video_frames
     from longva.needle.needles import load_needles
     from longva.needle.reader import Reader
 
@@ -107,7 +109,7 @@ def sampling():
     visible = {}
     for name in ("mini-longva", "mini-short"):
         reader = Reader(*load(name))
-        reader = reader.seeing(reader.encode(film_frames(seconds, SEED + 1)))
+        reader = reader.with_tokens(reader.encode(video_frames(seconds, SEED + 1)))
         starts = np.random.default_rng(SEED + 1).integers(0, seconds - shot, (len(needles), places))
         found[name] = {}
         for count in (4, 8, 16, 32, 64, 128, 256, 512):
@@ -246,7 +248,8 @@ def dpo():
 def beyond():
     """Ask mini-longva in videos of up to three times its text-training length."""
     from longva.mini import load
-    from longva.mini.world import put_needles, write_film
+    from longva.mini.world import draw_needles, write_mini_video
+    from longva.needle.needles import keep_needles
     from longva.needle.trials import cells
     from longva.needle.vniah import run
 
@@ -254,8 +257,8 @@ def beyond():
     haystack = WORK / "film-long.mp4"
     WORK.mkdir(parents=True, exist_ok=True)
     if not haystack.exists():
-        write_film(haystack, 1536, SEED + 5)
-    needles = put_needles(WORK / "needles-long", 10, SEED + 5)
+        write_mini_video(haystack, 1536, SEED + 5)
+    needles = keep_needles(draw_needles(10, SEED + 5), WORK / "needles-long")
     trials = run((model, processor), haystack, needles, (512, 1024, 1536), (0, 0.5, 1), WORK / "beyond", seed=SEED + 5)
     return dict(
         seed=SEED + 5, text_frames=512, cells=[[n, depth, *count] for (n, depth), count in cells(trials).items()]
@@ -267,7 +270,7 @@ def generated():
     import torch
 
     from longva.mini import load
-    from longva.mini.world import film_frames
+    from longva.mini.world import video_frames
     from longva.needle.needles import load_needles
     from longva.needle.reader import Reader
     from longva.needle.vniah import Spot, decide
@@ -275,7 +278,7 @@ def generated():
     model, processor = load("mini-short")
     needles = load_needles(film(512, SEED)[1])
     reader = Reader(model, processor)
-    reader = reader.seeing(reader.encode(film_frames(64, SEED)), reader.encode_needles(needles))
+    reader = reader.with_tokens(reader.encode(video_frames(64, SEED)), reader.encode_needles(needles))
     prompts = [reader.prompt(n) for n in needles]
     agree = right = count = 0
     for n in (16, 32, 64):

@@ -14,7 +14,7 @@ import torch
 from longva.context.rope import extend_rope
 from longva.files import versions
 from longva.mini import load
-from longva.mini.world import write_film, write_needles
+from longva.mini.world import write_mini_video, write_needles
 from longva.needle.statistics import newcombe
 from longva.needle.trials import NeedleError, Trial, key, read_trials
 from longva.needle.vniah import run
@@ -37,7 +37,7 @@ def plain(runs):
 @pytest.fixture(scope="module")
 def things(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
-    write_film(folder / "film.mp4", 64, seed=3, side=56)
+    write_mini_video(folder / "film.mp4", 64, seed=3, side=56)
     write_needles(folder / "needles", 3, seed=3)
     (folder / "ablation.py").write_text(SCRIPT)
     return folder

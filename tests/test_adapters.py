@@ -47,7 +47,7 @@ def family(request):
         request.param,
         model,
         processor,
-        adapter.seeing(adapter.encode(FILM), adapter.encode(np.asarray(RED.image)[None])),
+        adapter.with_tokens(adapter.encode(FILM), adapter.encode(np.asarray(RED.image)[None])),
         adapter.prompt(RED),
     )
 
@@ -133,7 +133,7 @@ def test_each_habit_shows_in_the_logits(family):
         ),
         "qwen3_vl": lambda given: {k: v for k, v in given.items() if k in ("inputs_embeds", "position_ids")},
     }[kind]
-    other = reader.seeing(reader.haystack, reader.needles)
+    other = reader.with_tokens(reader.haystack, reader.needles)
     other.embed = lambda pieces, state: spoil(embed(pieces, state))
     assert (ask(other) - right).abs().max() > 3e-3
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from longva import mini
-from longva.mini.world import OBJECTS, draw_frame, film_scenes, needle_objects, scene_words, write_film
+from longva.mini.world import OBJECTS, draw_frame, needle_objects, scene_words, video_scenes, write_mini_video
 from longva.model.chat import Chat, ChatError, TooLarge, next_token
 from longva.model.checkpoint import save_original
 from longva.model.modeling import LongVA, longva_7b, mini_config
@@ -37,12 +37,12 @@ def pair():
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
     "48 frames of which we know what they show."
-    return write_film(tmp_path_factory.mktemp("film") / "film.mp4", 48, seed=3, side=56)
+    return write_mini_video(tmp_path_factory.mktemp("film") / "film.mp4", 48, seed=3, side=56)
 
 
 def answers(seed=3, frames=48):
     "{object: colour and ground}, of the objects that a film shows once."
-    words = [scene_words(scene) for scene in film_scenes(frames, seed)]
+    words = [scene_words(scene) for scene in video_scenes(frames, seed)]
     return {thing: f"{colour} {ground}" for thing, colour, ground in words if [w[0] for w in words].count(thing) == 1}
 
 

@@ -16,7 +16,7 @@ from app_toy import flags, free_port, patience, root, start, wait_for
 from PIL import Image
 
 from longva import mini
-from longva.mini.world import draw_frame, film_scenes, scene_words, write_film
+from longva.mini.world import draw_frame, scene_words, video_scenes, write_mini_video
 from longva.model.chat import Chat
 from longva.model.modeling import LongVA, mini_config
 from longva.vision.video import write_video
@@ -142,7 +142,7 @@ def kept_uploads(rooms):
 
 def once(seed, frames):
     "{object: colour and ground} of a film's objects that are shown once."
-    words = [scene_words(scene) for scene in film_scenes(frames, seed)]
+    words = [scene_words(scene) for scene in video_scenes(frames, seed)]
     return {thing: f"{colour} {ground}" for thing, colour, ground in words if [w[0] for w in words].count(thing) == 1}
 
 
@@ -225,7 +225,7 @@ def test_the_miniature_is_as_good_as_the_page_says(tmp_path):
         app.write_examples(tmp_path),
         once(11, 96) | {thing: f"{colour} {ground}" for thing, colour, ground in app.SHEET},
     )
-    assert not {thing for thing, *_ in app.SHEET} & {scene_words(scene)[0] for scene in film_scenes(96, 11)}
+    assert not {thing for thing, *_ in app.SHEET} & {scene_words(scene)[0] for scene in video_scenes(96, 11)}
     for order in (examples, examples[::-1], examples[2:] + examples[:2]):
         desk = Desk(model, processor, "mini-longva", own=[file for *_, file in examples])
         for _, text, file in order:
@@ -233,7 +233,8 @@ def test_the_miniature_is_as_good_as_the_page_says(tmp_path):
             assert list(desk.answer("a")) and desk.talk("a").lines[-1]["content"] == right[text.split()[1]]
     said, wanted = [], []
     for seed in range(500, 504):
-        chat, film = Chat(model, processor, num_frames=96), write_film(tmp_path / f"{seed}.mp4", 96, seed, side=56)
+        chat = Chat(model, processor, num_frames=96)
+        film = write_mini_video(tmp_path / f"{seed}.mp4", 96, seed, side=56)
         for thing in once(seed, 96):
             said.append("".join(chat.ask(f"find {thing}", videos=() if chat.turns else film)))
         wanted += once(seed, 96).values()
@@ -261,7 +262,7 @@ def test_a_question_while_another_one_is_answered(page, long):
 def test_uploads_of_both_kinds(page, rooms, tmp_path):
     scenes = [("star", "red", "checks"), ("heart", "blue", "rows")]
     Image.fromarray(np.concatenate([draw_frame(scene, 28) for scene in scenes], 1)).save(tmp_path / "sheet.png")
-    film = write_film(tmp_path / "film.mp4", 40, seed=5, side=56)
+    film = write_mini_video(tmp_path / "film.mp4", 40, seed=5, side=56)
     give(page, tmp_path / "sheet.png")
     say(page, "find heart")
     hears(page, 0, "blue rows")
@@ -276,7 +277,7 @@ def test_uploads_of_both_kinds(page, rooms, tmp_path):
 
 def test_two_visitors_give_the_same_film(visit, address, rooms, tmp_path):
     "Gradio keeps it once; the first who is answered must not take it from the other."
-    film, (thing, right) = write_film(tmp_path / "film.mp4", 40, seed=5, side=56), next(iter(once(5, 40).items()))
+    film, (thing, right) = write_mini_video(tmp_path / "film.mp4", 40, seed=5, side=56), next(iter(once(5, 40).items()))
     pages = [visit(address), visit(address)]
     for page in pages:
         give(page, film)
@@ -289,7 +290,7 @@ def test_two_visitors_give_the_same_film(visit, address, rooms, tmp_path):
 
 def test_a_rate_and_its_cap(page, tmp_path):
     "What a film takes is said when it lies in the box, for so many frames a second, and at most so many."
-    give(page, write_film(tmp_path / "film.mp4", 40, seed=5, side=56))
+    give(page, write_mini_video(tmp_path / "film.mp4", 40, seed=5, side=56))
     takes(page, 40, 40 * 4 + 2)
     page.click("text=Settings")
     page.click("#way >> text=frames per second")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from longva.mini import folder as mini_folder
-from longva.mini.world import film_seed, needle_objects, scene_words, write_film, write_needles
+from longva.mini.world import needle_objects, scene_words, video_seed, write_mini_video, write_needles
 from longva.needle.needles import load_needles
 from longva.needle.trials import key, read_trials
 from longva.vision.video import write_video
@@ -36,7 +36,7 @@ def longva(*words, cwd, **more):
 def things(tmp_path_factory):
     "A film of 300 frames, two needles, and things that are neither."
     folder = tmp_path_factory.mktemp("things")
-    film = write_film(folder / "film.mp4", 300, seed=3, side=56)
+    film = write_mini_video(folder / "film.mp4", 300, seed=3, side=56)
     write_needles(folder / "needles", 2, seed=3)
     (folder / "empty.mp4").touch()
     (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20_000))
@@ -277,7 +277,7 @@ def test_whose_needles(things, tmp_path):
     """Without --needles: those beside the video; otherwise the ones that this video doesn't show; never those of
     another seed."""
     film = shutil.copy(things / "film.mp4", tmp_path / "alone.mp4")
-    assert film_seed(film) == 3
+    assert video_seed(film) == 3
 
     def go(film, out, *more):
         return longva(
@@ -324,7 +324,7 @@ def test_whose_needles(things, tmp_path):
     foreign = write_video(np.random.default_rng(0).integers(0, 256, (9, 56, 56, 3), np.uint8), tmp_path / "foreign.mp4")
     done = go(foreign, "foreign")
     assert (
-        film_seed(foreign) is None
+        video_seed(foreign) is None
         and done.returncode == 0
         and "drawn with seed 0" in done.stdout
         and "does not say" in done.stdout

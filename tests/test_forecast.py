@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from longva import cli
 from longva.context.plan import per_token
 from longva.mini import load
-from longva.mini.world import write_film
+from longva.mini.world import write_mini_video
 from longva.model.open import PlainProcessor
 from longva.model.prefill import LiveBytes
 from longva.needle.forecast import forecast_walks
@@ -34,7 +34,7 @@ GRID = [Spot(j, n, d) for n in (4, 8) for d in (0, 0.5, 1) for j in range(3)]
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A film, four needles with choices, look-alikes, and the command in this process."""
-    write_film(tmp_path / "film.mp4", 24, seed=5, side=28)
+    write_mini_video(tmp_path / "film.mp4", 24, seed=5, side=28)
     _, hide, alike = mini_scene(24, 10, 5)
     save_needles(hide, tmp_path / "needles")
     save_needles(alike, tmp_path / "alike")
@@ -134,7 +134,7 @@ def walk(model, processor, frames, spots):
     """A reader that has seen the toy's film and needles, and the paths and answers of some trials."""
     reader = Reader(model, processor)
     prompts = [reader.prompt(n) for n in needles()]
-    reader = reader.seeing(reader.encode(film(frames).array), reader.encode_needles(needles()))
+    reader = reader.with_tokens(reader.encode(film(frames).array), reader.encode_needles(needles()))
     return reader, [s.path(prompts[s.needle]) for s in spots], [prompts[s.needle].answer for s in spots]
 
 
@@ -252,7 +252,7 @@ def test_generated_needles_without_their_frames():
     drawn = [replace(n, image=Image.new("RGB", (8, 8))) for n in generate(576, seed=3, side=8)]
     reader = Reader(model, processor)
     _, asks = plan(reader, Haystack(film(4)), drawn, [4], [0], Blind())
-    reader = reader.seeing(reader.encode(film(4).array))
+    reader = reader.with_tokens(reader.encode(film(4).array))
     said = [correct for _, (_, correct, _), _ in decide_asks(reader, list(asks.values()), Blind())]
     low, high = wilson(sum(said), len(said))
     assert len(said) == 576 and low < 0.25 < high, (sum(said), low, high)

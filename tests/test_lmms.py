@@ -29,7 +29,7 @@ from longva.lmms.curve import curve_table, last_error, point_command, read_point
 from longva.lmms.model import model_class
 from longva.lmms.tasks import begins_with
 from longva.lmms.visuals import read_video, splice_frames
-from longva.mini.world import draw_frame, write_film, write_needles
+from longva.mini.world import draw_frame, write_mini_video, write_needles
 from longva.needle.haystack import Haystack
 from longva.needle.needles import load_needles
 from longva.needle.vniah import run
@@ -58,7 +58,7 @@ def picture_of(scenes):
 def world(tmp_path_factory):
     "A film with needles, a short film, two pictures."
     place = tmp_path_factory.mktemp("world")
-    write_film(place / "film.mp4", 64, 3)
+    write_mini_video(place / "film.mp4", 64, 3)
     write_needles(place / "needles", 4, 3)
     write_video(film_of(SCENES), place / "four.mp4", fps=1, crf=5)
     picture_of(SCENES).save(place / "four.png")

@@ -19,7 +19,7 @@ SEED, LENGTHS, DEPTHS = 77, [16, 64, 128], [0, 0.5, 1]
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exam")
-    film = world.write_film(folder / "film.mp4", max(LENGTHS), SEED)
+    film = world.write_mini_video(folder / "film.mp4", max(LENGTHS), SEED)
     return film, load_needles(world.write_needles(folder / "needles", 12, SEED))
 
 
@@ -32,7 +32,7 @@ def ask(model, processor, haystack, needles, out):
 
 def test_decoded_film_gives_the_decisions_of_drawn_frames(exam, tmp_path):
     film, needles = exam
-    drawn = world.film_frames(max(LENGTHS), SEED)
+    drawn = world.video_frames(max(LENGTHS), SEED)
     frames = Frames(drawn, np.arange(len(drawn), dtype=float), 1.0)
     model, processor = mini.load("mini-longva")
     decoded, direct = (ask(model, processor, hay, needles, tmp_path / str(k)) for k, hay in enumerate((film, frames)))

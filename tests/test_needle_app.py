@@ -21,12 +21,12 @@ def rooms(tmp_path_factory):
 def demo(tmp_path_factory):
     "A demo's video and needles, of which only mini-anyres was asked, among 16 frames: other maps begin empty."
     from longva.mini import load
-    from longva.mini.world import put_needles, write_film
+    from longva.mini.world import write_mini_video, write_needles
     from longva.needle.vniah import run
 
     folder = tmp_path_factory.mktemp("demo")
-    video = write_film(folder / "haystack.mp4", 512, seed=20261101)
-    needles = put_needles(folder / "needles", 20, seed=20261101)
+    video = write_mini_video(folder / "haystack.mp4", 512, seed=20261101)
+    needles = write_needles(folder / "needles", 20, seed=20261101)
     run(load("mini-anyres"), video, needles, [16], [0.0, 0.5], folder / "mini-anyres", progress=False)
     return folder
 
@@ -101,7 +101,7 @@ def shows(page, answer):
     page.wait_for_selector(f'#verdict .card[data-insert="{t.insert}"][data-frames="{t.frames}"]')
     card = page.locator("#verdict .card")
     said = [word.split()[1] for word in card.locator(".word").all_inner_texts()]
-    assert said == [word.said for word in answer.words]
+    assert said == [word.predicted for word in answer.words]
     assert card.locator(".verdict").inner_text() == ("✓ right" if t.correct else "✗ wrong")
     assert card.get_attribute("data-correct") == str(t.correct).lower()
     assert abs(float(card.get_attribute("data-margin")) - t.margin) < 2e-3
@@ -242,16 +242,16 @@ def test_heat_map_cells_log_and_short_twin(page, bench, bench_of, tmp_path):
 @pytest.fixture
 def real_film(tmp_path):
     "A film from a telephone where it is there; a drawn one elsewhere. (path, frames taken)"
-    from longva.mini.world import write_film
+    from longva.mini.world import write_mini_video
 
     film = root.parent / "shared" / "data" / "media" / "jobs.mp4"
-    return (film, 512) if film.exists() else (write_film(tmp_path / "jobs.mp4", 40, seed=3, side=56), 40)
+    return (film, 512) if film.exists() else (write_mini_video(tmp_path / "jobs.mp4", 40, seed=3, side=56), 40)
 
 
 def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):
     from PIL import Image
 
-    from longva.mini.world import draw_frame, write_film
+    from longva.mini.world import draw_frame, write_mini_video
     from longva.needle.needles import Needle
     from longva.web.visit import add_needle, with_film
 
@@ -261,13 +261,13 @@ def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):
     page.set_input_files("#video input[type=file]", tmp_path / "noise.mp4")
     page.wait_for_selector("#film-said [role=alert] >> text=noise.mp4 cannot be read as a video")
     shows(page, bench.ask(0, 256, 0.5))  # what was there stays
-    write_film(tmp_path / "one.mp4", 1, seed=3, side=56)
+    write_mini_video(tmp_path / "one.mp4", 1, seed=3, side=56)
     Image.fromarray(draw_frame(("heart", "pink", "checks"), 112)).save(tmp_path / "photo.png")
     for name in ("one.mp4", "photo.png"):
         page.set_input_files("#video input[type=file]", tmp_path / name)
         page.wait_for_selector(f"#film-said [role=alert] >> text={name} holds one picture: give a video")
     shows(page, bench.ask(0, 256, 0.5))
-    page.set_input_files("#video input[type=file]", write_film(tmp_path / "two.mp4", 2, seed=3, side=56))
+    page.set_input_files("#video input[type=file]", write_mini_video(tmp_path / "two.mp4", 2, seed=3, side=56))
     page.wait_for_selector("#film-said >> text=two.mp4 now, 2 of its frames")
     shows(page, with_film(bench, tmp_path / "two.mp4").ask(0, 2, 0.5))
     length = page.locator("#frames input[type=range]")

@@ -103,6 +103,34 @@ def test_the_plain_engine_has_everything_on_each_gpu(gpus):
     assert plan("qwen2-0.5b", 4096, **settings).fits
 
 
+MEASURED = json.loads((ROOT / "benchmarks/results/memory.json").read_text())
+
+
+@pytest.mark.parametrize("name", MEASURED["cases"])
+def test_the_plan_is_within_a_tenth_of_what_was_measured(name):
+    """Both engines, both precisions, with and without recomputed layers; benchmarks/memory.py measures it again."""
+    from longva.train.ranks import Ranks
+    from longva.train.recipe import Recipe
+    from longva.train.throughput import plan_step
+
+    engine, precision, layers = name.split(" ", 2)
+    world = 2 if engine == "deepspeed" else 1
+    recipe = Recipe(
+        steps=1, rows=world, engine=engine, precision=precision, checkpointing=layers == "recomputed layers"
+    )
+    model = Qwen2Config(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=4000,
+    )
+    parts = plan_step(model, MEASURED["length"], recipe, Ranks(0, world)).parts[0]
+    planned = sum(parts.values()) - parts["Python and its libraries"]
+    assert abs(planned / MEASURED["cases"][name]["measured"] - 1) < 0.1
+
+
 def test_rows_are_computed_together():
     one, four = (plan("qwen2-0.5b", 1000, gpus=2, rows=rows, gpu_gib=80) for rows in (1, 4))
     for part in ("layer", "KV", "checkpoints"):

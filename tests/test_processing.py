@@ -1,6 +1,7 @@
 """Model and processor together, where notebooks are the wrong place: other processes, real vocabulary sizes, random
 batches, training."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
+)
 
 from longva.model.modeling import LongVA, LongVAConfig, longva_7b, mini_config
 from longva.model.processing import LongVAImageProcessor, LongVAProcessor
@@ -360,6 +366,115 @@ def test_placeholders_without_pixels(pair):
         "video",
         "pixel_values_videos",
     )
+
+
+LLAVAS = (LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration)
+REFUSED = {  # keywords of transformers' LLaVAs -> a value, which no LongVA can do
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+    "vision_aspect_ratio": "anyres_max_9",
+    "image_sizes": [[20, 31]],
+    "image_sizes_videos": [[20, 31]],
+    "batch_num_images": [1],
+    "mm_encoder_outputs": {},
+}
+SAME = {  # keywords that a Qwen2 reads too -> a value
+    "position_ids": torch.arange(3, 40)[None],
+    "attention_mask": torch.ones(1, 37, dtype=torch.long),
+    "labels": torch.arange(37)[None],
+    "logits_to_keep": 3,
+    "use_cache": False,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "return_dict": True,
+    "num_items_in_batch": 9,
+}
+GENERATE = {  # keywords of generate -> settings
+    "attention_mask": {},
+    "num_beams": dict(num_beams=3),
+    "num_return_sequences": dict(num_beams=3, num_return_sequences=2),
+    "cache_implementation": dict(cache_implementation="static"),
+    "min_new_tokens": dict(min_new_tokens=4),
+    "bad_words_ids": dict(bad_words_ids=[[9], [11]]),
+    "do_sample": dict(do_sample=True, temperature=2.0, top_k=5, top_p=0.9),
+    "output_logits": dict(output_logits=True, return_dict_in_generate=True),
+}
+
+
+def beside_a_qwen2(pair):
+    """(the model, its inputs, the language model alone, the row that it reads)."""
+    model, processor = pair
+    rng = np.random.default_rng(5)
+    frames = rng.integers(0, 256, (2, 20, 31, 3), dtype=np.uint8)
+    batch = processor(text="w1 <image> w2 <video> w3", images=Image.new("RGB", (20, 31)), videos=frames)
+    alone = Qwen2ForCausalLM(model.config.text_config).eval()
+    words = {name: value for name, value in model.state_dict().items() if "vision_tower" not in name}
+    alone.load_state_dict({name: value for name, value in words.items() if "mm_projector" not in name})
+    with torch.no_grad():
+        return model, dict(batch), alone, model.embed(**{k: v for k, v in batch.items() if k != "attention_mask"})
+
+
+def test_every_keyword_of_transformers_llavas(pair):
+    """Each is read with the same answer as by the language model alone, or refused with a sentence."""
+    model, batch, alone, row = beside_a_qwen2(pair)
+    own = {"input_ids", "inputs_embeds", "pixel_values", "pixel_values_videos", "past_key_values", "kwargs", "self"}
+    for llava in LLAVAS:
+        assert set(inspect.signature(llava.forward).parameters) <= own | set(REFUSED) | set(SAME)
+    for name, value in REFUSED.items():
+        refused(lambda: model(**batch, **{name: value}), f"does not read {name}:")
+        model(**batch, **{name: None})
+    refused(lambda: model(**batch, logits_to_kep=1), "logits_to_kep")
+    length = row.shape[1]
+    for name, value in SAME.items():
+        if isinstance(value, torch.Tensor):
+            value = torch.cat([value, value], 1)[:, :length] if length > 37 else value[:, :length]
+        settings = {name: value} | ({"labels": SAME["labels"][:, :1].expand(1, length)} if "num_items" in name else {})
+        with torch.no_grad():
+            mine = model(**(batch | settings))
+            theirs = alone(inputs_embeds=row, **settings)
+        torch.testing.assert_close(mine.logits, theirs.logits)
+        assert (mine.loss is None) == (theirs.loss is None) and mine.keys() == theirs.keys()
+        if mine.loss is not None:
+            torch.testing.assert_close(mine.loss, theirs.loss)
+        for part in ("hidden_states", "attentions"):
+            for a, b in zip(mine.get(part) or (), theirs.get(part) or (), strict=True):
+                assert a is b is None or torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", GENERATE)
+def test_keywords_of_generate(pair, name):
+    """Beside a Qwen2 that reads the same row; from ids, and from their embeddings."""
+    model, batch, alone, row = beside_a_qwen2(pair)
+    how = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0) | GENERATE[name]
+    ids = batch.pop("input_ids")
+    made = []
+    for call, inputs in (
+        (alone.generate, dict(inputs_embeds=row)),
+        (model.generate, batch | dict(inputs_embeds=model.get_input_embeddings()(ids))),
+        (model.generate, batch | dict(input_ids=ids)),
+    ):
+        torch.manual_seed(0)
+        out = call(**inputs, **how)
+        made.append(out.sequences if hasattr(out, "sequences") else out)
+    assert torch.equal(made[0][:, -5:], made[1][:, -5:])
+    assert torch.equal(made[1][:, -5:], made[2][:, -5:])
+    with pytest.raises(ValueError, match="not used by the model: ..image_sizes"):  # transformers' own sentence
+        model.generate(**batch, input_ids=ids, image_sizes=[[1, 1]])
+
+
+def test_pixels_beside_embeddings(pair):
+    """Their places are found by the placeholder's embedding; a placeholder without one is refused."""
+    model, batch, alone, row = beside_a_qwen2(pair)
+    ids = batch.pop("input_ids")
+    words = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs_embeds=words, **batch).logits, alone(inputs_embeds=row).logits)
+    refused(lambda: model(inputs_embeds=words[:, :-2], **batch | {"attention_mask": None, "pixel_values": None,
+                          "video_frames": [9]}), "frames together")
+    refused(lambda: model(inputs_embeds=words, input_ids=ids), "one of them")
+    refused(lambda: model(), "one of them")
+    model.config.image_token_id = -200
+    refused(lambda: model(inputs_embeds=words, **batch), "placeholder -200 has no embedding")
 
 
 def test_a_placeholder_that_the_model_itself_says_is_a_word(pair):

@@ -35,7 +35,7 @@ def reader():
     def tokens(n):
         return torch.randn(n, 4, model.config.text_config.hidden_size, generator=source)
 
-    return Reader(model).seeing(tokens(12), tokens(3))
+    return Reader(model).with_tokens(tokens(12), tokens(3))
 
 
 def odd_paths(count=40, seed=0):
@@ -86,7 +86,7 @@ def test_every_path_as_if_alone(reader, how):
 
 def test_exact_in_float64(reader):
     paths, answers = odd_paths(20)
-    wide = Reader(toy()[0].double()).seeing(reader.haystack.double(), reader.needles.double())
+    wide = Reader(toy()[0].double()).with_tokens(reader.haystack.double(), reader.needles.double())
     for i, logits, _ in decide_paths(wide, paths, answers, chunk=16):
         assert logits.dtype == torch.float64 and (logits - by_hand(wide, paths[i], answers[i])).abs().max() < 1e-11
 
@@ -204,9 +204,8 @@ def test_one_buffer(reader):
     want = trie_cost(reader, paths, answers).longest * per_token(model.config, 4)["kv"]
     for host in (False, True):
         with LiveBytes([*model.parameters(), *model.buffers(), hay, reader.needles]) as live:
-            held = [
-                live.now for _ in decide_paths(Reader(model).seeing(hay, reader.needles), paths, answers, host=host)
-            ]
+            ready = Reader(model).with_tokens(hay, reader.needles)
+            held = [live.now for _ in decide_paths(ready, paths, answers, host=host)]
         assert max(held) < 1.02 * want * (
             1 + host / model.config.text_config.num_hidden_layers
         )  # the stage is one layer more
@@ -254,7 +253,7 @@ def test_original_numbers_through_the_trie(parity):  # noqa: F811
     spent = Cost()
     seen = 0
     for i, found, _ in decide_paths(
-        Reader(model).seeing(tensors["haystack"], tensors["needles"]),
+        Reader(model).with_tokens(tensors["haystack"], tensors["needles"]),
         [s.path(prompts[s.needle]) for s in spots],
         answers,
         spent=spent,
@@ -273,11 +272,9 @@ def _rank(rank, folder, tensors):
     model.set_attn_implementation({"text_config": "longva_cp"})
     with context_parallel():
         with pytest.raises(NeedleError, match="naive=True"):
-            next(decide_paths(Reader(model).seeing(*tensors), paths, answers))
-        torch.save(
-            {i: logits for i, logits, _ in decide_paths(Reader(model).seeing(*tensors), paths, answers, naive=True)},
-            f"{folder}/{rank}",
-        )
+            next(decide_paths(Reader(model).with_tokens(*tensors), paths, answers))
+        ready = Reader(model).with_tokens(*tensors)
+        torch.save({i: x for i, x, _ in decide_paths(ready, paths, answers, naive=True)}, f"{folder}/{rank}")
     dist.destroy_process_group()
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from longva import cli
 from longva.files import FolderError
 from longva.mini import load
-from longva.mini.world import write_film, write_needles
+from longva.mini.world import write_mini_video, write_needles
 from longva.needle.features import cached_features, clear_features
 from longva.needle.haystack import Haystack, list_videos
 from longva.needle.names import VARIANT_HELP
@@ -91,7 +91,7 @@ def test_look_alike_stands_at_its_distance(runs):
 
 
 def test_variant_on_the_command_line(tmp_path, inside):
-    write_film(tmp_path / "film.mp4", 24, seed=3, side=28)
+    write_mini_video(tmp_path / "film.mp4", 24, seed=3, side=28)
     write_needles(tmp_path / "needles", 2, seed=3, side=28)
     words = [
         "vniah",
@@ -129,7 +129,7 @@ def test_the_command_knows_all_variants():
 
 def test_adaptive_runs_are_compared(inside, tmp_path):
     """Two models that stop at different trials are compared on the trials of both, each cell with the same weight."""
-    write_film(tmp_path / "film.mp4", 64, seed=3, side=28)
+    write_mini_video(tmp_path / "film.mp4", 64, seed=3, side=28)
     write_needles(tmp_path / "needles", 20, seed=3, side=28)
     words = ["vniah", "--haystack", "film.mp4", "--frames", "16,64", "--depths", "0,1", "--half-width", "0.2"]
     for model in ("mini-longva", "mini-short"):
@@ -266,7 +266,7 @@ def test_haystacks_on_the_command_line(tmp_path, inside):
     """Several films, a folder, a looped one, and the free one, which a kept sweep doesn't draw again."""
     (tmp_path / "films").mkdir()
     for name, n in (("a", 8), ("b", 6)):
-        write_film(tmp_path / "films" / f"{name}.mp4", n, seed=3, side=28)
+        write_mini_video(tmp_path / "films" / f"{name}.mp4", n, seed=3, side=28)
     base = ["--model", "mini-longva", "--depths", "0,1", "--naive"]
 
     def settings(out):
@@ -301,7 +301,7 @@ def test_haystacks_on_the_command_line(tmp_path, inside):
 def test_which_haystack(tmp_path, inside, words, code, said):
     (tmp_path / "films").mkdir()
     for name, n in (("a", 8), ("b", 6)):
-        write_film(tmp_path / "films" / f"{name}.mp4", n, seed=3, side=28)
+        write_mini_video(tmp_path / "films" / f"{name}.mp4", n, seed=3, side=28)
     done = inside("vniah", "--model", "mini-longva", "--depths", "1", "--haystack", *words)
     assert (
         done.exit_code == code and (said is None or said in done.output) and "Traceback" not in done.output
@@ -332,14 +332,14 @@ def test_clock_times_are_those_of_the_film(tmp_path):
 
 
 def test_what_the_command_says_of_variants(inside, tmp_path):
-    film = write_film(tmp_path / "film.mp4", 16, 3, side=28)
+    film = write_mini_video(tmp_path / "film.mp4", 16, 3, side=28)
     needles = write_needles(tmp_path / "needles", 2, 3)
     given = ["vniah", "--model", "mini-longva", "--haystack", film, "--needles", needles, "--frames", "8"]
     done = inside(*given, "--variant", "absent", "--out", "absent")
     assert done.exit_code == 0 and "said so" in done.output and "a share of 0 is best" in done.output, done.output
     for more, words in (
         (["--variant", "absent", "--depths", "0,1"], "give one depth"),
-        (["--variant", "vniah-d"], "needs --look-alikes"),
+        (["--variant", "vniah-d"], "needs --distractors"),
         (["--half-width", "2"], "between 0 and 0.5"),
     ):
         done = inside(*given, *more, "--out", "never")

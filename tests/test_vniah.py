@@ -66,7 +66,7 @@ def parity():
 
 def test_parity_every_trial(parity, tmp_path):
     model, data, tensors, prompts = parity
-    reader = Reader(model).seeing(tensors["haystack"], tensors["needles"])
+    reader = Reader(model).with_tokens(tensors["haystack"], tensors["needles"])
     rows = iter(tensors["answer_span_logits"])
     trials = []
     for cell in data["cells"]:
@@ -102,7 +102,7 @@ def test_parity_in_batches(parity):
     }
     together = batches(prompts, spots, data["tokens_per_frame"])
     assert len(together) < 20 and sorted(s for b in together for s in map(repr, b)) == sorted(map(repr, spots))
-    reader = Reader(model).seeing(tensors["haystack"], tensors["needles"])
+    reader = Reader(model).with_tokens(tensors["haystack"], tensors["needles"])
     for batch in together:
         for s, (best, correct, _) in zip(batch, decide(reader, prompts, batch)):
             assert best == expected[s.frames, s.depth, s.needle] and correct == (best == prompts[s.needle].answer)
@@ -116,8 +116,8 @@ def test_parity_insert_indices(parity):
 
 def test_without_the_needle_frame(parity):
     model, data, tensors, prompts = parity
-    with_dummy = answer_logits(Reader(model).seeing(tensors["haystack"]), prompts, [Spot(0, 8, 0.5)])
-    needle_last = Reader(model).seeing(tensors["haystack"][:8], tensors["haystack"][7:8])
+    with_dummy = answer_logits(Reader(model).with_tokens(tensors["haystack"]), prompts, [Spot(0, 8, 0.5)])
+    needle_last = Reader(model).with_tokens(tensors["haystack"][:8], tensors["haystack"][7:8])
     by_hand = answer_logits(needle_last, prompts, [Spot(0, 7, 1.0)])
     assert (with_dummy - by_hand).abs().max() < 1e-5  # eight frames and nothing between them
 

@@ -221,6 +221,17 @@ def test_clicks_load_a_trial(page):
     page.wait_for_selector("button.longva-fill:has-text('Fill the map')")
 
 
+def test_figures_fit_their_column_and_sliders_have_names(page):
+    page.set_viewport_size(dict(width=1000, height=1100))
+    right = "getBoundingClientRect().right"
+    page.wait_for_function(
+        f"{plot}.every(p => p.querySelector('.main-svg').{right} <= p.closest('.jp-OutputArea-output').{right} + 1)"
+    )
+    names = page.locator(".noUi-handle").evaluate_all("handles => handles.map(handle => handle.ariaLabel)")
+    assert len(names) > 10 and all(names), names
+    page.set_viewport_size(dict(width=1500, height=1100))
+
+
 def test_nothing_leaves_the_machine(page, lab):
     outside = [
         url

@@ -247,13 +247,13 @@ def write_examples(folder):
     import numpy as np
     from PIL import Image
 
-    from longva.mini.world import OBJECTS, draw_frame, film_scenes, scene_words, write_film
+    from longva.mini.world import OBJECTS, draw_frame, scene_words, video_scenes, write_mini_video
 
-    film = write_film(folder / "film.mp4", FILM, SEED, side=56)
+    film = write_mini_video(folder / "film.mp4", FILM, SEED, side=56)
     sheet = folder / "picture.png"
     drawn = [draw_frame(scene) for scene in SHEET]
     Image.fromarray(np.vstack([np.hstack(drawn[:2]), np.hstack(drawn[2:])])).save(sheet)
-    things = [scene_words(scene)[0] for scene in film_scenes(FILM, SEED)]
+    things = [scene_words(scene)[0] for scene in video_scenes(FILM, SEED)]
     once = [thing for thing in OBJECTS if things.count(thing) == 1]
     examples = [(f"Video: find {thing}", f"find {thing}", str(film)) for thing in once[:3]]
     return examples + [(f"Image: find {thing}", f"find {thing}", str(sheet)) for thing, *_ in SHEET[:2]]

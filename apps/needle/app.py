@@ -87,7 +87,7 @@ def heat_map(visit, shared, palette):
 
     here = visit.bench(shared)
     trials = list(here.kept.values())
-    columns = lengths(len(here.film))
+    columns = lengths(len(here.video))
     source = visit.film[0] if visit.film else "filled here"
     before = demo_trials(visit, shared)
     if before:
@@ -162,7 +162,7 @@ def view_handlers(gr, shared):
             raise gr.Error(str(error), print_exception=False) from None
 
     def slider(visit):
-        most = len(visit.bench(shared).film)
+        most = len(visit.bench(shared).video)
         least = FRAMES[0] if most == FRAMES[-1] else 1  # which is below the shortest video, of two frames
         return gr.update(minimum=least, maximum=most, step=least, value=visit.frames)
 
@@ -178,7 +178,7 @@ def slider_handlers(view, shared):
         return view.shown(visit, palette, which)
 
     def lengthen(visit, n, palette, which):
-        visit.frames = min(max(int(n), 1), len(visit.bench(shared).film))
+        visit.frames = min(max(int(n), 1), len(visit.bench(shared).video))
         return view.shown(visit, palette, which)
 
     return SimpleNamespace(choose=choose, lengthen=lengthen)
@@ -213,7 +213,7 @@ def click_handlers(gr, view, shared):
         return visit, picture, opened(visit, shared, trials)
 
     def click_trial(visit, palette, which, event: gr.EventData):
-        frames = int(number(event, "frames", len(visit.bench(shared).film), 1))
+        frames = int(number(event, "frames", len(visit.bench(shared).video), 1))
         depth = number(event, "depth", 1)
         names = [needle.name for needle in visit.bench(shared).needles]
         why_not = shared.why_not(visit.model) if demo_trials(visit, shared) else ""

@@ -103,7 +103,7 @@ def main():
     given = options(__doc__, frames=[100, 200, 300, 400], longest=3000, depths=[0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     model = build(given.device)
     haystack = random_tokens(model, max(*given.frames, given.longest))
-    reader = Reader(model).seeing(haystack, random_tokens(model, 1))
+    reader = Reader(model).with_tokens(haystack, random_tokens(model, 1))
     figures, rows = small_sweep(reader, given.frames, given.depths, given.device)
     print(rows, figures, flush=True)
     if given.longest:

@@ -16,6 +16,7 @@ import typer
 from .base import Usage, app, check_exists, check_fps, echo_error, given, one_sentence
 from .models import is_miniature, load_model, model_folder
 from .options import DeviceMap, Fps, FrameFit
+from .renamed import Renamed
 
 # %% ../../nbs/820_commands.chat.ipynb #632bc788
 def chat_model(
@@ -154,7 +155,7 @@ TopP = Annotated[float, typer.Option(help="Nucleus sampling: share of the probab
 SamplingSeed = Annotated[int, typer.Option(min=0, help="Seed of sampling.")]
 StopText = Annotated[Optional[list[str]], typer.Option(help="A text that ends the answer; may be given several times.")]
 
-@app.command("chat")
+@app.command("chat", cls=Renamed)
 def chat_command(
     question: Question = None,
     video: Videos = None,
@@ -162,7 +163,7 @@ def chat_command(
     model: ModelName = "mini-longva",
     frames: FrameCount = None,
     fps: Fps = None,
-    front_end: FrameFit = None,
+    frame_fit: FrameFit = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -183,7 +184,7 @@ def chat_command(
         check_exists("--image", *images)
         try:
             from longva.model.chat import Chat
-            reading = dict(num_frames=frames or 64, fps=fps) | given(frames_fit=front_end)
+            reading = dict(num_frames=frames or 64, fps=fps) | given(frames_fit=frame_fit)
             session = Session(Chat(*chat_model(model, device_map), **reading), model, settings, frames)
             if question is None:
                 ask_many(session, images, videos)

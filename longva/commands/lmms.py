@@ -13,6 +13,7 @@ import typer
 
 from .base import app, numbers, one_sentence, path
 from .options import Fit, Fps, path_option
+from .renamed import Renamed
 
 # %% ../../nbs/825_commands.lmms.ipynb #e502d417
 lmms_app = typer.Typer(
@@ -24,9 +25,9 @@ lmms_app = typer.Typer(
 )
 app.add_typer(lmms_app, name="lmms")
 
-@lmms_app.command("vniah")
+@lmms_app.command("vniah", cls=Renamed)
 def lmms_vniah_command(
-    film: Annotated[Path, typer.Option(parser=path, help="A video file.")],
+    video: Annotated[Path, typer.Option(parser=path, help="A video file.")],
     needles: Annotated[Path, typer.Option(parser=path, help="A folder with needles.json.")],
     frames: Annotated[str, typer.Option(help="Haystack lengths, as 200,400,800.")],
     out: Annotated[Path, typer.Option(parser=path, help="Folder of the tasks, for lmms-eval's --include_path.")],
@@ -39,7 +40,7 @@ def lmms_vniah_command(
         lengths = numbers(frames, int, "--frames")
         places = numbers(depths, float, "--depths")
         from longva.lmms.tasks import write_vniah
-        made = write_vniah(film, needles, lengths, places, out, fps, fit.value)
+        made = write_vniah(video, needles, lengths, places, out, fps, fit.value)
     typer.echo(f"{len(made)} tasks in {out}: {', '.join(made)}. Groups: vniah, vniah_forced.")
 
 @lmms_app.command("curve", context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))

@@ -183,7 +183,7 @@ def dpo_command(
     label_smoothing: Annotated[Optional[float], typer.Option(
         help="Share of pairs whose label may be wrong.")] = None,
     sft: Annotated[Optional[float], typer.Option(help="Weight of the chosen answers' cross entropy.")] = None,
-    parts: Annotated[Optional[str], typer.Option(help="What is trained, of tower,projector,language.")] = None,
+    parts: Annotated[Optional[str], typer.Option(help="Parts to train: any of tower,projector,language.")] = None,
     frames: Annotated[Optional[int], typer.Option(min=1, help="Frames to take per video, equally spaced.")] = None,
     fps: Fps = None,
     lr: Annotated[Optional[float], typer.Option(help="Learning rate.")] = None,

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Model', 'HaystackWords', 'Frames', 'Depths', 'VideoFps', 'Workers', 'KeysAndValues', 'Naive', 'Generate',
            'VariantName', 'Distractors', 'Distance', 'HalfWidth', 'Features', 'check_paths', 'parse_haystack',
-           'needles_beside', 'check_inputs', 'mini_needles', 'check_variant', 'show_forecast', 'load_reader',
-           'choose_variant', 'chance', 'results_folder', 'vniah_command']
+           'check_inputs', 'check_variant', 'show_forecast', 'load_reader', 'choose_variant', 'chance',
+           'results_folder', 'vniah_command']
 
 # %% ../../nbs/805_commands.vniah.ipynb #73c9515b
-import tempfile
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -18,6 +17,7 @@ import typer
 from .base import Usage, app, check_base, check_fps, grid, numbers, one_sentence, path, show_rows
 from .models import is_miniature, load_model, model_folder, set_rope_base
 from .options import ModelTitle, Needles, Place, Repeat, RopeBase, Variant, path_option
+from .renamed import Renamed
 from ..needle.names import NOTHING
 
 # %% ../../nbs/805_commands.vniah.ipynb #2bfcf466
@@ -42,87 +42,22 @@ def parse_haystack(
         return videos[0], videos[0].stem
     return videos, f"{videos[0].stem}_and_{len(videos) - 1}_more"
 
-def needles_beside(
-    haystack,  # from `parse_haystack`
-):
-    """Give the needle folder beside the (first) video, or None."""
-    if isinstance(haystack, str):
-        return None
-    first = haystack[0] if isinstance(haystack, list) else haystack
-    folder = first.parent / "needles"
-    return folder if (folder / "needles.json").is_file() else None
-
 # %% ../../nbs/805_commands.vniah.ipynb #132ec1a3
 def check_inputs(
     haystack,  # from `parse_haystack`
-    needles,  # a folder, or None
     frames: str,
     depths: str,
     fps,
     repeat: bool = False,
 ) -> tuple:  # (Haystack, frames, depths), the grid as lists
-    """Check lists, needles and the length of the haystack, before a model is loaded."""
+    """Check lists and the length of the haystack, before a model is loaded."""
     from longva.needle.haystack import Haystack
-    from longva.needle.needles import load_needles
     lengths = numbers(frames, int, "--frames")
     places = numbers(depths, float, "--depths")
     check_fps(fps)
-    if needles is not None:
-        load_needles(needles)
     source = Haystack(haystack, fps, repeat)
     source.check(max(lengths))
     return source, *grid(lengths, places, "frames")
-
-# %% ../../nbs/805_commands.vniah.ipynb #045f21f9
-def _world_seed(haystack):
-    """Give the seed of a video of the miniature's world, None for any other haystack; raise Usage for two seeds."""
-    from longva.mini.world import film_seed
-    from longva.needle.haystack import list_videos
-    if isinstance(haystack, str):
-        return None
-    seeds = set()
-    for film in list_videos(haystack):
-        seeds.add(film_seed(film) if Path(film).is_file() else None)
-    if len(seeds) > 1:
-        raise Usage(
-            "The videos show worlds of several seeds, and a needle of one may be in another: "
-            "say with --needles FOLDER which pictures to hide."
-        )
-    return seeds.pop()
-
-def _same_needles(a, b):
-    """Say whether two lists of needles ask the same with the same pictures."""
-    def content(needles):
-        return [(n.name, n.question, n.answer, n.image.size, n.image.tobytes()) for n in needles]
-    return content(a) == content(b)
-
-def mini_needles(
-    processor,  # the model's
-    haystack,  # from `parse_haystack`
-    out: Path,  # the results folder; nothing is written there yet
-) -> tuple:  # (list of Needle, seed, where they come from)
-    """Draw a miniature's needles: objects that the video doesn't show."""
-    from longva.mini.world import write_needles
-    from longva.needle.needles import load_needles
-    from longva.needle.trials import NeedleError
-    if not is_miniature(processor.tokenizer):
-        raise Usage("Say which pictures to hide with --needles FOLDER: only a miniature has needles of its own.")
-    seed = _world_seed(haystack)
-    with tempfile.TemporaryDirectory() as drawn:
-        needles = load_needles(write_needles(drawn, 20, seed or 0))
-    kept = out / "needles"
-    try:
-        same = not kept.exists() or _same_needles(load_needles(kept), needles)
-    except NeedleError:
-        same = False
-    if not same:
-        raise NeedleError(
-            f"{kept} holds something else than this video's needles: "
-            "choose another folder, or name them with --needles."
-        )
-    if seed is None:
-        return needles, 0, "drawn with seed 0, as the video does not say that it shows the miniature's world"
-    return needles, seed, f"the miniature's own, of seed {seed} as the video"
 
 # %% ../../nbs/805_commands.vniah.ipynb #4cc4f8fb
 def check_variant(
@@ -133,9 +68,9 @@ def check_variant(
 ):
     """Refuse options that the variant doesn't take; raise Usage."""
     if variant == "vniah-d" and distractors is None:
-        raise Usage("--variant vniah-d needs --look-alikes: a folder with a distractor for each needle.")
+        raise Usage("--variant vniah-d needs --distractors: a folder with a distractor for each needle.")
     if variant != "vniah-d" and distractors is not None:
-        raise Usage("--look-alikes is for --variant vniah-d, which needs it.")
+        raise Usage("--distractors is for --variant vniah-d, which needs it.")
     if half_width is not None and not 0 < half_width < 0.5:
         raise Usage(f"--half-width is half of an interval, between 0 and 0.5, and not {half_width:g}.")
     if variant in NOTHING and depths and "," in depths:
@@ -226,12 +161,12 @@ HaystackWords = Annotated[list[str], typer.Option(callback=check_paths, help=(
     "The video to hide pictures in, or a folder of videos; may be given several times. "
     "Or scenery, a drawn video of any length; scenery:7 is drawn with seed 7."
 ))]
-Frames = Annotated[str, typer.Option(help="Frames of the video, one number for each column.")]
+Frames = Annotated[str, typer.Option(help="Numbers of frames to test, with commas; each is a column of the heat map.")]
 Depths = Annotated[Optional[str], typer.Option(help="Depths from 0 (first frame) to 1 (last); by default 0,0.5,1.")]
 VideoFps = Annotated[Optional[float], typer.Option(help="Frames to take per second of video; by default all.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes, each with its own model; on GPUs, one GPU each.")]
 KeysAndValues = Annotated[Place, typer.Option(help="Where keys and values are kept; host if the GPU is too small.")]
-Naive = Annotated[bool, typer.Option("--naive", help="Read everything for each trial, without shared prefixes.")]
+Naive = Annotated[bool, typer.Option("--naive", help="Read the whole video again for each trial (slow).")]
 Generate = Annotated[bool, typer.Option("--generate", help="Let the model write its answer (no teacher forcing).")]
 VariantName = Annotated[Variant, typer.Option(help="What is asked; vniah is the paper's test.")]
 Distractors = path_option("For vniah-d: a folder like that of the needles, with a distractor for each.")
@@ -256,7 +191,7 @@ def results_folder(
         parts.append("adaptive")
     return Path("runs") / "vniah" / "_".join(parts)
 
-@app.command("vniah")
+@app.command("vniah", cls=Renamed)
 def vniah_command(
     model: Model,
     haystack: HaystackWords,
@@ -272,7 +207,7 @@ def vniah_command(
     workers: Workers = 1,
     kv: KeysAndValues = Place.DEVICE,
     variant: VariantName = Variant.VNIAH,
-    look_alikes: Distractors = None,
+    distractors: Distractors = None,
     distance: Distance = 200,
     half_width: HalfWidth = None,
     repeat: Repeat = False,
@@ -288,29 +223,27 @@ def vniah_command(
     with one_sentence(out):
         if not plain and (generate or workers > 1 or kv == Place.HOST):
             raise Usage("--variant and --half-width go without --generate, --workers and --kv.")
-        check_variant(variant, look_alikes, half_width, depths)
+        check_variant(variant, distractors, half_width, depths)
         check_base(rope_base)
-        folder = needles or needles_beside(haystack)
         depths = depths or ("0" if variant in NOTHING else "0,0.5,1")
         where = model_folder(model, families=True)
-        source, lengths, places = check_inputs(haystack, folder, frames, depths, fps, repeat)
+        source, lengths, places = check_inputs(haystack, frames, depths, fps, repeat)
+        from longva.mini.needles import choose_needles
+        chosen = choose_needles(haystack, needles, out / "needles")
         reader = load_reader(model, where, name, rope_base, plain, features)
-        from longva.mini.world import put_needles
-        from longva.needle.needles import load_needles
+        from longva.needle.needles import keep_needles
         from longva.needle.vniah import Reading, plan, run
-        if folder is None:
-            hidden, seed, origin = mini_needles(reader.processor, haystack, out)
-        else:
-            hidden, seed, origin = load_needles(folder), 0, f"those beside the video, in {folder}"
+        if chosen.drawn and not is_miniature(reader.processor.tokenizer):
+            raise Usage("Say which pictures to hide with --needles FOLDER: only a miniature has needles of its own.")
         if needles is None:
-            typer.echo(f"Needles: {origin}.")
-        asked, hidden = choose_variant(variant, look_alikes, distance, hidden, reader.processor.tokenizer)
+            typer.echo(f"Needles: {chosen.origin}.")
+        asked, hidden = choose_variant(variant, distractors, distance, chosen.needles, reader.processor.tokenizer)
         reading = dict(naive=naive, generate=generate, workers=workers, kv=kv.value, features=features)
-        _, asks = plan(reader, source, hidden, lengths, places, asked, seed)
+        _, asks = plan(reader, source, hidden, lengths, places, asked, chosen.seed)
         show_forecast(reader, asks, out, half_width, **reading)
-        trials = run(reader, source, hidden, lengths, places, out, asked, Reading(**reading), seed, half_width)
-        if folder is None:
-            put_needles(out / "needles", 20, seed)
+        trials = run(reader, source, hidden, lengths, places, out, asked, Reading(**reading), chosen.seed, half_width)
+        if chosen.drawn:
+            keep_needles(chosen.needles, out / "needles")
         show_rows(trials, out, counted="said so" if variant == "absent" else "right")
         if sentence := chance(variant, trials):
             typer.echo(sentence)

@@ -7,10 +7,9 @@ __all__ = ['COLOURS', 'BACKGROUNDS', 'TEXT_OBJECTS', 'CITIES', 'DIGITS', 'FUNCTI
            'VOCABULARY', 'PATTERNS', 'ID', 'DOT', 'FIND', 'WORD_OBJECTS', 'CHAT_TEMPLATE', 'MARK', 'shape_mask',
            'draw_background', 'scene_words', 'draw_frame', 'FrameBank', 'random_scenes', 'scene_ids',
            'repeats_document', 'facts_document', 'needles_document', 'text_batch', 'mini_tokenizer', 'needle_objects',
-           'film_scenes', 'film_frames', 'write_film', 'film_seed', 'write_needles', 'put_needles']
+           'video_scenes', 'video_frames', 'write_mini_video', 'video_seed', 'draw_needles', 'write_needles']
 
 # %% ../../nbs/600_mini.world.ipynb #e4f1b136
-import json
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ..needle.needles import Needle, save_needles
 from ..vision.index import open_video
 from ..vision.video import write_video
 
@@ -392,7 +392,7 @@ def needle_objects(
     """Choose the objects that a haystack of this seed never shows."""
     return np.random.default_rng((seed, 5)).permutation(len(OBJECTS))[:n]
 
-def film_scenes(
+def video_scenes(
     frames: int,  # N
     seed: int,
 ) -> np.ndarray:  # [N,3] numbers of object, colour, background
@@ -400,14 +400,14 @@ def film_scenes(
     others = np.setdiff1d(np.arange(len(OBJECTS)), needle_objects(seed))
     return random_scenes(frames, np.random.default_rng((seed, 6)), others)
 
-def film_frames(
+def video_frames(
     frames: int,  # N
     seed: int,
     side: int = 112,  # pixels
 ) -> np.ndarray:  # [N,side,side,3] uint8
     """Draw a haystack."""
     rng = np.random.default_rng((seed, 7))
-    return np.stack([draw_frame(scene, side, rng) for scene in film_scenes(frames, seed)])
+    return np.stack([draw_frame(scene, side, rng) for scene in video_scenes(frames, seed)])
 
 # %% ../../nbs/600_mini.world.ipynb #580aef98
 MARK = "The miniature's world, seed "
@@ -424,7 +424,7 @@ def _with_comment(video, copy, comment):
             out.mux(packet)
     return copy
 
-def write_film(
+def write_mini_video(
     path: str | Path,  # .mp4
     frames: int = 768,  # N
     seed: int = 0,
@@ -433,48 +433,39 @@ def write_film(
     """Write a haystack as a real H.264 video, one frame a second; its comment holds the seed."""
     path = Path(path)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
-        plain = write_video(film_frames(frames, seed, side), Path(beside) / "plain.mp4", fps=1.0)
+        plain = write_video(video_frames(frames, seed, side), Path(beside) / "plain.mp4", fps=1.0)
         return _with_comment(plain, Path(beside) / "signed.mp4", f"{MARK}{seed}").replace(path)
 
-def film_seed(
+def video_seed(
     path: str | Path,  # a video
 ) -> int | None:  # None if the video has no such comment
-    """Read the seed of a video by `write_film`, even if the file was renamed."""
+    """Read the seed of a video by `write_mini_video`, even if the file was renamed."""
     with open_video(path) as (video, _):
         mark, _, seed = video.metadata.get("comment", "").rpartition(" ")
     is_ours = f"{mark} " == MARK and seed.isascii() and seed.isdigit()
     return int(seed) if is_ours else None
 
 # %% ../../nbs/600_mini.world.ipynb #66c1e844
+def draw_needles(
+    n: int = 20,  # objects take turns
+    seed: int = 0,  # the video's seed
+    side: int = 112,  # pixels
+) -> list:  # of Needle
+    """Draw needles that the video of this seed doesn't show, with their questions and answers."""
+    rng = np.random.default_rng((seed, 8))
+    things = needle_objects(seed)
+    needles = []
+    for i in range(n):
+        thing, colour, background = scene_words((things[i % len(things)], rng.integers(8), rng.integers(8)))
+        image = Image.fromarray(draw_frame((thing, colour, background), side, rng))
+        needles.append(Needle(f"{i:02d}_{thing}", image, f"find {thing}", f"{colour} {background}"))
+    return needles
+
 def write_needles(
     folder: str | Path,  # made if it is not there
-    n: int = 20,  # needles; objects take turns
+    n: int = 20,
     seed: int = 0,  # the video's seed
     side: int = 112,  # pixels
 ) -> Path:  # the folder
-    """Write needle images with their questions and answers."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng((seed, 8))
-    things = needle_objects(seed)
-    rows = []
-    for i in range(n):
-        thing, colour, background = scene_words((things[i % len(things)], rng.integers(8), rng.integers(8)))
-        name = f"{i:02d}_{thing}.png"
-        Image.fromarray(draw_frame((thing, colour, background), side, rng)).save(folder / name)
-        rows.append({"image": name, "question": f"find {thing}", "answer": f"{colour} {background}"})
-    (folder / "needles.json").write_text(json.dumps(rows, indent=1))
-    return folder
-
-def put_needles(
-    folder: str | Path,  # made if it isn't there, left as it is if it is
-    n: int,  # needles
-    seed: int,  # the video's seed
-) -> Path:  # the folder
-    """Write the miniature's needles unless they are there; the folder appears when it is complete."""
-    folder = Path(folder)
-    if not (folder / "needles.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-            write_needles(Path(beside) / "needles", n, seed).rename(folder)
-    return folder
+    """Write the needles of `draw_needles` as a folder."""
+    return save_needles(draw_needles(n, seed, side), folder)

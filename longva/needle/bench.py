@@ -36,7 +36,7 @@ from .vniah import Spot, answer_logits, decisions
 class Word:
     """One word (token) of the answer, given the right words before it."""
     right: str  # what it should be
-    said: str  # the arg-max
+    predicted: str  # the arg-max
     rival: str  # the best word other than the right one
     lead: float  # logit of the right word minus that of the rival
     sure: float  # probability of the arg-max
@@ -65,8 +65,8 @@ class Answer:
     words: list  # a `Word` for each answer token
 
     @property
-    def said(self) -> str:
-        return " ".join(word.said for word in self.words)
+    def predicted(self) -> str:
+        return " ".join(word.predicted for word in self.words)
 
     @property
     def right(self) -> str:
@@ -81,7 +81,7 @@ class Answer:
         verdict = "✓ right" if trial.correct else "✗ wrong"
         margin = f"{abs(trial.margin):.2f} (against {self.closest.rival})"
         place = f"{trial.frames} frames, needle before frame {trial.insert}"
-        return f"{self.question}? {self.said}. {verdict} by {margin}; {place}"
+        return f"{self.question}? {self.predicted}. {verdict} by {margin}; {place}"
 
 # %% ../../nbs/590_needle.bench.ipynb #9117e811
 class NeedleBench:
@@ -91,24 +91,24 @@ class NeedleBench:
         self,
         model,  # a LongVA in evaluation mode
         processor,
-        film: np.ndarray,  # the haystack [N,H,W,3] uint8
+        video: np.ndarray,  # the haystack [N,H,W,3] uint8
         needles: list,  # of `Needle`
         name: str = "model",  # what the model is called in the results
         seed: int = 0,  # that video and needles were made with; only recorded
         fit: str = "pad",  # how frames become square, see `needle.haystack`
-        shown: np.ndarray = None,  # the haystack for people to look at, where `film` is small for the model
+        shown: np.ndarray = None,  # the haystack for people to look at, where `video` is small for the model
     ):
         self.model = model
         self.processor = processor
-        self.film = film
+        self.video = video
         self.needles = list(needles)
         self.name = name
         self.seed = seed
         self.fit = fit
-        self.shown = film if shown is None else shown
+        self.shown = video if shown is None else shown
         reader = Reader(model, processor, name)
         self.prompts = [reader.prompt(needle) for needle in self.needles]
-        self.reader = reader.seeing(reader.encode(film, fit), reader.encode_needles(self.needles, fit))
+        self.reader = reader.with_tokens(reader.encode(video, fit), reader.encode_needles(self.needles, fit))
         self.kept = {}
         self.versions = versions()
 
@@ -118,14 +118,14 @@ class NeedleBench:
         hidden = torch.cat([self.reader.needles, self.reader.encode_needles([needle], self.fit)])
         self.needles = [*self.needles, needle]
         self.prompts = [*self.prompts, prompt]
-        self.reader = self.reader.seeing(self.reader.haystack, hidden)
+        self.reader = self.reader.with_tokens(self.reader.haystack, hidden)
         return len(self.needles) - 1
 
     def spot(self, needle: int, frames: int, depth: float) -> Spot:
         """Give a place that exists; raise NeedleError if it doesn't."""
         (frames,), (depth,) = check_grid([frames], [depth])
-        if frames > len(self.film):
-            raise NeedleError(f"The video holds {len(self.film)} frames, and {frames} are wanted: ask for fewer.")
+        if frames > len(self.video):
+            raise NeedleError(f"The video holds {len(self.video)} frames, and {frames} are wanted: ask for fewer.")
         if needle not in range(len(self.needles)):
             raise NeedleError(
                 f"There are {len(self.needles)} needles, numbered from 0: there is no number {needle}."

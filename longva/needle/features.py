@@ -120,11 +120,11 @@ def see(
         return reader.encode_needles(needles, haystack.fit)
 
     if folder is None:
-        return reader.seeing(encode_frames(), encode_needles() if needles else None)
+        return reader.with_tokens(encode_frames(), encode_needles() if needles else None)
     device = reader.model.device
     key = feature_key(reader, haystack)
     tokens = cached_features(folder, key, n, encode_frames).to(device)
     if not needles:
-        return reader.seeing(tokens)
+        return reader.with_tokens(tokens)
     hidden = cached_features(folder, pictures_key(key, needles), len(needles), encode_needles)
-    return reader.seeing(tokens, hidden.to(device))
+    return reader.with_tokens(tokens, hidden.to(device))

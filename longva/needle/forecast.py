@@ -87,7 +87,7 @@ def _(reader: Adapter, frames, speed):
     reader.encode(black.repeat(4, 0)).cpu()
     seconds = (time.perf_counter() - begin) / 4
     return TowerCost(
-        counter=reader.seeing(one, one),
+        counter=reader.with_tokens(one, one),
         weights=model.num_parameters() * model.dtype.itemsize,
         frame=one.nbytes,
         work=min(reader.frames_at_once, frames) * live.peak,

@@ -113,7 +113,7 @@ class Reader:
         self.haystack = None
         self.needles = None
 
-    def seeing(
+    def with_tokens(
         self,
         haystack: torch.Tensor,  # visual tokens [N,T,D]
         needles: torch.Tensor | None = None,  # [number of needles,T,D]; None where no trial shows one

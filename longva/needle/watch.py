@@ -95,7 +95,7 @@ class NeedleWatch:
         """Ask all questions of the grid."""
         reader = reader_for(model, self.processor)
         prompts = [reader.prompt(needle) for needle in self.needles]
-        reader = reader.seeing(reader.encode(self.video, self.fit), reader.encode_needles(self.needles, self.fit))
+        reader = reader.with_tokens(reader.encode(self.video, self.fit), reader.encode_needles(self.needles, self.fit))
         if any(hasattr(p, "ds_id") for p in model.parameters()):
             reader = _whole_passes(reader)
         paths = [spot.path(prompts[spot.needle]) for spot in self.spots]

@@ -9,7 +9,6 @@ __all__ = ['BEST', 'PANELS', 'TRAIN_FRAMES', 'NEEDLES', 'SEED', 'CALIBRATION_SEE
 
 # %% ../../nbs/700_study.demo.ipynb #5ef0faac
 import json
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from ..mini import TEXT_FRAMES, load, world
 from ..mini import folder as weights_folder
 from ..needle.bench import DEPTHS, FRAMES
 from ..needle.heatmap import figure4, mean_score, save_figure4, save_html
-from ..needle.needles import Needle, load_needles
+from ..needle.needles import Needle, keep_needles
 from ..needle.reader import Reader
 from ..needle.statistics import newcombe
 from ..needle.sweep import check_grid
@@ -104,22 +103,21 @@ def prepare_demo(
     if not file.exists():
         write_whole(file, json.dumps(record, indent=2))
     if not plan.video.exists():
-        world.write_film(plan.video, record["film"], plan.seed)
-    world.put_needles(plan.images, plan.needles, plan.seed)
+        world.write_mini_video(plan.video, record["film"], plan.seed)
+    keep_needles(world.draw_needles(plan.needles, plan.seed), plan.images)
     return record
 
 # %% ../../nbs/700_study.demo.ipynb #3e679aae
 def _calibration(plan, model, processor, needles=6, depths=(0.0, 0.5, 1.0)):
     """Give what bases are compared on: a reader of video and needles, prompts, trials."""
-    with tempfile.TemporaryDirectory() as beside:
-        hidden = load_needles(world.write_needles(beside, needles, CALIBRATION_SEED))
+    hidden = world.draw_needles(needles, CALIBRATION_SEED)
     spots = []
     for n in plan.frames[-2:]:
         for depth in depths:
             spots += [Spot(j, n, depth) for j in range(needles)]
     reader = Reader(model, processor)
-    video = reader.encode(world.film_frames(plan.frames[-1], CALIBRATION_SEED))
-    return reader.seeing(video, reader.encode_needles(hidden)), [reader.prompt(n) for n in hidden], spots
+    video = reader.encode(world.video_frames(plan.frames[-1], CALIBRATION_SEED))
+    return reader.with_tokens(video, reader.encode_needles(hidden)), [reader.prompt(n) for n in hidden], spots
 
 def try_bases(
     plan: DemoPlan,

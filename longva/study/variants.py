@@ -6,7 +6,6 @@
 __all__ = ['MINI_WORDING', 'likeness', 'answer_choices', 'mini_scene', 'measure_variants']
 
 # %% ../../nbs/710_study.variants.ipynb #496fca45
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from PIL import Image
 
 from ..mini import load
 from ..mini import world as W
-from ..needle.needles import load_needles
 from ..needle.reader import Reader
 from ..needle.variants import Wording, joint, named_variant
 from ..needle.vniah import run
@@ -85,8 +83,7 @@ def mini_scene(
     side: int = 28,  # pixels
 ) -> tuple:  # (Frames, needles, distractors)
     """Draw a video of the small world, images that are foreign to it, and their distractors."""
-    with tempfile.TemporaryDirectory() as folder:
-        drawn = load_needles(W.write_needles(folder, needles, seed, side))
+    drawn = W.draw_needles(needles, seed, side)
     foreign = [W.OBJECTS[thing] for thing in W.needle_objects(seed)]
     hidden = []
     distractors = []
@@ -95,7 +92,7 @@ def mini_scene(
         needle = replace(needle, locate=locate, choices=answer_choices(needle.answer, k, seed))
         hidden.append(needle)
         distractors.append(_distractor(needle, foreign, k, seed, side))
-    return Frames(W.film_frames(frames, seed, side), np.arange(frames, dtype=float), 1.0), hidden, distractors
+    return Frames(W.video_frames(frames, seed, side), np.arange(frames, dtype=float), 1.0), hidden, distractors
 
 # %% ../../nbs/710_study.variants.ipynb #ee7017d9
 def measure_variants(

@@ -143,16 +143,16 @@ const put = depth => {
     element.querySelector('.grip').style.left = 100 * (0.5 + depth * (m - 1)) / m + '%';
 };
 const narrow = () => element.clientWidth < 560;  // 21 pictures would be too small to touch
-let places = null;
+let few = false;  // what the last event asked for; a new page begins with 21
 new ResizeObserver(() => {
-    if (film() && places !== narrow()) send(Number(film().dataset.now));
+    if (film() && few !== narrow()) send(Number(film().dataset.now));
 }).observe(element);
 let waiting = null, next = null;  // one question at a time; of the places on the way only the last is kept
 const send = depth => {
     if (waiting) { next = depth; return; }
     waiting = setTimeout(answered, 5000);
-    places = narrow();
-    trigger('input', {depth, places: places ? 11 : 21});
+    few = narrow();
+    trigger('input', {depth, places: few ? 11 : 21});
 };
 const answered = () => {
     clearTimeout(waiting); waiting = null;
@@ -254,8 +254,8 @@ def needles_html(
 
 def _word_html(word):
     """Draw one word of an answer with its verdict."""
-    symbol = "✓" if word.said == word.right else "✗"
-    return f'<span class="word" title="probability {word.sure:.2f}">{symbol} {escape(word.said)}</span>'
+    symbol = "✓" if word.predicted == word.right else "✗"
+    return f'<span class="word" title="probability {word.sure:.2f}">{symbol} {escape(word.predicted)}</span>'
 
 def _signed(number):
     return f"{number:+.2f}".replace("-", "−")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..mini import load
 from ..mini.bench import mini_bench
-from ..mini.world import film_seed
+from ..mini.world import video_seed
 from ..model.chat import ChatError, check_words
 from ..needle.bench import FRAMES, NEEDLES, NeedleBench, fill, one_pass, recorded
 from ..needle.haystack import Haystack
@@ -142,7 +142,7 @@ class SharedBenches:
         video = self.demo / "haystack.mp4"
         try:
             needles = folder_needles(self.demo / "needles")
-            return Haystack(video).frames(FRAMES[-1]).array, needles, film_seed(video) or 0
+            return Haystack(video).frames(FRAMES[-1]).array, needles, video_seed(video) or 0
         except (NeedleError, VideoError) as error:
             self.missing = str(error).replace(str(self.demo), self.demo.name).rstrip(".")
             return None
@@ -233,7 +233,7 @@ def take_film(
         visit.film = film
         visit.benches = {}
         visit.opened = None
-    visit.frames = min(256, len(visit.bench(shared).film))
+    visit.frames = min(256, len(visit.bench(shared).video))
 
 def take_needle(visit: Visit, shared, needle: Needle):
     """Give the visitor a needle, and choose it."""
@@ -259,4 +259,4 @@ def fill_here(
     """Fill the map with the first needles and the uploaded ones."""
     shipped = len(bench.needles) - own
     numbers = [*range(min(NEEDLES, shipped)), *range(shipped, len(bench.needles))]
-    return fill(bench, lengths(len(bench.film)), needles=numbers)
+    return fill(bench, lengths(len(bench.video)), needles=numbers)

@@ -47,9 +47,9 @@ def stretch_rope(
 # %% ../../nbs/740_workbench.seek.ipynb #b9b5e0bc
 def _word_row(word) -> str:
     """Write one word of the answer as a row of a table."""
-    mark = "✓" if word.said == word.right else f"✗ ({html.escape(word.right)})"
+    mark = "✓" if word.predicted == word.right else f"✗ ({html.escape(word.right)})"
     lead = f"{word.lead:+.2f} over {html.escape(word.rival)}"
-    return f"<tr><td><b>{html.escape(word.said)}</b></td><td>{mark}</td><td>{lead}</td></tr>"
+    return f"<tr><td><b>{html.escape(word.predicted)}</b></td><td>{mark}</td><td>{lead}</td></tr>"
 
 def answer_html(
     answer,  # of a bench
@@ -153,7 +153,7 @@ class NeedleExplorer(Explorer):
         self.model = _dropdown("model", "model", [bench.name] if bench else list(models))
         self.seed = _dropdown("film", "haystack", [(f"video {seed}", seed) for seed in seeds])
         self.bench = self.make(self.model.value, self.seed.value)
-        self.lengths = tuple(n for n in FRAMES if n <= len(self.bench.film))
+        self.lengths = tuple(n for n in FRAMES if n <= len(self.bench.video))
         self._make_controls()
         self.filler = MapFiller(lambda: self.show(0, self.map_now()), lambda: self._label("The map is full", "check"))
         where = [self.needle, self.palette, self.frames, self.depth]
@@ -161,7 +161,7 @@ class NeedleExplorer(Explorer):
         self._arrange()
 
     def _make_controls(self):
-        most = len(self.bench.film)
+        most = len(self.bench.video)
         self.needle = _dropdown("needle", "needle", [(n.name, k) for k, n in enumerate(self.bench.needles)])
         self.frames = slider(ipw.IntSlider, "frames", "frames", min(64, most), 1, most)
         self.depth = slider(ipw.FloatSlider, "depth", "depth", 0.5, 0, 1, 0.01, readout_format=".0%")
