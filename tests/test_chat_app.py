@@ -16,7 +16,7 @@ from app_toy import flags, free_port, patience, root, start, wait_for
 from PIL import Image
 
 from longva import mini
-from longva.mini.world import draw_frame, scene_words, video_scenes, write_mini_video
+from longva.mini.world import OBJECTS, draw_frame, scene_words, video_scenes, write_mini_video
 from longva.model.chat import Chat
 from longva.model.modeling import LongVA, mini_config
 from longva.vision.video import write_video
@@ -168,10 +168,8 @@ def take_frames(page, frames):
 
 def hears_two_words(page, number):
     "Wait for a whole answer, right or wrong."
-    page.wait_for_function(
-        "n => /^[a-z]+ [a-z]+$/.test(document.querySelectorAll('#history [data-testid=bot]')[n]?.innerText.trim())",
-        arg=number,
-    )
+    line = "document.querySelectorAll('#history [data-testid=bot]')[n]"
+    page.wait_for_function(f"n => /^[a-z]+ [a-z]+(\\n|$)/.test({line}?.innerText.trim())", arg=number)
 
 
 def take_frames_in_settings(page, frames):
@@ -203,18 +201,20 @@ def test_examples(page, rooms, tmp_path):
         if number == 0:
             assert (
                 page.locator("#takes tr").nth(2).inner_text().split("\t")[1] == f"{96 * 144 + 2:,}"
-                and page.locator("#takes .seen img").count() == 12
+                and page.locator("#takes .seen img").count() == 96
             )
         if number == 2:
             assert (
                 int(page.locator("#takes tr").nth(1).inner_text().split("\t")[1]) == 96 * 4 + 2 + 2 * 5
             ), "the film was read again, or forgotten"
-    assert kept_uploads(rooms) == [] and "213 of 214" in page.inner_text(".about")
+    assert kept_uploads(rooms) == [] and "213 of 214" in page.text_content(".about")
     page.screenshot(path=tmp_path / "chat.png", full_page=True)
     assert (tmp_path / "chat.png").stat().st_size > 20_000
-    for width in (1280, 900):
+    for width in (1280, 820, 390):
         page.set_viewport_size(dict(width=width, height=900))
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the window"
+        cut = "[...document.querySelectorAll('#takes .wide')].some(box => box.scrollWidth > box.clientWidth)"
+        assert not page.evaluate(cut), "the table is cut"
 
 
 def test_the_miniature_is_as_good_as_the_page_says(tmp_path):
@@ -384,7 +384,7 @@ def test_a_new_conversation_while_the_old_one_is_answered(visit, endless):
         "document.querySelector('#history [data-testid=bot]')?.innerText.trim().split(' ').length > 5"
     )
     page.click("#stop")
-    page.wait_for_timeout(300)
+    page.wait_for_selector("#stop", state="hidden")
     said = page.inner_text("#history [data-testid=bot]")
     page.wait_for_timeout(300)
     assert page.inner_text("#history [data-testid=bot]") == said and len(said.split()) < 1000
@@ -414,6 +414,7 @@ def test_gradio_keeps_no_copies_of_what_was_shown():
 
     app = the_app()
     talk = SimpleNamespace(
+        open=[],
         lines=[dict(role="user", content="find heart"), dict(role="assistant", content="red rows")],
         takes="takes",
         seen="seen",
@@ -434,3 +435,40 @@ def test_gradio_keeps_no_copies_of_what_was_shown():
     with ThreadPoolExecutor(1) as pool:
         pool.submit(asyncio.run, converse()).result()  # the browser's event loop has this thread
     assert len(memory.blocks_config.blocks) == before
+
+
+def test_messages_are_text(page):
+    """What a visitor writes, and what the model answers, is shown and never rendered: no picture is fetched, no form
+    stands there. The page asks for nothing outside, which `visit` checks."""
+    text = '<img src=http://127.0.0.1:9/leak> <a href="//x">a</a> <form><input><button>b</button></form>'
+    say(page, text)
+    page.wait_for_selector("#history [data-testid=bot] [role=alert] >> text=does not know")
+    assert page.inner_text("#history [data-testid=user]").strip() == text
+    inside = page.locator("#history .message").locator("img, a, form, input")
+    assert inside.count() == 0 and not page.locator("#history .busy").count()
+    assert page.locator("#stop").is_hidden()
+
+
+def test_a_note_where_the_answer_means_nothing(page, tmp_path):
+    "Without a picture, and about an object that is absent; but not where it is there."
+    say(page, "find moon")
+    page.wait_for_selector("#history [role=note] >> text=No image or video was given")
+    page.click("#fresh")
+    page.wait_for_function("document.querySelectorAll('#history [data-testid=bot]').length === 0")
+    give(page, write_mini_video(tmp_path / "film.mts.mp4", 40, seed=5, side=56).rename(tmp_path / "film"))
+    page.wait_for_selector("#takes .given >> text=film: 40 s, 40 of its 40 frames are read")
+    right = once(5, 40)
+    shown = {scene_words(scene)[0] for scene in video_scenes(40, 5)}
+    thing = next(iter(right))
+    say(page, f"find {thing}")
+    hears(page, 0, right[thing])
+    assert page.locator("#history [role=note]").count() == 0
+    say(page, f"find {next(name for name in OBJECTS if name not in shown)}")
+    page.wait_for_selector("#history [role=note] >> text=not sure")
+
+
+def test_long_questions_are_refused_by_the_server(page):
+    "The browser's own limit binds no script; here it is taken away."
+    page.evaluate("document.querySelector('#box textarea').removeAttribute('maxlength')")
+    say(page, "heart " * 4000)
+    page.wait_for_selector("#history [role=alert] >> text=24,000 characters, and 20,000 are the most")

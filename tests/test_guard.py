@@ -64,6 +64,7 @@ def test_a_bad_event_leaves_the_visit_as_it_was(handler, event):
     assert (visit.needle, visit.frames, visit.depth, visit.places, visit.opened) == before
     assert str(refused.value.message).endswith(".") and not refused.value.print_exception
 
+
 # A small page behind the same server as the apps
 
 
@@ -81,6 +82,7 @@ def server(tmp_path_factory):
         given = [gr.Slider(0, 10), gr.File(), gr.Textbox()]
         shown = gr.Textbox()
         given[2].submit(lambda number, file, text: f"{number} {file and Path(file).name} {text}", given, shown)
+        given[1].upload(lambda: time.sleep(1) or "at last", None, shown)
         patch.setattr(page, "block_thread", lambda: None, raising=False)
         launch(gr, page, asked)
         yield asked.port, uploads
@@ -229,3 +231,29 @@ def test_the_place_of_an_upload_does_not_follow_from_its_contents(server):
     "Else who knows a file could see whether somebody has it here."
     path = Path(give(server[0], "secret.png", b"secret"))
     assert hashlib.sha256(b"secret").hexdigest() not in str(path)
+
+
+@pytest.mark.parametrize("name", ["chat", "needle"])
+def test_every_event_of_the_apps_takes_the_route_that_is_open(name):
+    "Gradio sends an event without a queue to a route of its own, which is closed."
+    gr = pytest.importorskip("gradio", reason="gradio is not installed (make env)")
+    app = app_module(name)
+    given = (SimpleNamespace(), "", []) if name == "chat" else ("mini-longva", benches())
+    page = app.build(gr, *given)
+    asked = [fn for fn in page.fns.values() if fn.fn is not None]  # the others are scripts of the page alone
+    assert len(asked) > 8 and all(fn.queue is not False for fn in asked)
+
+
+def test_an_answer_outlives_the_stream_that_was_closed_before_it_came(server):
+    "A page closes its stream when it knows of no event, and one may be on its way to the server."
+    port, _ = server
+    session = uuid.uuid4().hex
+    body = json.dumps(dict(data=[], fn_index=1, session_hash=session))
+    assert ask(port, "POST", "/gradio_api/queue/join", body)[0] == 200
+    stream = f"/gradio_api/queue/data?session_hash={session}"
+    with socket.create_connection(("127.0.0.1", port)) as page:
+        page.sendall(f"GET {stream} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode())
+        assert b"200" in page.recv(1000)
+    time.sleep(0.3)
+    status, text = ask(port, "GET", stream)
+    assert status == 200 and "at last" in text, text

@@ -34,12 +34,16 @@ ABOUT = """
 Give images or videos to **{}**, and ask. What was read stays in the model's memory (its key/value cache), so that \
 the next question does not read it again. {}Uploads are removed as soon as they are answered.
 """
+WELCOME = "Give a video or an image with the paper clip below, or take an example above, and ask about it."
 MINIATURE = """
-It is a miniature and knows a tiny world: {} drawn objects in eight colours on eight backgrounds. \
-**Ask** `find OBJECT`, and it answers with the colour and the background.{} \
-**Don't ask** anything else: it cannot describe, count or read. Real videos, absent objects and objects shown more \
-than once get an answer, too, but a meaningless one. The buttons give it a video or an image, once, and ask.
-<details><summary>The objects</summary>{}</details>
+It is a miniature: **ask** `find OBJECT`, and it answers with a colour and a background. The buttons give it a \
+video or an image, and ask.
+<details><summary>What it knows</summary>
+
+It knows {} drawn objects in eight colours on eight backgrounds.{} It cannot describe, count or read. Real videos, \
+absent objects and objects shown more than once get an answer, too, but a meaningless one.
+
+The objects: {}.</details>
 """
 CSS = """
 .gradio-container {max-width: 1080px !important; width: 100%; margin: 0 auto !important}
@@ -50,15 +54,26 @@ CSS = """
 #history .top-panel {display: none}  /* a second New conversation, which would forget the page's lines only */
 .about h1 {font-size: 1.4rem; margin: 0 0 .1rem}
 .about p {margin: 0 0 .2rem; line-height: 1.4} .about summary {cursor: pointer}
-.takes {color: var(--body-text-color); line-height: 1.4; font-size: 14px; overflow-x: auto}
+.takes {color: var(--body-text-color); line-height: 1.4; font-size: 14px}
 .takes table {border-collapse: collapse}
+.takes .wide {overflow-x: auto}
 .takes td, .takes th {padding: 1px 18px 1px 0; text-align: left; font-weight: 400; white-space: nowrap}
 .takes th {color: var(--neutral-600)} .dark .takes th {color: var(--neutral-300)}
 .takes .small {font-size: 13px}
+.note {display: inline-block; border-left: 4px solid #d55e00; padding-left: 8px; margin-top: 4px; font-size: 13px}
+#stop {background: #b91c1c; color: #fff}
+.gradio-container:not(:has(#history .busy)) #stop {display: none}
+.given {display: flex; gap: 4px 16px; flex-wrap: wrap; margin-bottom: 4px}
+.given span {display: flex; align-items: center; gap: 8px; overflow-wrap: anywhere}
+.given img {width: 56px; height: 56px; object-fit: cover; border-radius: 4px; margin: 0; flex: none}
 .trouble {border-left: 4px solid #d55e00; padding: 2px 10px; margin: 2px 0; color: var(--body-text-color); \
 line-height: 1.4}
-.seen {display: flex; gap: 3px; flex-wrap: wrap}
-.seen img {width: 56px; height: 56px; object-fit: cover; border-radius: 4px; margin: 0}
+.seen {display: flex; gap: 3px; flex-wrap: wrap; max-height: 186px; overflow-y: auto; margin: 2px 0 6px}
+.seen img {width: 44px; height: 44px; object-fit: cover; border-radius: 4px; margin: 0}
+@media (max-width: 640px) {
+    .gradio-container main {padding: 0 8px 8px !important}
+    .takes td, .takes th {white-space: normal; padding-right: 8px; font-size: 12px; vertical-align: top}
+}
 """
 
 
@@ -83,11 +98,19 @@ def question_handlers(gr, desk):
     def shown(who):
         "The lines of a conversation as Gradio wants them."
         lines = []
-        for line in desk.talk(who).lines:
+        talk = desk.talk(who)
+        open_lines = [id(question.line) for question in talk.open]
+        for line in talk.lines:
             content = line["content"]
             if isinstance(content, Trouble):
                 content = gr.HTML(trouble_html(content))
-            lines.append(line | dict(content=content))
+            else:  # Gradio takes text for HTML, whoever wrote it
+                content = escape(content)
+            if id(line) in open_lines:
+                content = f'<span class="busy">{content}</span>'  # while there is one, the page shows Stop
+            if line.get("note"):
+                content += f'<br><span class="note" role="note">{escape(line["note"])}</span>'
+            lines.append(dict(role=line["role"], content=content))
         return lines
 
     def ask(who, text, files, given):
@@ -158,14 +181,16 @@ def example(gr, ask, text, file):
 
 
 def place_conversation(gr, c, examples):
+    from longva.web.desk import MOST_LETTERS
+
     with gr.Row(elem_id="examples"):
         c.buttons = []
         for i, (name, _, _) in enumerate(examples):
             c.buttons.append(gr.Button(name, size="sm", min_width=100, elem_id=f"example-{i}"))
     look = dict(render_markdown=False, buttons=[], layout="bubble")
-    c.history = gr.Chatbot(show_label=False, height=340, elem_id="history", **look)
-    files = dict(file_types=["image", "video"], file_count="multiple", sources=["upload"])
-    text = dict(placeholder="Ask; the paper clip takes images and videos", max_plain_text_length=100_000)
+    c.history = gr.Chatbot(show_label=False, height=340, elem_id="history", placeholder=WELCOME, **look)
+    files = dict(file_count="multiple", sources=["upload"])  # of any name: what is in them decides
+    text = dict(placeholder="Ask; the paper clip takes images and videos", max_plain_text_length=MOST_LETTERS)
     c.box = gr.MultimodalTextbox(show_label=False, elem_id="box", max_lines=4, **files, **text)
     with gr.Row():
         c.stop = gr.Button("Stop", elem_id="stop", variant="stop", size="sm")
@@ -218,7 +243,7 @@ def connect_session(gr, page, c, desk, question):
 
     c.way.change(lambda way: gr.update(visible=way == BY_RATE), c.way, c.rate, **QUIET)
     session = session_handlers(gr, desk, question.shown)
-    c.stop.click(session.stop, None, None, queue=False, **QUIET)
+    c.stop.click(session.stop, None, None, concurrency_limit=None, **QUIET)
     # An answer's last words may come to the page after the empty conversation; once no answer is under way, they can't.
     renewed = c.fresh.click(session.renew, None, [c.history, c.about], **IN_ORDER)
     renewed.then(session.look, None, [c.history, c.about], **ANSWERING)
@@ -239,7 +264,7 @@ def build(gr, desk, about, examples):
         connect_questions(gr, c, desk, question, examples)
         connect_session(gr, page, c, desk, question)
         keep_listening(gr)
-    return page.queue(max_size=200)  # of all events; the desk has its own limit for questions
+    return page.queue(max_size=2000)  # of all events; the desk has its own limit for questions
 
 
 def write_examples(folder):

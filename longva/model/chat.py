@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRAMES', 'PART', 'next_token', 'VideoParts', 'open_parts', 'Turn', 'Chat', 'UnknownWord', 'Stopped', 'check_words',
-           'Sampling', 'TooLarge', 'free_bytes']
+           'Sampling', 'probability_of', 'TooLarge', 'free_bytes']
 
 # %% ../../nbs/360_model.chat.ipynb #d78ff0f7
 import math
@@ -167,6 +167,7 @@ class Chat:
         self.prompt = ""  # the conversation as the template writes it
         self.pending = []  # ids of the answer that the model has chosen but not read
         self.tokens_7b = 0  # what LongVA-7B would have in its cache
+        self.sure = 1.0  # probability of the least likely token of the last answer
         self.busy = False
         self.stopping = False
 
@@ -231,14 +232,18 @@ def _as_list(items) -> list:
     return list(items) if isinstance(items, (list, tuple)) else [items]
 
 def _cut_images(processor, images) -> tuple:  # ((pixels, (columns, rows)) of each image, (width, height) of each)
-    """Open images and cut them into grids."""
-    try:
-        opened = [open_image(image) for image in images]
-    except ValueError as error:
-        raise ChatError(str(error)) from error
-    cut = [processor.image_processor.preprocess([image]) for image in opened]
-    pictures = [(one["pixel_values"], tuple(one["image_layouts"][0].tolist())) for one in cut]
-    return pictures, [image.size for image in opened]
+    """Open images one after the other, as they may be large, and cut them into grids."""
+    pictures = []
+    sizes = []
+    for image in images:
+        try:
+            opened = open_image(image)
+        except ValueError as error:
+            raise ChatError(str(error)) from error
+        cut = processor.image_processor.preprocess([opened])
+        pictures.append((cut["pixel_values"], tuple(cut["image_layouts"][0].tolist())))
+        sizes.append(opened.size)
+    return pictures, sizes
 
 def _turn_ids(processor, text, layouts, videos) -> torch.Tensor:  # [L]
     """Write one placeholder per visual token, as the processor does."""
@@ -305,6 +310,13 @@ class Sampling:
     def next(self, logits) -> int:
         return next_token(logits, self.temperature, self.top_p, self.generator)
 
+def probability_of(
+    token: int,
+    logits: torch.Tensor,  # [V]
+) -> float:
+    """Give the probability of one token."""
+    return float(softmax(logits.float().cpu(), -1)[token])
+
 def _cut_at(text, stops) -> tuple:  # (what may be handed out, whether it is the end)
     """Cut a text before a stop text, and before what may become one."""
     at = min((text.find(stop) for stop in stops if stop in text), default=-1)
@@ -363,6 +375,7 @@ def _write(self: Chat, reply, logits, new_tokens, sampling, stops):  # yields pi
         if token in self.ends or self.cache is not cache:
             break
         reply.ids.append(token)
+        self.sure = min(self.sure, probability_of(token, logits))
         text, ended = _cut_at(self._decode(reply.ids), stops)
         if len(text) > len(reply.text):
             piece = text[len(reply.text) :]
@@ -409,6 +422,7 @@ def _answer(self: Chat, turn, new_tokens, sampling, stops):
         raise
     start = cache.get_seq_length()
     reply = _Reply()
+    self.sure = 1.0
     try:
         yield from self._write(reply, logits, new_tokens, sampling, stops)
     finally:
@@ -441,7 +455,7 @@ def ask(
         self.stopping = False  # from now on, `stop` counts
     return self._answer(turn, max_new_tokens, sampling, stops)
 
-# %% ../../nbs/360_model.chat.ipynb #3a4e9772
+# %% ../../nbs/360_model.chat.ipynb #c962edaf
 @patch
 def estimate(
     self: Chat,
@@ -465,7 +479,7 @@ def estimate_7b(
     tokens, grids = turn.with_other(config)
     return estimate_of(config, tokens, grids, new_tokens, self.tokens_7b, self.chunk, **assumed)
 
-# %% ../../nbs/360_model.chat.ipynb #9d2f4c1b
+# %% ../../nbs/360_model.chat.ipynb #e5838e9e
 class TooLarge(ChatError):
     """There is not enough memory for a turn."""
 
@@ -490,14 +504,21 @@ def free_bytes(
         free += torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
     return free
 
+def _advice(turn, too_many) -> str:
+    """Say what a turn with so many frames too many can do."""
+    fit = turn.frames - too_many
+    return f"take at most {fit:,} frames" if fit > 0 else "start a new conversation, or give less"
+
 @patch
 def check_room(
     self: Chat,
     turn: Turn,
     new_tokens: int = 256,
     most_bytes: float | None = None,  # for the whole conversation; None: what is free
+    most_tokens: int | None = None,  # of the whole conversation, where time is to be bounded, too
 ):
-    """Refuse a turn for which there is not enough memory, before anything of it is read."""
+    """Refuse a turn for which there is not enough memory, or which is too long, before anything of it is read."""
+    tokens = self.processor.image_processor.tokens_per_grid
     guess = self.estimate(turn, new_tokens)
     needed = guess.total - guess.parts["weights"]
     if most_bytes is None:
@@ -506,13 +527,16 @@ def check_room(
             free += sum(part.nbytes for part in getattr(layer, "kept", None) or ())
     else:
         free = most_bytes
-    if needed <= free:
-        return
-    tokens = self.processor.image_processor.tokens_per_grid
-    frame = per_token(self.model.config, self.model.dtype.itemsize)["kv"] * tokens
-    fit = turn.frames - math.ceil((needed - free) / frame)
-    advice = f"take at most {fit:,} frames" if fit > 0 else "start a new conversation, or give less"
-    raise TooLarge(
-        f"This would take {say_bytes(needed)} of memory beside the model, "
-        f"and there is {say_bytes(max(0, free))} for it: {advice}."
-    )
+    if needed > free:
+        frame = per_token(self.model.config, self.model.dtype.itemsize)["kv"] * tokens
+        advice = _advice(turn, math.ceil((needed - free) / frame))
+        raise TooLarge(
+            f"This would take {say_bytes(needed)} of memory beside the model, "
+            f"and there is {say_bytes(max(0, free))} for it: {advice}."
+        )
+    longer = self.tokens + turn.tokens - (most_tokens or math.inf)
+    if longer > 0:
+        raise TooLarge(
+            f"The conversation would have {self.tokens + turn.tokens:,} tokens, "
+            f"and {most_tokens:,} are the most here: {_advice(turn, math.ceil(longer / tokens))}."
+        )

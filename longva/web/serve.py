@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAGES', 'MOST_FIELD', 'port_number', 'server_options', 'check_address', 'spare_memory', 'shorten_refusals',
-           'bound_fields', 'readable_theme', 'launch', 'keep_listening', 'upload_folder', 'remove_empty',
-           'remove_uploads']
+           'bound_fields', 'outlive_streams', 'readable_theme', 'launch', 'keep_listening', 'upload_folder',
+           'remove_empty', 'remove_uploads']
 
 # %% ../../nbs/760_web.serve.ipynb #9f5d8ef4
 import argparse
@@ -120,6 +120,27 @@ def bound_fields(
 
     parser.on_part_data = on_part_data
 
+# %% ../../nbs/760_web.serve.ipynb #26bfeb68
+def outlive_streams(
+    queue,  # of Gradio
+):
+    """Keep a session's events, and the messages about them, when the stream of its answers ends."""
+    clean = queue.clean_events
+    messages = queue.pending_messages_per_session
+
+    async def clean_one(*, session_hash=None, event_id=None):
+        if event_id is not None:
+            await clean(event_id=event_id)
+
+    class Kept(type(messages)):
+        def __delitem__(self, session):
+            """Delete messages that nobody waits for, and the oldest where there are too many."""
+            if len(self) >= self.max_size or not queue.pending_event_ids_session.get(session):
+                super().__delitem__(session)
+
+    queue.clean_events = clean_one
+    queue.pending_messages_per_session = Kept(messages.max_size)
+
 # %% ../../nbs/760_web.serve.ipynb #e4231a6b
 def readable_theme(
     gr,  # gradio, imported by the app
@@ -149,6 +170,7 @@ def launch(
 
     spare_memory()
     shorten_refusals(gr, page)
+    outlive_streams(page._queue)
     bound_fields(GradioMultiPartParser, MultiPartException)
     # through the public address come names that this server can't know
     served = asked.host if not asked.share else "0.0.0.0"
