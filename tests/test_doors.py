@@ -176,7 +176,7 @@ def model_and_processor():
 
 @pytest.fixture(scope="module")
 def plain_film(tmp_path_factory):
-    return write_film(tmp_path_factory.mktemp("plain") / "plain.mov", [scene()] * 4)
+    return write_mini_video(tmp_path_factory.mktemp("plain") / "plain.mov", [scene()] * 4)
 
 
 def row_of(path, kind):
@@ -275,7 +275,7 @@ def test_odd_pictures_look_the_same_through_every_door(name, tmp_path, model_and
 # --- videos
 
 
-def write_film(path, frames, codec="png", pixels="rgb24", aspect=None):
+def write_mini_video(path, frames, codec="png", pixels="rgb24", aspect=None):
     "Frames [H,W,3 or 4] in a file, without loss where the codec can."
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=5)
@@ -299,11 +299,11 @@ def hidden():
 
 
 def alpha_png(path):
-    write_film(path, [hidden()] * 4, pixels="rgba")
+    write_mini_video(path, [hidden()] * 4, pixels="rgba")
 
 
 def alpha_animation(path):
-    write_film(path, [hidden()] * 4, "qtrle", "argb")
+    write_mini_video(path, [hidden()] * 4, "qtrle", "argb")
 
 
 def alpha_gif(path):
@@ -315,7 +315,7 @@ def alpha_gif(path):
 
 def on_its_side(path):
     "Packets with a display matrix, as a telephone writes them."
-    source = write_film(path.with_suffix(".side.mov"), [np.rot90(scene(), -1)] * 4)
+    source = write_mini_video(path.with_suffix(".side.mov"), [np.rot90(scene(), -1)] * 4)
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         copy = new.add_stream_from_template(old.streams.video[0])
         copy.set_display_rotation(90)
@@ -326,7 +326,7 @@ def on_its_side(path):
 
 
 def wide_pixels(path):
-    write_film(path, [scene()[:, ::2]] * 4, "libx264", "yuv444p", Fraction(2, 1))
+    write_mini_video(path, [scene()[:, ::2]] * 4, "libx264", "yuv444p", Fraction(2, 1))
 
 
 def time_lapse(path):
@@ -346,7 +346,7 @@ def time_lapse(path):
 
 
 def sixteen_bits(path):
-    write_film(path, [scene()] * 4, "ffv1", "gbrp16le")
+    write_mini_video(path, [scene()] * 4, "ffv1", "gbrp16le")
 
 
 VIDEOS = {
