@@ -420,7 +420,8 @@ def test_gradio_keeps_no_copies_of_what_was_shown():
         seen="seen",
     )
     desk = SimpleNamespace(
-        talks=dict(me=talk), talk=lambda who: talk, answer=lambda who: iter(range(3)), weigh=lambda *given: None
+        talks=dict(me=talk), talk=lambda who: talk, answer=lambda who: iter(range(3)), weigh=lambda *given: None,
+        take_back=lambda who: None,
     )
     page, me = app.build(gr, desk, "", []), SimpleNamespace(session_hash="me")
     memory, fns = SessionState(page), {fn.name: fn for fn in page.fns.values()}

@@ -289,7 +289,7 @@ def test_own_film_and_needle(page, rooms, tmp_path, bench, real_film):
     picture.save(tmp_path / "valentine.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     page.set_input_files("#picture input[type=file]", tmp_path / "broken.png")
-    page.wait_for_selector("#needle-said [role=alert] >> text=broken.png is not a readable picture.")
+    page.wait_for_selector("#needle-said [role=alert] >> text=broken.png cannot be read as an image")
     page.set_input_files("#picture input[type=file]", tmp_path / "valentine.png")
     page.wait_for_selector("#needle-said >> text=valentine is here")
     page.fill("#question textarea, #question input", "find wizard")

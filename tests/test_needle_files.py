@@ -88,7 +88,7 @@ def test_bad_pictures(folder):
     whole = (folder / "a.png").read_bytes()
     for content in (b"", b"hello", whole[: len(whole) // 2]):
         (folder / "a.png").write_bytes(content)
-        refused(folder, [ROW], "a.png is not a readable picture")
+        refused(folder, [ROW], "a.png cannot be read as an image")
 
 
 def test_list_that_is_not_text(folder):
@@ -182,7 +182,7 @@ def test_needles_of_the_hub(snapshot):
     [
         (dict(answer=" "), "Needle 2 of lmms-lab/v_niah_needles has no answer"),
         (dict(image=dict(bytes=b"", path="a.png")), "Needle 2 of lmms-lab/v_niah_needles has no image"),
-        (dict(image=dict(bytes=b"nothing", path="a.png")), "a.png is not a readable picture"),
+        (dict(image=dict(bytes=b"nothing", path="a.png")), "a.png cannot be read as an image"),
     ],
 )
 def test_bad_needles_of_the_hub(snapshot, change, word):

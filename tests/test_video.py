@@ -18,8 +18,8 @@ import av
 import numpy as np
 import pytest
 
+from longva.vision import image, video
 from longva.vision import index as video_index
-from longva.vision import video
 from longva.vision.video import FrameRequest, VideoError, pick_frames, read_frames, video_info, write_video
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -839,21 +839,25 @@ def test_folders_that_cannot_be_read(stills, tmp_path):
     told("folder_fps=nan", folder_fps=float("nan"))
     told("decord reads files", backend="decord")
     told("pyav reads files", backend="pyav")
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(stills / "frame 12.png")
-    told("frame 12.png has more than 8 bits")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(stills / "frame 12.tif")
+    told("frame 12.tif holds 32-bit numbers")
+    (stills / "frame 12.tif").unlink()
     Image.fromarray(bars(1)[0][:50]).save(stills / "frame 12.png")
     told("picture size")
     (stills / "frame 12.png").write_bytes((stills / "frame 1.PNG").read_bytes()[:200])
-    told("frame 12.png cannot be read as a picture")
+    told("frame 12.png cannot be read as an image")
     (stills / "frame 12.png").write_bytes(b"no picture")
-    told("frame 12.png cannot be read as a picture")
+    told("frame 12.png cannot be read as an image")
     assert len(read_frames(stills, end=12)) == 12  # nobody asked for the broken one
     (tmp_path / "nothing").mkdir()
     for call in (read_frames, video_info, video.backends):
         with pytest.raises(VideoError, match="folder without pictures"):
             call(tmp_path / "nothing")
-    with pytest.raises(VideoError, match="pillow reads folders"):
-        read_frames(stills / "frame 1.PNG", backend="pillow")
+    assert np.array_equal(read_frames(stills / "frame 1.PNG", backend="pillow").array, bars(2)[1:])
+    assert list(video.backends(stills / "frame 1.PNG").items())[0] == ("pillow", "")
+    path = write_video(bars(1), tmp_path / "one.mp4")
+    with pytest.raises(VideoError, match="pillow reads pictures"):
+        read_frames(path, backend="pillow")
 
 
 def test_parts_are_the_same_frames(films):
@@ -1270,7 +1274,7 @@ def test_transparent_frames_lie_on_white_as_images_do(tmp_path):
 
 def test_large_pictures_of_a_folder_are_not_unpacked(tmp_path, monkeypatch):
     cut_out().save(tmp_path / "0.png")
-    monkeypatch.setattr(video, "MOST_PIXELS", H * W - 1)
+    monkeypatch.setattr(image, "MOST_PIXELS", H * W - 1)
     with pytest.raises(VideoError, match="0.png has 160 x 96 pixels, and at most"):
         read_frames(tmp_path)
 

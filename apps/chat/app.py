@@ -132,21 +132,22 @@ def answer_handlers(gr, desk, shown):
     from longva.web.desk import Settings
 
     def answer(request: gr.Request):
-        "(history, panel), again and again."
+        """(history, panel, box), again and again. A question that needs a change comes back into the box together with
+        the sentence that says so: a moment later it would overwrite what the visitor writes on having read that."""
         who = request.session_hash
         for _ in desk.answer(who):
-            yield shown(who), panel(desk.talk(who))
+            yield shown(who), panel(desk.talk(who)), desk.take_back(who) or gr.skip()
         # Gradio sends the last value again when all is done; by then the page may show a new conversation, or be closed
-        yield (shown(who), panel(desk.talk(who))) if who in desk.talks else (gr.skip(), gr.skip())
-
-    def take_back(request: gr.Request):
-        return desk.take_back(request.session_hash) or gr.skip()
+        if who in desk.talks:
+            yield shown(who), panel(desk.talk(who)), gr.skip()
+        else:
+            yield gr.skip(), gr.skip(), gr.skip()
 
     def weigh(request: gr.Request, box, *given):
         takes = desk.weigh(request.session_hash, (box or {}).get("files") or [], Settings(*given))
         return panel(desk.talk(request.session_hash)) if takes is None else takes_panel(takes)
 
-    return SimpleNamespace(answer=answer, take_back=take_back, weigh=weigh)
+    return SimpleNamespace(answer=answer, weigh=weigh)
 
 
 def session_handlers(gr, desk, shown):
@@ -231,8 +232,7 @@ def connect_questions(gr, c, desk, question, examples):
         asked.append(button.click(click, c.given, [c.box, c.history], **IN_ORDER))
     reply = answer_handlers(gr, desk, question.shown)
     for event in asked:
-        answered = event.then(reply.answer, None, [c.history, c.about], **ANSWERING)
-        answered.then(reply.take_back, None, c.box, concurrency_limit=None, **OFTEN)
+        event.then(reply.answer, None, [c.history, c.about, c.box], **ANSWERING)
     changes = [c.box.change, c.frames.change, c.way.change, c.rate.change]
     weighing = dict(trigger_mode="always_last", concurrency_limit=4)
     gr.on(changes, reply.weigh, [c.box, *c.given], c.about, **QUIET, **weighing)

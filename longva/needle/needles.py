@@ -18,17 +18,21 @@ from PIL import Image
 
 from ..files import digest, write_whole
 from .trials import NeedleError
+from ..vision.image import open_image
 
 # %% ../../nbs/517_needle.needles.ipynb #79cf17c2
 @dataclass
 class Needle:
     """A picture, a question that only this picture answers, and the answer."""
     name: str  # unique among the needles of a test
-    image: Image.Image  # RGB, of any size
+    image: Image.Image  # RGB, of any size; anything that `open_image` opens may be given
     question: str  # as a user would ask it
     answer: str  # short: every token of it must be the arg-max
     locate: str = ""  # words that point at the picture, for questions about order, number and time
     choices: tuple = ()  # answers to choose from, the right one among them; empty: only a free answer
+
+    def __post_init__(self):
+        self.image = open_image(self.image)
 
     def identity(
         self,
@@ -108,13 +112,20 @@ def _open_picture(
     name,  # how the error names the picture
     where,  # how the error names the needle
 ):
-    if isinstance(file, Path) and not file.is_file():
-        raise NeedleError(f"{where}: its picture {name} is not there.")
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise NeedleError(f"{where}: {name} is not a readable picture.") from None
+        return open_image(file)
+    except ValueError as error:
+        reason = str(error).replace("The image", name, 1)
+        raise NeedleError(f"{where}: {reason}") from None
+
+def _find_picture(folder, name, where) -> Path:
+    """Find the picture that an entry names; a name that leads out of the folder is refused, for folders are shared."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise NeedleError(f"{where}: its picture must lie in the folder, and {name} leads out of it: copy it there.")
+    path = folder / name
+    if not path.is_file():
+        raise NeedleError(f"{where}: its picture {path.name} is not there.")
+    return path
 
 # %% ../../nbs/517_needle.needles.ipynb #25573d89
 def _new_name(stem, taken, number):
@@ -133,7 +144,7 @@ def _from_entry(entry, folder, where) -> Needle:
     listed = isinstance(choices, list) and all(isinstance(c, str) for c in choices)
     if not isinstance(locate, str) or not listed:
         raise NeedleError(f"{where}: locate must be a text, and choices a list of texts.")
-    path = folder / entry["image"]
+    path = _find_picture(folder, entry["image"], where)
     picture = _open_picture(path, path.name, where)
     needle = Needle(path.stem, picture, entry["question"], entry["answer"], locate, tuple(choices))
     check_choices(needle, where)

@@ -196,7 +196,7 @@ def encode_needles(
     fit: str = "pad",
 ) -> torch.Tensor:  # [number of needles,T,D]
     """Turn needles into visual tokens: each is a video of one frame."""
-    return torch.cat([self.encode(np.asarray(n.image.convert("RGB"))[None], fit) for n in needles])
+    return torch.cat([self.encode(np.asarray(n.image)[None], fit) for n in needles])
 
 # %% ../../nbs/535_needle.reader.ipynb #b33d090c
 @patch(as_prop=True)

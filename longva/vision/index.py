@@ -125,10 +125,12 @@ def _check_file(path):
     if not path.stat().st_size:
         raise VideoError(f"{path} is empty (0 bytes): copy or download it again.")
     with open(path, "rb") as file:
-        is_playlist = _PLAYLIST.match(file.read(4096))
-    if is_playlist:
+        head = file.read(4096)
+    if _PLAYLIST.match(head):
         raise VideoError(f"{path} is a playlist, a text that names other files, and these are never opened: give the "
                          "video file itself.")
+    if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and len(head) > 20 and head[20] & 2:
+        raise VideoError(f"{path} is a moving WebP picture, and this FFmpeg reads none: save it as GIF or mp4.")
 
 def _pixel_aspect(stream) -> float:
     "The width of a pixel over its height: 1 but for DVDs, camcorders and some broadcasts."
@@ -147,10 +149,9 @@ def _track_fault(container, stream) -> str:
     if width * height * max(1, _pixel_aspect(stream)) > MOST_PIXELS:
         return (f"has pictures of {width} x {height} pixels, and at most 50 million pixels are unpacked: make it "
                 "smaller, with ffmpeg -i IN -vf scale=1920:-2 OUT.")
-    return {
-        "ansi": "is a text file, not a video: give a video file such as mp4, mkv or webm.",
-        "webp": "is a WebP picture, and this FFmpeg reads no moving ones: save it as GIF or mp4.",
-    }.get(stream.codec_context.name, "")
+    if stream.codec_context.name == "ansi":
+        return "is a text file, not a video: give a video file such as mp4, mkv or webm."
+    return ""
 
 @contextmanager
 def open_video(

@@ -21,11 +21,10 @@ import av
 import numpy as np
 import psutil
 from av.sidedata.sidedata import Type as SideData
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .image import to_rgb
+from .image import is_picture, open_image, to_rgb
 from longva.vision.index import (
-    MOST_PIXELS,
     ONE_PASS,
     VideoError,
     as_number,
@@ -369,31 +368,25 @@ def split_work(
 
 # %% ../../nbs/255_vision.video.ipynb #e5048347
 def open_pictures(
-    path,  # a folder
+    path,  # a folder, or one picture
     index,  # of it
     wanted,  # which pictures, increasing
 ):  # yields [H,W,3] for each
     """Open the wanted pictures of a folder."""
-    files = list_pictures(path)
+    path = video_path(path)
+    files = list_pictures(path) if path.is_dir() else [path]
     for i in wanted:
         if i >= len(files):
             raise VideoError(f"{path} lost pictures while it was read: try again when it no longer changes.")
         try:
-            with Image.open(files[i]) as picture:
-                if picture.mode[0] in "IF":
-                    raise VideoError(f"{files[i]} has more than 8 bits per colour, and frames have 8: convert it "
-                                     "first.")
-                width, height = picture.size
-                if width * height > MOST_PIXELS:
-                    raise VideoError(f"{files[i]} has {width} x {height} pixels, and at most 50 million pixels are "
-                                     "unpacked: make it smaller.")
-                array = np.asarray(to_rgb(ImageOps.exif_transpose(picture)))  # of several pictures the first
-        except VideoError:
-            raise
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            advice = "copy it again, or take it out of the folder"
-            raise VideoError(f"{files[i]} cannot be read as a picture: {advice}.") from error
-        yield array
+            picture = open_image(files[i])
+        except ValueError as error:
+            raise VideoError(f"{files[i].parent.name}: {error}") from error
+        yield np.asarray(picture)
+
+def _is_still(path, index) -> bool:
+    "Whether a file is one picture that is opened as an image. Others that FFmpeg knows, such as DPX, are left to it."
+    return (index.kind == "image2" or index.kind.endswith("_pipe")) and is_picture(video_path(path))
 
 def video_info(
     path,  # a video file, or a folder of pictures
@@ -402,7 +395,7 @@ def video_info(
     """Count a video's frames truthfully, and decode one to see its size."""
     folder = video_path(path).is_dir()
     index = folder_index(path, folder_fps) if folder else file_index(path)
-    pick = open_pictures if folder else decode_frames
+    pick = open_pictures if folder or _is_still(path, index) else decode_frames
     height, width = next(pick(path, index, [0])).shape[:2]
     return VideoInfo(len(index.places), index.fps, float(index.seconds[-1] + 1 / index.fps), width, height)
 
@@ -415,6 +408,8 @@ def _decord(path, index) -> tuple:
         return None, "decord is not installed: pip install decord"
     if index.label == "picture":
         return None, "it is a folder, and decord reads files"
+    if _is_still(path, index):
+        return None, "it is a picture, and decord reads videos"
     if index.label != "pts":
         return None, "decord cannot be trusted to number frames without times of showing"
     with open_video(path) as (_, stream):
@@ -458,8 +453,11 @@ def backends(
             "pyav": "it is a folder, and PyAV reads files",
             "decord": "it is a folder, and decord reads files",
         }
-    fault = _decord(path, file_index(path))[1]
-    return {"pyav": "", "decord": fault, "pillow": "it is a file, and Pillow reads folders of pictures"}
+    index = file_index(path)
+    fault = _decord(path, index)[1]
+    if _is_still(path, index):
+        return {"pillow": "", "pyav": "it is a picture, which is opened as an image", "decord": fault}
+    return {"pyav": "", "decord": fault, "pillow": "it is a video file, and Pillow reads pictures"}
 
 # %% ../../nbs/255_vision.video.ipynb #564197e5
 _MOST = 10_000_000  # frames in one call, when they may be repeated
@@ -600,9 +598,12 @@ def _plan(path, n, fps, start, end, backend, repeat, folder_fps) -> tuple:
         index = folder_index(path, folder_fps)
         return index, _choose(path, index, n, fps, start, end, repeat), open_pictures
     index = file_index(path)
-    if backend == "pillow":
-        raise VideoError(f"{path} is a file, and pillow reads folders of pictures: use backend='auto'.")
+    still = _is_still(path, index)
+    if backend == "pillow" and not still:
+        raise VideoError(f"{path} is a video file, and pillow reads pictures: use backend='auto'.")
     pick = _pick_decord if backend == "decord" else decode_frames
+    if still and backend in ("auto", "pillow"):
+        pick = open_pictures
     return index, _choose(path, index, n, fps, start, end, repeat), pick
 
 def read_frames(

@@ -6,7 +6,7 @@
 __all__ = ['MOST_LETTERS', 'MOST_FILES', 'MOST_LINES', 'BY_NUMBER', 'BY_RATE', 'RETRY', 'is_image', 'sort_files', 'thumbnail',
            'Watch', 'estimate_html', 'files_html', 'trouble_html', 'Trouble', 'Settings', 'Question', 'Talk', 'Desk']
 
-# %% ../../nbs/775_web.desk.ipynb #c5ad227d
+# %% ../../nbs/775_web.desk.ipynb #581d753d
 import threading
 import time
 import traceback
@@ -23,18 +23,15 @@ from PIL import Image
 from ..mini import caution
 from ..model.chat import Chat, ChatError, Stopped, TooLarge, UnknownWord
 from ..model.prefill import measure_speed, say_bytes, say_seconds
-from ..vision.image import data_url, open_image
+from ..vision.image import data_url, is_picture, open_image
 from ..vision.video import VideoError, iter_frames, video_info
 from .serve import remove_uploads
 
-# %% ../../nbs/775_web.desk.ipynb #33ecb1f2
+# %% ../../nbs/775_web.desk.ipynb #100d63d9
 def is_image(path) -> bool:
-    """Say whether a file holds one still image; an animation is a video."""
-    try:
-        with Image.open(path) as opened:
-            return getattr(opened, "n_frames", 1) == 1
-    except Exception:  # Pillow raises many kinds
-        return not _is_video(path) and (guess_type(path)[0] or "").startswith("image/")
+    """Say whether a file is a still picture, or a damaged one by its name; an animation is a video."""
+    named_so = (guess_type(path)[0] or "").startswith("image/")
+    return is_picture(path) or (named_so and not _is_video(path))
 
 def _is_video(path) -> bool:
     try:
@@ -54,13 +51,13 @@ def sort_files(
             videos.append(path)
     return images, videos
 
-# %% ../../nbs/775_web.desk.ipynb #97abca4d
+# %% ../../nbs/775_web.desk.ipynb #572794b3
 def thumbnail(
     image: Image.Image,
     title: str = "",
 ) -> str:  # HTML
     """Draw a small picture as a data URL, so that no file is needed to show it."""
-    small = data_url(image.convert("RGB").resize((84, 84)))
+    small = data_url(open_image(image).resize((84, 84)))
     return f'<img src="{small}" alt="{escape(title)}" title="{escape(title)}">'
 
 class Watch:

@@ -16,7 +16,7 @@ from PIL import Image
 from ..needle.bench import DEPTHS
 from ..needle.heatmap import border, colour_at, colours, ink_on, mean_score, place_in_map, short_number
 from ..needle.trials import cells, wilson
-from ..vision.image import data_url
+from ..vision.image import data_url, open_image
 
 # %% ../../nbs/765_web.page.ipynb #de7704cf
 SIDE = 84  # of a picture in a row, in pixels
@@ -31,7 +31,7 @@ def _cached_url(pixels, size):
 
 def _square(picture):
     """Make a picture a small square, padded with black as the needle test shows it to the model."""
-    picture = picture.convert("RGB")
+    picture = open_image(picture)
     if picture.width == picture.height:
         return picture.resize((SIDE, SIDE))
     picture.thumbnail((SIDE, SIDE))

@@ -8,12 +8,10 @@ __all__ = ['read_text_config', 'known_configs', 'RopeExplorer', 'read_upload', '
 
 # %% ../../nbs/745_workbench.widgets.ipynb #77fe6daf
 import html
-import io
 from copy import deepcopy
 from pathlib import Path
 
 import ipywidgets as ipw
-from PIL import Image
 from transformers import AutoConfig
 
 from ..context.parallel import KINDS, Context, bytes_sent
@@ -22,6 +20,7 @@ from ..context.rope import extend_rope
 from ..mini import NAMES, TEXT_FRAMES, folder
 from ..model.modeling import longva_7b
 from ..model.open import open_config
+from ..vision.image import open_image
 from . import plots
 from .explorer import Explorer, slider
 from .seek import ROPES, NeedleExplorer
@@ -94,21 +93,12 @@ class RopeExplorer(Explorer):
 # %% ../../nbs/745_workbench.widgets.ipynb #a14af77d
 def read_upload(
     content: bytes,  # of an image file
-    most_pixels: int = 50_000_000,  # more are refused before they are decoded
 ) -> tuple:  # (a small copy in RGB, (width, height))
     """Read an image that was uploaded; raise ValueError."""
-    try:
-        with Image.open(io.BytesIO(content)) as file:
-            width, height = file.size
-            if width * height > most_pixels:
-                raise ValueError(
-                    f"The image has {width} x {height} pixels, more than {most_pixels:,}: make it smaller."
-                )
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        raise ValueError("This file isn't an image that can be read: give a PNG, JPEG or WebP.") from None
+    image = open_image(content)
+    size = image.size
     image.thumbnail((600, 600))
-    return image, (width, height)
+    return image, size
 
 # %% ../../nbs/745_workbench.widgets.ipynb #3ae00815
 class PictureExplorer(Explorer):
