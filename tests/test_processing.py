@@ -695,7 +695,7 @@ def test_pictures_as_people_see_them(pair, tmp_path, monkeypatch):
     refused(lambda: processor(text="<image>", images=tmp_path / "two.gif"), "two.gif", "2 pictures", "video")
     refused(lambda: processor(text="<image>", images=tmp_path / "float.tif"), "float.tif", "8 bits")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    refused(lambda: processor(text="<image>", images=tmp_path / "plain.png"), "plain.png", "2,000")
+    refused(lambda: processor(text="<image>", images=tmp_path / "plain.png"), "plain.png", "make it smaller")
 
 
 def test_a_long_file_is_read_in_parts(pair, tmp_path):
