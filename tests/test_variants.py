@@ -115,7 +115,7 @@ def test_variant_on_the_command_line(tmp_path, inside):
     ), done.stderr
     for more, word in [
         (["--variant", "vniah-x"], "'vniah-x' is not one of"),
-        (["--variant", "vniah-d", "--out", "d"], "look-alike"),
+        (["--variant", "vniah-d", "--out", "d"], "a distractor for each needle"),
         (["--variant", "order", "--out", "out"], "(different: variant (tenth, not order)): choose another folder"),
     ]:
         done = inside(*words, *more)
