@@ -91,6 +91,9 @@ def extend_command(
         "--replace-rope", help="Let the new base replace RoPE settings such as llama3 or longrope.")] = False,
     keep_window: Annotated[bool, typer.Option(
         "--keep-window", help="Extend a model whose layers keep a window shorter than the length.")] = False,
+    skip_positions: Annotated[Optional[int], typer.Option(
+        min=0, help="Train on sequences whose positions have a random gap of up to so many, so that a short sequence "
+        "teaches distances of a long one (the original's use_pos_skipping); only with --cp 1.")] = None,
     steps: Steps = None,
     rows: Rows = None,
     cp: ContextParallel = None,
@@ -100,7 +103,8 @@ def extend_command(
 ):
     """Raise the RoPE base and train on long text (the paper's first step), or resume it."""
     out = out or Path("runs") / "extend" / preset
-    changes = given(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
+    recipe = given(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
+    changes = recipe | given(skip_positions=skip_positions)
     with one_sentence(out):
         from longva.train.extend import PRESETS, describe_extension, extend
         from longva.train.presets import find_preset
@@ -178,7 +182,7 @@ def dpo_command(
         "Folder for the reference model's log-probabilities, shared by several runs; by default in --out.") = None,
     model: Annotated[Optional[str], typer.Option(
         help="Folder or hub name of the model to start from; by default the preset's, mini-longva for mini.")] = None,
-    loss: Annotated[Optional[str], typer.Option(help="sigmoid, hinge or ipo.")] = None,
+    loss: Annotated[Optional[str], typer.Option(help="sigmoid, hinge, ipo or kto_pair.")] = None,
     beta: Annotated[Optional[float], typer.Option(help="KL penalty (beta).")] = None,
     label_smoothing: Annotated[Optional[float], typer.Option(
         help="Share of pairs whose label may be wrong.")] = None,

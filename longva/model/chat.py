@@ -25,7 +25,7 @@ from .modeling import LongVA, join_pieces
 from .prefill import CHUNK, ChatError, Estimate, cut_to, kv_cache, prefill, reserve, say_bytes, walk
 from .prefill import estimate as estimate_of
 from .processing import LongVAProcessor
-from .prompt import expand_placeholders, frames_text
+from .prompt import as_words, expand_placeholders, frames_text
 from ..vision.image import open_image
 from ..vision.unires import choose_grid
 from ..vision.video import FrameRequest, Frames, iter_frames, video_info
@@ -202,21 +202,15 @@ def check_words(
     processor,
     text: str,
 ):
-    """Refuse a text with placeholders, without a word, or with words that the tokenizer can't write."""
+    """Refuse a text without a word, or with words that the tokenizer can't write; <image> is a word, too."""
     tokenizer = processor.tokenizer
     unknown = tokenizer.unk_token_id
 
     def is_unknown(text):
-        return unknown in tokenizer(text, add_special_tokens=False)["input_ids"]
+        return unknown in processor.text_ids(as_words(text), add_special_tokens=False)
 
     if not isinstance(text, str) or not text.strip():
         raise ChatError("The question is empty: say something.")
-    for token in (processor.image_token, processor.video_token):
-        if token in text:
-            raise ChatError(
-                f"The text contains {token}, which stands for pixels: leave it out, "
-                "and give images and videos beside the text."
-            )
     if unknown is None or not is_unknown(text):
         return
     words = [repr(word) for word in dict.fromkeys(text.split()) if is_unknown(word)] or [repr(text)]
@@ -245,6 +239,14 @@ def _cut_images(processor, images) -> tuple:  # ((pixels, (columns, rows)) of ea
         sizes.append(opened.size)
     return pictures, sizes
 
+def _with_words(message) -> dict:
+    """Mark the tags in what is said as words: images and videos come beside the text."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": as_words(content)}
+    parts = [{**part, "text": as_words(part["text"])} if part["type"] == "text" else part for part in content]
+    return {**message, "content": parts}
+
 def _turn_ids(processor, text, layouts, videos) -> torch.Tensor:  # [L]
     """Write one placeholder per visual token, as the processor does."""
     tokens = processor.image_processor.tokens_per_grid
@@ -257,7 +259,7 @@ def _turn_ids(processor, text, layouts, videos) -> torch.Tensor:  # [L]
         texts.append(frames_text(processor.video_token, tokens, video.count, seconds, processor.frame_delimiters))
     (text,) = expand_placeholders([text], processor.image_token, counts)
     (text,) = expand_placeholders([text], processor.video_token, texts)
-    return torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return torch.tensor(processor.text_ids(text, add_special_tokens=False))
 
 # %% ../../nbs/360_model.chat.ipynb #7abf8b25
 @patch
@@ -277,7 +279,7 @@ def prepare(
     content += [{"type": "video", "video": video} for video in videos]
     content += [{"type": "text", "text": text}]
     message = {"role": "user", "content": content if images or videos else text}
-    talk = [*self.messages, message]
+    talk = [_with_words(each) for each in (*self.messages, message)]
     prompt = self.processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     if not prompt.startswith(self.prompt):
         raise ChatError(
@@ -395,14 +397,14 @@ def _remember(self: Chat, turn, start, reply):
         self.pending = reply.ids[kept:]
     else:  # a stop text cut it in the middle of a token
         kept = 0
-        self.pending = self.processor.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
+        self.pending = self.processor.text_ids(as_words(reply.text), add_special_tokens=False)
     cut_to(self.cache, start + kept)
     self.tokens_7b += turn.with_other(longva_7b())[0] + len(self.pending) + kept
     turn.images = []
     turn.videos = []
     self.messages += [turn.message, {"role": "assistant", "content": reply.text}]
     self.turns.append(turn)
-    self.prompt = turn.prompt + reply.text
+    self.prompt = turn.prompt + as_words(reply.text)
     self.busy = False
 
 @patch

@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['check_sample', 'collate', 'counted', 'TokenLoss']
 
-# %% ../../nbs/425_train.batch.ipynb #e8b42062
+# %% ../../nbs/425_train.batch.ipynb #b1353b5a
 import torch
 
 from ..context.loss import check_documents, check_head, last_hidden, linear_cross_entropy, output_head
 from ..context.parallel import PADDING, current_context, shard_batch, together
 from .recipe import TrainError
 
-# %% ../../nbs/425_train.batch.ipynb #3b09b3cf
+# %% ../../nbs/425_train.batch.ipynb #159ac348
 def check_sample(
     sample: dict,
     first: dict,  # sample of the same micro batch
 ) -> None:
     """Raise TrainError unless there is one value per token, and the same fields as in the first sample."""
     tokens = len(sample.get("input_ids", ()))
-    if tokens == 0: raise TrainError("A sample has no tokens: it needs at least one in input_ids.")
+    if tokens == 0:
+        raise TrainError("A sample has no tokens: it needs at least one in input_ids.")
     for name, values in sample.items():
         if len(values) != tokens:
             raise TrainError(f"A sample has {len(values)} {name} for {tokens} tokens: there must be one for each.")
@@ -29,7 +30,7 @@ def check_sample(
         names = ", ".join(sorted(other))
         raise TrainError(f"The samples of a micro batch are of different kinds: not all have {names}.")
 
-# %% ../../nbs/425_train.batch.ipynb #9792e9ce
+# %% ../../nbs/425_train.batch.ipynb #86657e6c
 def _filled(sample: dict) -> dict:
     """Add positions, labels and weights where a sample has none."""
     ids = sample["input_ids"]
@@ -64,7 +65,7 @@ def counted(
     has_label = batch["labels"] != PADDING["labels"]
     return float((batch["weights"] * has_label).sum(dtype=torch.float64))
 
-# %% ../../nbs/425_train.batch.ipynb #2687c813
+# %% ../../nbs/425_train.batch.ipynb #049e8f16
 class TokenLoss(torch.nn.Module):
     """Next-token cross entropy; logits exist for a chunk of tokens at a time."""
     def __init__(self,
