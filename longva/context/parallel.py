@@ -959,7 +959,7 @@ def _difference(kind, documents, far, tokens, ranks) -> str:
         return (f"This {kind} says something else when {documents} spread over {ranks} ranks (off by {far:.1e} on "
                 f"{tokens} tokens): its layers mix tokens in a way that context parallelism can't follow. Give each "
                 "sequence to one rank (cp=1).")
-    how = f"This {kind} says something else when {documents} given by position_ids (off by {far:.1e} on {tokens} tokens)"
+    how = f"This {kind} says something else when {documents} given by position_ids (off by {far:.1e})"
     if documents.startswith("one"):
         return f"{how}: it counts positions in another way, and can't be given any here."
     return f"{how}: it doesn't keep documents apart, so give one document a row."
