@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'PADDING', 'Context', 'zigzag_order', 'context_parallel', 's
            'shard', 'unshard', 'shard_batch', 'Block', 'schedule', 'bytes_sent', 'Piece', 'ring_flash_attention',
            'parallel_attention', 'documents_of', 'window_setting', 'longva_cp', 'check_attention']
 
-# %% ../../nbs/215_context.parallel.ipynb #6f879b01
+# %% ../../nbs/215_context.parallel.ipynb #430d031f
 import importlib.util
 import inspect
 import weakref
@@ -28,7 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from .kernels import block_attention, block_attention_backward, merge
 from .support import check_shareable, probe_ids, probing, relative_distance, tolerance
 
-# %% ../../nbs/215_context.parallel.ipynb #d4919d72
+# %% ../../nbs/215_context.parallel.ipynb #d2c256bb
 KINDS = ("all_gather", "ring", "contiguous")
 
 
@@ -80,7 +80,7 @@ def zigzag_order(
     """Make the permutation of the whole sequence; row r lists the tokens that rank r holds."""
     return Context(ranks=ranks).order(length)
 
-# %% ../../nbs/215_context.parallel.ipynb #e08c3496
+# %% ../../nbs/215_context.parallel.ipynb #5b117ef3
 _current = None  # a plain global: backward runs on other threads
 _guarded = None  # the Context in which models are checked
 
@@ -151,7 +151,7 @@ def current_context() -> Context:  # one rank alone outside of context_parallel
     """Return the context in force."""
     return _current or Context()
 
-# %% ../../nbs/215_context.parallel.ipynb #c8a14049
+# %% ../../nbs/215_context.parallel.ipynb #d03f01cf
 _listening = False  # whether ranks ask one another before each exchange
 
 
@@ -206,7 +206,7 @@ def together():
     if failed:
         raise _error_of_all(error, context) from error
 
-# %% ../../nbs/215_context.parallel.ipynb #0f213119
+# %% ../../nbs/215_context.parallel.ipynb #aac0f80c
 def shard(
     tensor: Tensor,  # with a token dimension; every rank has it whole
     dim: int = 1,  # that dimension
@@ -261,7 +261,7 @@ def unshard(
     whole = _join(pieces, dim, context)
     return whole if length is None else whole.narrow(dim, 0, length)
 
-# %% ../../nbs/215_context.parallel.ipynb #c7f674c6
+# %% ../../nbs/215_context.parallel.ipynb #33fcf707
 PADDING = dict(labels=-100)  # what padding holds, by the name of the tensor; everything else is padded with 0
 
 
@@ -333,7 +333,7 @@ def shard_batch(
     batch["position_ids"] = torch.cat([positions, filler.to(positions.dtype)], 1)
     return {n: shard(t, 1, PADDING.get(n, 0), context) for n, t in batch.items()}
 
-# %% ../../nbs/215_context.parallel.ipynb #d9c45601
+# %% ../../nbs/215_context.parallel.ipynb #b5663b2d
 @dataclass(frozen=True)
 class Block:
     """One call of block_attention: ranges of queries and keys, and the borders of the documents in them."""
@@ -428,7 +428,7 @@ def schedule(
         steps.append(_ring_step(held, theirs, documents))
     return steps
 
-# %% ../../nbs/215_context.parallel.ipynb #334f9b22
+# %% ../../nbs/215_context.parallel.ipynb #a4524694
 def _exchange(tensor, context) -> tuple:
     "Start to send a tensor to the next rank and to receive one from the rank before: (received, works)."
     received = torch.empty_like(tensor)
@@ -482,7 +482,7 @@ def bytes_sent(
     gradient_hops = W - 1 if W == 1 or context.kind == "all_gather" else W
     return forward, forward + gradient_hops * numbers * max(4, element)
 
-# %% ../../nbs/215_context.parallel.ipynb #987df7a5
+# %% ../../nbs/215_context.parallel.ipynb #f956335d
 @lru_cache(maxsize=64)  # all layers ask for the same
 def _schedules(context, length, documents, B) -> list:
     "(rows of the batch, their schedule): one entry if all rows have the same documents."
@@ -522,7 +522,7 @@ class Piece:
         self.keys(dkv_2BsKE)[0].add_(dk)
         self.keys(dkv_2BsKE)[1].add_(dv)
 
-# %% ../../nbs/215_context.parallel.ipynb #a797c0f6
+# %% ../../nbs/215_context.parallel.ipynb #3e333e71
 def _pieces(schedules, i) -> list:
     "What is computed in step i."
     return [Piece(row, block) for row, steps in schedules for block in steps[i]]
@@ -603,7 +603,7 @@ def _backward_ring(saved, kv_2BsKE, schedules, scale, context) -> tuple:  # (dq 
     _wait(works)
     return dq, incoming
 
-# %% ../../nbs/215_context.parallel.ipynb #9aa73062
+# %% ../../nbs/215_context.parallel.ipynb #5f2a41d3
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, schedules, scale, context):
@@ -677,7 +677,7 @@ def parallel_attention(
     schedules = _schedules(context, length, documents and tuple(map(tuple, documents)), B)
     return _ContextAttention.apply(q, k, v, schedules, scale, context)
 
-# %% ../../nbs/215_context.parallel.ipynb #6b057a54
+# %% ../../nbs/215_context.parallel.ipynb #af29ae89
 def documents_of(
     positions: Tensor,  # [B,S], of the whole sequence
 ) -> list:  # per row (0, ..., S)
@@ -724,7 +724,7 @@ def _from_positions(local, B, context) -> tuple:
     _known[local] = (version, context, documents)
     return documents, context
 
-# %% ../../nbs/215_context.parallel.ipynb #656d3533
+# %% ../../nbs/215_context.parallel.ipynb #f5e4e3f0
 def window_setting(config) -> str:
     """Say how to switch off the sliding window of this kind of model."""
     if hasattr(config, "use_sliding_window"):
@@ -776,7 +776,7 @@ def _check_cache(module, context, key, options):
                          "dynamic "
                          "cache, which holds the tokens of one document so far and nothing else.")
 
-# %% ../../nbs/215_context.parallel.ipynb #e69220cd
+# %% ../../nbs/215_context.parallel.ipynb #40150554
 def _documents(module, options, B, context, is_packed) -> tuple:
     "(documents of B rows or None, context), from the borders or the positions that transformers passes along."
     borders = options.get("cu_seq_lens_q")
@@ -874,7 +874,7 @@ def _cp_mask(*args, attention_mask=None, use_vmap=False, q_length=None, kv_lengt
 AttentionInterface.register("longva_cp", longva_cp)
 AttentionMaskInterface.register("longva_cp", _cp_mask)
 
-# %% ../../nbs/215_context.parallel.ipynb #f43c922c
+# %% ../../nbs/215_context.parallel.ipynb #b78853f0
 _trusted = weakref.WeakKeyDictionary()  # model -> set of (kind, ranks, several documents) for which it was probed
 
 
@@ -944,7 +944,7 @@ def _probe(model, given, packed):
             whole = _answers(model, given, ids)
             second = _answers(model, given, ids[:, first:])
         if not whole.isfinite().all():
-            return  # weights that are broken are found by whoever reads the loss
+            return  # broken weights show in the loss itself
         tries = [(whole, one, "one document is")]
         if packed or context.ranks > 1:
             tries.append((torch.cat([whole[:, :first], second], 1), two, "two documents in a row are"))
@@ -964,7 +964,7 @@ def _difference(kind, documents, far, tokens, ranks) -> str:
         return f"{how}: it counts positions in another way, and can't be given any here."
     return f"{how}: it doesn't keep documents apart, so give one document a row."
 
-# %% ../../nbs/215_context.parallel.ipynb #45733bab
+# %% ../../nbs/215_context.parallel.ipynb #6163a5c8
 def _try_model(model, given, packed):
     "Check a model by its configuration and by a probe; raise ValueError, on all ranks together."
     with together():
