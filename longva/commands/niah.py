@@ -15,7 +15,7 @@ from typing import Annotated, Optional
 import typer
 
 from .base import Usage, app, check_base, grid, numbers, one_sentence, show_rows
-from .models import mini_wording, set_rope_base
+from .models import mini_wording, resolve_name, set_rope_base
 from .options import ModelTitle, Repeat, RopeBase, path_option
 from ..files import write_whole
 
@@ -104,8 +104,9 @@ Lengths = Annotated[Optional[str], typer.Option(help=(
 ))]
 BookDepths = Annotated[str, typer.Option(help="Depths from 0 (the start) to 1 (the end).")]
 DistractorCounts = Annotated[str, typer.Option(help="Other cities' numbers in the book; the paper takes 0,3,5.")]
-NumbersToFind = Annotated[int, typer.Option("--numbers", help="Numbers to find, one at a time, in each cell.")]
-TrainLength = Annotated[Optional[int], typer.Option(help="Length of the model's text training, for the dotted line.")]
+NumbersToFind = Annotated[int, typer.Option("--numbers", min=1, help="Numbers to find, one at a time, in each cell.")]
+TrainLength = Annotated[Optional[int], typer.Option(
+    min=1, help="Length of the model's text training, for the dotted line.")]
 MeasurePerplexity = Annotated[bool, typer.Option("--perplexity", help="Also measure perplexity against length.")]
 
 def default_name(
@@ -151,7 +152,10 @@ def niah_command(
     out = out or Path("runs") / "niah" / f"{name}_{haystack.stem if haystack else 'book'}"
     with one_sentence(out):
         counts = numbers(distractors, int, "--distractors")
+        if min(counts) < 0:
+            raise Usage(f"--distractors must be whole numbers from 0, and not {min(counts)}.")
         check_base(rope_base)
+        resolve_name(model)
         from longva.needle.book import TextTest, text_files
         if haystack:
             text_files(haystack)
