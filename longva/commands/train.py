@@ -6,7 +6,7 @@
 __all__ = ['plan_command', 'show_plan', 'check_text', 'extend_command', 'check_start', 'check_data', 'align_command',
            'parts_to_train', 'check_objective', 'dpo_command']
 
-# %% ../../nbs/815_commands.train.ipynb #65931a66
+# %% ../../nbs/815_commands.train.ipynb #47c0a101
 import os
 from pathlib import Path
 from typing import Annotated, Optional
@@ -50,7 +50,7 @@ from longva.commands.options import (
     path_option,
 )
 
-# %% ../../nbs/815_commands.train.ipynb #75bbcb19
+# %% ../../nbs/815_commands.train.ipynb #dc5e52ef
 @app.command("plan")
 def plan_command(
     model: Annotated[str, typer.Option(help="qwen2-7b, qwen2-0.5b, llama3-8b, or a folder with config.json.")],
@@ -89,7 +89,7 @@ def plan_command(
         echo_error(made.limit)
         raise typer.Exit(1)
 
-# %% ../../nbs/815_commands.train.ipynb #156ee2e2
+# %% ../../nbs/815_commands.train.ipynb #2e008a6d
 def show_plan(
     text: str,  # of a run: its plan and settings
     planned,  # a `longva.context.plan.Plan`, or None
@@ -120,6 +120,9 @@ def extend_command(
         "--replace-rope", help="Let the new base replace RoPE settings such as llama3 or longrope.")] = False,
     keep_window: Annotated[bool, typer.Option(
         "--keep-window", help="Extend a model whose layers keep a window shorter than the length.")] = False,
+    skip_positions: Annotated[Optional[int], typer.Option(
+        min=0, help="Train on sequences whose positions have a random gap of up to so many, so that a short sequence "
+        "teaches distances of a long one (the original's use_pos_skipping); only with --cp 1.")] = None,
     steps: Steps = None,
     rows: Rows = None,
     cp: ContextParallel = None,
@@ -129,7 +132,8 @@ def extend_command(
 ):
     """Raise the RoPE base and train on long text (the paper's first step), or resume it."""
     out = out or Path("runs") / "extend" / preset
-    changes = given(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
+    recipe = given(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
+    changes = recipe | given(skip_positions=skip_positions)
     with one_sentence(out):
         own = preset == "mini" and text is None and model is None
         text = (text or "").strip()
@@ -155,7 +159,7 @@ def extend_command(
             made = extend(preset, text, out, model=model, theta=theta, length=length, **changes)
     typer.echo(f"Done. The extended model is in {made}.")
 
-# %% ../../nbs/815_commands.train.ipynb #ce521e14
+# %% ../../nbs/815_commands.train.ipynb #117fc7df
 def check_start(preset, model, language_model, vision_tower):
     """Refuse to start from two models, or from none; raise Usage."""
     resolve_name(language_model, "--language-model")
@@ -221,7 +225,7 @@ def align_command(
         made = align(preset, data, out, model=model, media=media, **changes)
     typer.echo(f"Done. The aligned model is in {made}.")
 
-# %% ../../nbs/815_commands.train.ipynb #173bd87b
+# %% ../../nbs/815_commands.train.ipynb #92f3a382
 def parts_to_train(
     text: str,  # as "projector,language"
 ) -> tuple:
@@ -241,7 +245,7 @@ def check_objective(loss, beta, label_smoothing, sft):
     if sft is not None and not 0 <= sft < float("inf"):
         raise Usage(f"--sft must be a number from 0, and not {sft:g}.")
 
-# %% ../../nbs/815_commands.train.ipynb #1181737b
+# %% ../../nbs/815_commands.train.ipynb #7c94fb25
 @app.command("dpo")
 def dpo_command(
     preset: Annotated[DPOPreset, typer.Option(help="Ready settings.")],
