@@ -6,7 +6,7 @@
 __all__ = ['plan_command', 'show_plan', 'check_text', 'extend_command', 'check_start', 'check_data', 'align_command',
            'parts_to_train', 'check_objective', 'dpo_command']
 
-# %% ../../nbs/815_commands.train.ipynb #47c0a101
+# %% ../../nbs/815_commands.train.ipynb #d26105f4
 import os
 from pathlib import Path
 from typing import Annotated, Optional
@@ -50,7 +50,7 @@ from longva.commands.options import (
     path_option,
 )
 
-# %% ../../nbs/815_commands.train.ipynb #dc5e52ef
+# %% ../../nbs/815_commands.train.ipynb #83eaa7df
 @app.command("plan")
 def plan_command(
     model: Annotated[str, typer.Option(help="qwen2-7b, qwen2-0.5b, llama3-8b, or a folder with config.json.")],
@@ -70,7 +70,7 @@ def plan_command(
     tflops: Annotated[float, typer.Option(help="Peak of one GPU: 989 for H100 and H200, 312 for A100.")] = 989,
     efficiency: Annotated[float, typer.Option(help="Share of the peak that is reached (MFU).")] = 0.4,
 ):
-    """Estimate memory, operations and seconds of a training step; say what limits and which switch helps next."""
+    """Estimate memory, operations and seconds of a training step; say what the limit is and which option helps next."""
     settings = given(**locals())
     with one_sentence("."):
         check_positive("--gpu-gib", gpu_gib)
@@ -89,7 +89,7 @@ def plan_command(
         echo_error(made.limit)
         raise typer.Exit(1)
 
-# %% ../../nbs/815_commands.train.ipynb #2e008a6d
+# %% ../../nbs/815_commands.train.ipynb #1c35908d
 def show_plan(
     text: str,  # of a run: its plan and settings
     planned,  # a `longva.context.plan.Plan`, or None
@@ -159,7 +159,7 @@ def extend_command(
             made = extend(preset, text, out, model=model, theta=theta, length=length, **changes)
     typer.echo(f"Done. The extended model is in {made}.")
 
-# %% ../../nbs/815_commands.train.ipynb #117fc7df
+# %% ../../nbs/815_commands.train.ipynb #3675b11a
 def check_start(preset, model, language_model, vision_tower):
     """Refuse to start from two models, or from none; raise Usage."""
     resolve_name(language_model, "--language-model")
@@ -185,7 +185,7 @@ def align_command(
     preset: Annotated[AlignPreset, typer.Option(
         help="paper-1 or paper-2: the paper's stages; mini-1 or mini-2: the same for a laptop.")],
     data: Annotated[str, typer.Option(
-        help="LLaVA's rows: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
+        help="Rows in LLaVA's format: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
     media: Media = None,
     out: path_option("Folder of the run; by default runs/align/PRESET.") = None,
     model: Annotated[Optional[str], typer.Option(
@@ -225,7 +225,7 @@ def align_command(
         made = align(preset, data, out, model=model, media=media, **changes)
     typer.echo(f"Done. The aligned model is in {made}.")
 
-# %% ../../nbs/815_commands.train.ipynb #92f3a382
+# %% ../../nbs/815_commands.train.ipynb #35a8af9d
 def parts_to_train(
     text: str,  # as "projector,language"
 ) -> tuple:
@@ -245,7 +245,7 @@ def check_objective(loss, beta, label_smoothing, sft):
     if sft is not None and not 0 <= sft < float("inf"):
         raise Usage(f"--sft must be a number from 0, and not {sft:g}.")
 
-# %% ../../nbs/815_commands.train.ipynb #7c94fb25
+# %% ../../nbs/815_commands.train.ipynb #9bcf56ab
 @app.command("dpo")
 def dpo_command(
     preset: Annotated[DPOPreset, typer.Option(help="Ready settings.")],
