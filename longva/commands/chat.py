@@ -123,7 +123,8 @@ def ask_once(session, question, images, videos) -> bool:
     try:
         return session.ask(question, images, videos)
     except ChatError as error:
-        if error.__cause__: raise  # a broken video or image, which is no mistake on the command line
+        if error.__cause__:
+            raise  # a broken video or image, which is no mistake on the command line
         raise Usage(session.explain(error)) from None
 
 def ask_many(session, images, videos):

@@ -34,7 +34,8 @@ def parse_haystack(
 ) -> tuple:  # (a word for scenery, a path, or a list of paths; its name in the results folder)
     """Resolve --haystack; raise Usage."""
     scenery = [word for word in words if word.partition(":")[0] == "scenery"]
-    if scenery and len(words) > 1: raise Usage("--haystack scenery is a whole haystack: give it alone.")
+    if scenery and len(words) > 1:
+        raise Usage("--haystack scenery is a whole haystack: give it alone.")
     if scenery:
         return words[0], words[0].replace(":", "_")
     videos = [Path(word) for word in words]

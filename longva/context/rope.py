@@ -496,7 +496,8 @@ def last_likelihood(
     device = next(model.parameters()).device
     for text in texts:
         ids = torch.as_tensor(text, device=device)[None]
-        if ids.shape[1] < 2: raise ValueError("A text to score needs at least two tokens.")
+        if ids.shape[1] < 2:
+            raise ValueError("A text to score needs at least two tokens.")
         n = min(last, ids.shape[1] - 1)
         with torch.no_grad():
             logits = model(input_ids=ids, logits_to_keep=n + 1, use_cache=False).logits[:, -n - 1:-1].float()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'STATEFUL', 'Window', 'layer_window', 'stateful_layers', 'length_dependent_rope', 'check_shareable',
-           'probe_ids', 'probing', 'off', 'tolerance']
+           'probe_ids', 'probing', 'relative_distance', 'tolerance']
 
 # %% ../../nbs/212_context.support.ipynb #f3d7f06f
 from contextlib import contextmanager
@@ -128,7 +128,7 @@ def probing(
         for module, training in modes:
             module.training = training
 
-def off(
+def relative_distance(
     found: torch.Tensor,  # [1,L,...], what was computed in another way
     right: torch.Tensor,  # [1,L,...]
 ) -> float:

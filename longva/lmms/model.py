@@ -183,7 +183,8 @@ def prepare(
     text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     visuals = dict(images=images or None, videos=videos or None)
     inputs = self.processor(text=text, **visuals, frames_fit=self.frames_fit)
-    if not inputs["input_ids"].numel(): raise ValueError("the question is empty.")
+    if not inputs["input_ids"].numel():
+        raise ValueError("the question is empty.")
     for name in ("input_ids", "attention_mask"):
         inputs[name] = inputs[name].to(self.device)
     return inputs  # pixels go to the GPU a few frames at a time, in the tower
@@ -224,7 +225,8 @@ def _inputs(
     except Exception as error:
         reason = str(error) or type(error).__name__
         sentence = f"{where} can't be shown to the model, so it isn't answered: {reason}"
-        if self._world_size > 1: raise SystemExit(sentence) from error
+        if self._world_size > 1:
+            raise SystemExit(sentence) from error
         raise LmmsError(sentence) from error
 
 @patch

@@ -452,7 +452,7 @@ def align_miniature(
         model.requires_grad_(True).save_pretrained(out)
 
 # %% ../../nbs/605_mini.recipe.ipynb #98df9243
-def _alone(job, *args):
+def _run_on_one_thread(job, *args):
     """Run a job in a worker process, with one thread."""
     torch.set_num_threads(1)
     job(*args)
@@ -472,7 +472,7 @@ def _run_jobs(
         os.environ.setdefault(name, str(value))
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
-        futures = [pool.submit(_alone, *job) for job in jobs]
+        futures = [pool.submit(_run_on_one_thread, *job) for job in jobs]
         for future in futures:
             future.result()
     finally:

@@ -236,6 +236,7 @@ class LongVAPreTrainedModel(Qwen2PreTrainedModel):
             dtype = torch.bfloat16 if dtype == torch.float16 else dtype
         fields = {
             "text_config": language.config,
+            **language.rope,
             "vision_config": tower.config,
             "image_mean": tower.pixels.get("image_mean"),
             "image_std": tower.pixels.get("image_std"),

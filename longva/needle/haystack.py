@@ -29,7 +29,8 @@ def list_videos(
 ) -> list:  # of paths that `read_frames` can read
     """List the videos of a haystack, in order."""
     if isinstance(source, (list, tuple)):
-        if not source: raise NeedleError("The haystack is an empty list: name at least one video.")
+        if not source:
+            raise NeedleError("The haystack is an empty list: name at least one video.")
         return [video for one in source for video in list_videos(one)]
     folder = Path(source)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -73,7 +74,8 @@ def _video_identity(path, fps):
 def _file_content(path):
     """Hash a file, or all files of a folder of pictures."""
     path = Path(path)
-    if path.is_file(): return file_hash(path)
+    if path.is_file():
+        return file_hash(path)
     total = sha256()
     for f in sorted(f for f in path.iterdir() if f.is_file()):
         total.update(f.read_bytes())
@@ -177,9 +179,12 @@ def scenery_seed(
 ):  # of "scenery" (0) or "scenery:SEED"; None for any other haystack
     """Read the seed of a free haystack."""
     word, _, seed = source.partition(":") if isinstance(source, str) else ("", "", "")
-    if word != "scenery": return None
-    if source == word: return 0
-    if seed.isascii() and seed.isdigit() and int(seed) < 2**63: return int(seed)
+    if word != "scenery":
+        return None
+    if source == word:
+        return 0
+    if seed.isascii() and seed.isdigit() and int(seed) < 2**63:
+        return int(seed)
     raise NeedleError(f"{source} has no seed: write scenery, or scenery:7 with a whole number.")
 
 class ScenerySource:

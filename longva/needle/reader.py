@@ -252,7 +252,8 @@ class BufferLayer(KVLayer):
         """Store keys and values; raise Enough if the layer's result is not wanted."""
         past = self.get_seq_length()
         both = super().update(key_states, value_states, *args, **kwargs)
-        if self.enough: raise Enough
+        if self.enough:
+            raise Enough
         return both if self.stage is None else self._staged(past, (key_states, value_states))
 
     def _staged(self, past, new):

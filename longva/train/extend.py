@@ -157,11 +157,13 @@ def _chosen(preset, given: dict, changes: dict) -> Preset:
     preset = find_preset(preset, PRESETS)
     of_preset = {"replace_rope", "keep_window"}
     unknown = sorted(set(changes) - {f.name for f in fields(Recipe)} - of_preset)
-    if unknown: raise TrainError(f"A recipe has no such setting ({', '.join(unknown)}).")
+    if unknown:
+        raise TrainError(f"A recipe has no such setting ({', '.join(unknown)}).")
     given = {name: value for name, value in given.items() if value is not None}
     given |= {name: changes.pop(name) for name in of_preset & set(changes)}
     preset = replace(preset, recipe=replace(preset.recipe, **changes), **given)
-    if preset.model is None: raise TrainError("This preset starts from a model of your own: say which.")
+    if preset.model is None:
+        raise TrainError("This preset starts from a model of your own: say which.")
     return preset
 
 def _open_start(preset: Preset, config) -> PreTrainedModel:

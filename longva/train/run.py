@@ -51,7 +51,8 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(number)
     except OSError as e:
-        if e.errno != errno.EINVAL: raise  # some network disks can't sync a folder
+        if e.errno != errno.EINVAL:
+            raise  # some network disks can't sync a folder
     finally:
         os.close(number)
 
@@ -196,7 +197,8 @@ def read_state(
 ) -> dict:  # of state.json
     """Read a checkpoint's step, its recipe and the identity of its run."""
     state = _state(folder)
-    if state is None: raise _damaged(folder, "its state.json is not what was written")
+    if state is None:
+        raise _damaged(folder, "its state.json is not what was written")
     return state
 
 def _difference_of_names(wanted: dict, shapes: dict) -> str | None:
@@ -217,7 +219,8 @@ def _check_tensors(folder, loss, shapes: dict) -> None:
     """Compare names and shapes, before a weight is changed."""
     wanted = {name: shape_of(p) for name, p in trained(loss)}
     difference = _difference_of_names(wanted, shapes)
-    if difference: raise TrainError(f"The checkpoint {folder} is of another model: {difference}.")
+    if difference:
+        raise TrainError(f"The checkpoint {folder} is of another model: {difference}.")
     for name, shape in wanted.items():
         for key in KEYS:
             if shapes.get(f"{key}.{name}") != shape:
@@ -231,7 +234,8 @@ def load_checkpoint(
     """Put weights and moments back."""
     state = read_state(folder)
     wrong = _wrong_file(folder, state, ranks or Ranks())
-    if wrong: raise _damaged(folder, wrong)
+    if wrong:
+        raise _damaged(folder, wrong)
     parts = sorted(folder.glob("part-*.safetensors"))
     with ExitStack() as stack:
         try:
@@ -255,7 +259,8 @@ def trained_weights(
     """Read only the weights of a checkpoint, for example those of a model that ZeRO-3 has partitioned."""
     folder = Path(folder)
     wrong = _wrong_file(folder, read_state(folder), Ranks())
-    if wrong: raise _damaged(folder, wrong)
+    if wrong:
+        raise _damaged(folder, wrong)
     weights = {}
     for file in sorted(folder.glob("part-*.safetensors")):
         with safe_open(file, "pt") as tensors:
@@ -399,7 +404,8 @@ class Stop:
         return self
 
     def ask(self, number, frame):
-        if self.asked: raise KeyboardInterrupt
+        if self.asked:
+            raise KeyboardInterrupt
         self.asked = number
 
     def __exit__(self, *error):
@@ -548,11 +554,13 @@ class Run:
     def check_loss(self, loss: float) -> None:
         """Raise TrainError if the loss diverges on any rank."""
         wrong = self.ranks.agree(wrong_loss(loss, self.losses, self.recipe.spike))
-        if wrong: raise TrainError(self._about_divergence(wrong))
+        if wrong:
+            raise TrainError(self._about_divergence(wrong))
 
     def check_norm(self, norm: float) -> None:
         """Raise TrainError if the gradient's norm isn't a number."""
-        if not math.isfinite(norm): raise TrainError(self._about_divergence(f"the gradient's norm is {norm}"))
+        if not math.isfinite(norm):
+            raise TrainError(self._about_divergence(f"the gradient's norm is {norm}"))
 
     def log(self, loss: float, **figures) -> None:
         """Count a step as done and write its line; ranks agree on whether a signal asks for the end."""
@@ -561,7 +569,8 @@ class Run:
         error = self._log.write(step=self.step, loss=loss, **figures)
         self._show(loss, figures)
         news = self.ranks.agree(error or self._stop.asked)
-        if isinstance(news, str): raise TrainError(news)
+        if isinstance(news, str):
+            raise TrainError(news)
         self.asked = news
 
     def save_if_due(self, engine) -> None:
@@ -611,7 +620,8 @@ def _about_divergence(self: Run, wrong: str) -> str:
 @patch
 def _end(self: Run) -> None:
     """End as the shell expects it of a program that received this signal."""
-    if self.asked == signal.SIGINT: raise KeyboardInterrupt
+    if self.asked == signal.SIGINT:
+        raise KeyboardInterrupt
     if self.ranks.rank == 0:
         logging.getLogger("longva").warning(
             "Stopped after step %d of %d, as it was asked to. What is done is kept in %s: "

@@ -98,7 +98,8 @@ def _rgb(image):
         wrong = f"The image is in mode {image.mode}, not RGB: call image.convert('RGB') first."
     elif not image.width * image.height:
         wrong = f"The image has no pixels, its size is {image.width} x {image.height}."
-    if wrong: raise ValueError(wrong)
+    if wrong:
+        raise ValueError(wrong)
     return image
 
 # %% ../../nbs/265_vision.unires.ipynb #b53ab345
