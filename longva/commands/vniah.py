@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Model', 'HaystackWords', 'Frames', 'Depths', 'VideoFps', 'Workers', 'KeysAndValues', 'Naive', 'Generate',
            'VariantName', 'Distractors', 'Distance', 'HalfWidth', 'Features', 'check_paths', 'parse_haystack',
-           'check_inputs', 'check_variant', 'show_forecast', 'load_reader', 'choose_variant', 'chance',
+           'check_inputs', 'check_needles', 'check_variant', 'show_forecast', 'load_reader', 'choose_variant', 'chance',
            'results_folder', 'vniah_command']
 
 # %% ../../nbs/805_commands.vniah.ipynb #73c9515b
@@ -53,12 +53,20 @@ def check_inputs(
 ) -> tuple:  # (Haystack, frames, depths), the grid as lists
     """Check lists and the length of the haystack, before a model is loaded."""
     from longva.needle.haystack import Haystack
-    lengths = numbers(frames, int, "--frames")
-    places = numbers(depths, float, "--depths")
+    lengths, places = grid(numbers(frames, int, "--frames"), numbers(depths, float, "--depths"), "frames")
     check_fps(fps)
     source = Haystack(haystack, fps, repeat)
-    source.check(max(lengths))
-    return source, *grid(lengths, places, "frames")
+    source.check(lengths[-1])
+    return source, lengths, places
+
+def check_needles(
+    *folders,  # of --needles and --distractors; None was not given
+):
+    """Read the needles that are on this disk, so that a wrong folder is refused before a model is loaded."""
+    from longva.needle.needles import load_needles, on_hub
+    for folder in folders:
+        if folder is not None and not on_hub(folder):
+            load_needles(folder)
 
 # %% ../../nbs/805_commands.vniah.ipynb #4cc4f8fb
 def check_variant(
@@ -167,7 +175,7 @@ Model = Annotated[str, typer.Option(help=(
     "transformers, named in the same way."
 ))]
 HaystackWords = Annotated[list[str], typer.Option(callback=check_paths, help=(
-    "The video to hide pictures in, or a folder of videos; may be given several times. "
+    "The video to hide pictures in, or a folder of videos or of pictures; may be given several times. "
     "Or scenery, a drawn video of any length; scenery:7 is drawn with seed 7."
 ))]
 Frames = Annotated[str, typer.Option(help="Numbers of frames to test, with commas; each is a column of the heat map.")]
@@ -237,6 +245,7 @@ def vniah_command(
         check_base(rope_base)
         depths = depths or ("0" if variant in NOTHING else "0,0.5,1")
         where = model_folder(model, families=True)
+        check_needles(needles, distractors)
         source, lengths, places = check_inputs(haystack, frames, depths, fps, repeat)
         from longva.mini.needles import choose_needles
         chosen = choose_needles(haystack, needles, out / "needles")
