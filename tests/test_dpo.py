@@ -583,7 +583,6 @@ def test_start_or_data_that_is_not_there(data, tmp_path):
         (dict(chosen="plain"), "the same"),
         (dict(rejected=None), "no rejected"),
         (dict(rejected=[dict(role="user", content="x")]), "rejected must be"),
-        (dict(chosen="<video>"), "stands for a picture"),
         (dict(video=["0.mp4", "1.mp4"]), "files that the row names: 2"),
         (dict(video="9.mp4"), "there is no video"),
         (dict(video=5), "video must be a name"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Model', 'HaystackWords', 'Frames', 'Depths', 'VideoFps', 'Workers', 'KeysAndValues', 'Naive', 'Generate',
            'VariantName', 'Distractors', 'Distance', 'HalfWidth', 'Features', 'check_paths', 'parse_haystack',
-           'check_inputs', 'check_variant', 'show_forecast', 'load_reader', 'choose_variant', 'chance',
+           'check_inputs', 'check_needles', 'check_variant', 'show_forecast', 'load_reader', 'choose_variant', 'chance',
            'results_folder', 'vniah_command']
 
 # %% ../../nbs/805_commands.vniah.ipynb #73c9515b
@@ -53,12 +53,20 @@ def check_inputs(
 ) -> tuple:  # (Haystack, frames, depths), the grid as lists
     """Check lists and the length of the haystack, before a model is loaded."""
     from longva.needle.haystack import Haystack
-    lengths = numbers(frames, int, "--frames")
-    places = numbers(depths, float, "--depths")
+    lengths, places = grid(numbers(frames, int, "--frames"), numbers(depths, float, "--depths"), "frames")
     check_fps(fps)
     source = Haystack(haystack, fps, repeat)
-    source.check(max(lengths))
-    return source, *grid(lengths, places, "frames")
+    source.check(lengths[-1])
+    return source, lengths, places
+
+def check_needles(
+    *folders,  # of --needles and --distractors; None was not given
+):
+    """Read the needles that are on this disk, so that a wrong folder is refused before a model is loaded."""
+    from longva.needle.needles import load_needles, on_hub
+    for folder in folders:
+        if folder is not None and not on_hub(folder):
+            load_needles(folder)
 
 # %% ../../nbs/805_commands.vniah.ipynb #4cc4f8fb
 def check_variant(
@@ -93,7 +101,7 @@ def show_forecast(
     forecasts = forecast(reader, asks, trials, half_width, Reading(**reading))
     prefixes = [""]
     if len(forecasts) == 2:
-        prefixes = ["At least, if every answer is right: ", "At most, if every second one is: "]
+        prefixes = ["At least, if every answer is right: ", "At most, if every second answer is right: "]
     for prefix, expected in zip(prefixes, forecasts):
         typer.echo(f"{prefix}{expected}")
 
@@ -111,7 +119,7 @@ def load_reader(
     net, processor = load_model(where, families=True)
     kind = net.config.model_type
     if kind != "longva" and not plain:
-        raise Usage(f"--variant and --half-width ask a LongVA only, and {model} is a {kind}: leave them out.")
+        raise Usage(f"--variant and --half-width work with a LongVA only, and {model} is a {kind}: leave them out.")
     if kind != "longva" and features is not None:
         raise Usage(f"--features keeps what a LongVA sees, and {model} is a {kind}: leave it out.")
     if rope_base is not None:
@@ -145,12 +153,12 @@ def chance(
 ) -> str:  # a sentence, or nothing
     """Say what the accuracy is to be compared with, where that isn't 0."""
     if variant == "absent":
-        return "Nothing was hidden: here a share of 0 is best, for each answer was made up."
+        return "Nothing was hidden: here an accuracy of 0 is best, for each answer was made up."
     if variant not in ("choice", "blind"):
         return ""
     share = sum(1 / len(t.choices) for t in trials) / len(trials)
     prefix = "Nothing was hidden: guessing" if variant == "blind" else "Guessing"
-    return f"{prefix} has a share of {share:.2f}."
+    return f"{prefix} has an accuracy of {share:.2f}."
 
 # %% ../../nbs/805_commands.vniah.ipynb #09216ab7
 Model = Annotated[str, typer.Option(help=(
@@ -159,7 +167,7 @@ Model = Annotated[str, typer.Option(help=(
     "transformers, named in the same way."
 ))]
 HaystackWords = Annotated[list[str], typer.Option(callback=check_paths, help=(
-    "The video to hide pictures in, or a folder of videos; may be given several times. "
+    "The video to hide pictures in, or a folder of videos or of pictures; may be given several times. "
     "Or scenery, a drawn video of any length; scenery:7 is drawn with seed 7."
 ))]
 Frames = Annotated[str, typer.Option(help="Numbers of frames to test, with commas; each is a column of the heat map.")]
@@ -223,11 +231,12 @@ def vniah_command(
     out = out or results_folder(name, haystack_name, variant, half_width is not None)
     with one_sentence(out):
         if not plain and (generate or workers > 1 or kv == Place.HOST):
-            raise Usage("--variant and --half-width go without --generate, --workers and --kv.")
+            raise Usage("--variant and --half-width can't be combined with --generate, --workers or --kv.")
         check_variant(variant, distractors, half_width, depths)
         check_base(rope_base)
         depths = depths or ("0" if variant in NOTHING else "0,0.5,1")
         where = model_folder(model, families=True)
+        check_needles(needles, distractors)
         source, lengths, places = check_inputs(haystack, frames, depths, fps, repeat)
         from longva.mini.needles import choose_needles
         chosen = choose_needles(haystack, needles, out / "needles")

@@ -17,7 +17,6 @@ import numpy as np
 from ..files import digest, file_hash
 from .scenery import draw_scene, scenery
 from .trials import NeedleError
-from ..vision.unires import fit_frames
 from ..vision.video import FrameRequest, Frames, read_frames, video_info
 
 # %% ../../nbs/520_needle.haystack.ipynb #8513ecdd
@@ -45,12 +44,14 @@ def list_videos(
 def _count(path, fps):
     """Count the frames that a video gives at a rate: (frames, frames per second)."""
     info = video_info(path)
-    if fps is not None and fps > 1.0005 * info.fps:  # 24000/1001 is often written 23.98
+    if fps is None:
+        return FrameRequest(fps=info.fps).count(info), info.fps
+    if fps > 1.0005 * info.fps:  # 24000/1001 is often written 23.98
         raise NeedleError(
             f"{path} shows {info.fps:.4g} frames per second, and {fps:.4g} are wanted: "
             f"ask for at most {info.fps:.4g}, because above it frames would come twice."
         )
-    rate = info.fps if fps is None else fps
+    rate = min(fps, info.fps)  # a little above it, one frame would come twice
     return FrameRequest(fps=rate).count(info), rate
 
 def _read(path, n, rate, shrink):
@@ -107,7 +108,8 @@ class VideoSource:
 
     def rate(self, fps=None) -> float:
         """Give the frames taken per second of video."""
-        return fps or video_info(list_videos(self.source)[0]).fps
+        own = video_info(list_videos(self.source)[0]).fps
+        return own if fps is None else min(fps, own)
 
     def read(self, n, fps=None, shrink=None) -> Frames:
         """Read the first n frames, or all if there are fewer."""
@@ -269,6 +271,7 @@ class Haystack:
     ) -> Frames:
         """Read or draw the first n frames."""
         self.check(n)
+        from longva.vision.unires import fit_frames  # loads torch, which counting frames doesn't need
         shrink = None if grid is None else partial(fit_frames, grid=grid, how=self.fit)
         found = self._opened.read(n, self.fps, shrink)
         if len(found) == n:

@@ -20,8 +20,8 @@ from ..model.prefill import kv_cache
 from .adapters import reader_for
 from .haystack import Haystack
 from .needles import as_needles
-from .sweep import check_grid, judge
-from .trials import NeedleError, Trial
+from .sweep import judge
+from .trials import NeedleError, Trial, check_grid
 from .trie import decide_paths
 from .vniah import Spot
 from ..vision.video import Frames
@@ -100,7 +100,7 @@ class NeedleWatch:
             reader = _whole_passes(reader)
         paths = [spot.path(prompts[spot.needle]) for spot in self.spots]
         answers = [prompts[spot.needle].answer for spot in self.spots]
-        naive = current_context().ranks > 1  # a sequence that is spread has no buffer to share
+        naive = current_context().ranks > 1  # a sequence split over ranks has no buffer to share
         for k, logits, seconds in decide_paths(reader, paths, answers, naive=naive):
             spot = self.spots[k]
             where = (self.needles[spot.needle].name, spot.frames, spot.depth, spot.insert)
