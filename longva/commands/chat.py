@@ -9,6 +9,7 @@ __all__ = ['Question', 'Videos', 'Images', 'ModelName', 'FrameCount', 'MaxNewTok
 
 # %% ../../nbs/820_commands.chat.ipynb #a3366755
 import sys
+from contextlib import suppress
 from typing import Annotated, Optional
 
 import typer
@@ -89,6 +90,8 @@ def questions():
     """Yield lines from the terminal, or from a pipe."""
     on_terminal = sys.stdin.isatty()
     if on_terminal:
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401, arrow up brings back earlier lines
         echo_error("Ask; an empty line or ctrl-d ends the conversation, ctrl-c an answer.")
     while True:
         if on_terminal:
