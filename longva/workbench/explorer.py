@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import plotly.graph_objects as go
-from IPython import get_ipython
-from IPython.display import display
 from plotly.offline import get_plotlyjs
 from traitlets import Bytes, Dict, Unicode
 
@@ -20,6 +18,8 @@ from traitlets import Bytes, Dict, Unicode
 try:
     import anywidget
     import ipywidgets as ipw
+    from IPython import get_ipython
+    from IPython.display import display
 except ModuleNotFoundError:
     raise ModuleNotFoundError('The explorers need more packages: pip install "longva[lab]".') from None
 
