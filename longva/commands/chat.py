@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from .base import Usage, app, check_exists, check_fps, check_one_of, echo_error, given, one_sentence
-from .models import is_miniature, load_model, model_folder
+from .models import complete_model, is_miniature, load_model, model_folder
 from .options import DeviceMap, Fps, FrameFit
 from .renamed import Renamed
 
@@ -162,6 +162,7 @@ Question = Annotated[Optional[str], typer.Argument(
 Videos = Annotated[Optional[list[str]], typer.Option(help="A video file; may be given several times.")]
 Images = Annotated[Optional[list[str]], typer.Option(help="An image file; may be given several times.")]
 ModelName = Annotated[str, typer.Option(
+    autocompletion=complete_model,
     help="mini-longva, mini-anyres, mini-short, a folder, or a name on the Hugging Face hub.",
 )]
 FrameCount = Annotated[Optional[int], typer.Option(
