@@ -64,9 +64,8 @@ def test_ctrl_c_while_children_start(tmp_path, words):
 
 def longva(*words, cwd, **environment):
     code = MAIN.replace("print('begun', flush=True)", "sys.modules['torch'] = None")
-    return subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=cwd, env=ENV | environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, cwd=cwd, env=ENV | environment, capture_output=True, text=True, timeout=300)
 
 
 def completed(line, cwd):
@@ -112,7 +111,8 @@ def test_json_of_the_needle_tests_and_common_cells(tmp_path):
     code = MAIN.replace("print('begun', flush=True); ", "")
 
     def run(*words):
-        return subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+        command = [sys.executable, "-c", code, *words]
+        return subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
 
     found = {}
     for out, model, frames, depths in (("a", "mini-longva", "4,8", "0,1"), ("b", "mini-short", "8,16", "0,0.5")):
