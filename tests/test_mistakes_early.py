@@ -56,7 +56,7 @@ MISTAKES = [
     ("dpo --preset minni --data rows.json", 2, "'minni' is not one of 'paper', 'mini'"),
     ("dpo --preset mini --data missing", 1, "There is no file missing (--data)"),
     ("dpo --preset mini --data rows.json --model mini-lonva", 2, "There is no model mini-lonva (--model)"),
-    ("dpo --preset mini --data rows.json --loss ppo", 2, "'ppo' is not one of 'sigmoid', 'hinge', 'ipo'"),
+    ("dpo --preset mini --data rows.json --loss ppo", 2, "'ppo' is not one of 'sigmoid', 'hinge', 'ipo', 'kto_pair'"),
     ("dpo --preset mini --data rows.json --beta 0", 2, "--beta must be a number above 0"),
     ("dpo --preset mini --data rows.json --parts eyes", 2, "--parts takes any of tower,projector,language"),
     ("dpo --preset mini --data rows.json --fps 1 --frames 4", 2, "--frames and --fps exclude each other"),

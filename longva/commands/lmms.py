@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lmms_app', 'lmms_vniah_command', 'lmms_curve_command']
 
-# %% ../../nbs/825_commands.lmms.ipynb #bdaa1f1d
+# %% ../../nbs/825_commands.lmms.ipynb #d9cbb8fe
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +16,9 @@ from .models import resolve_name
 from .options import Fit, Fps, path_option
 from .renamed import Renamed
 
-# %% ../../nbs/825_commands.lmms.ipynb #e502d417
+# %% ../../nbs/825_commands.lmms.ipynb #d2e447ef
 lmms_app = typer.Typer(
-    help="LongVA in lmms-eval: V-NIAH as a task, and accuracy against frames against seconds.",
+    help="LongVA in lmms-eval: V-NIAH as a task, and accuracy and time at several numbers of frames.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -30,7 +30,7 @@ app.add_typer(lmms_app, name="lmms")
 def lmms_vniah_command(
     video: Annotated[Path, typer.Option(parser=path, help="A video file.")],
     needles: Annotated[Path, typer.Option(parser=path, help="A folder with needles.json.")],
-    frames: Annotated[str, typer.Option(help="Haystack lengths, as 200,400,800.")],
+    frames: Annotated[str, typer.Option(help="Haystack lengths in frames, such as 200,400,800.")],
     out: Annotated[Path, typer.Option(parser=path, help="Folder of the tasks, for lmms-eval's --include_path.")],
     depths: Annotated[str, typer.Option(help="Depths from 0 (first frame) to 1 (last).")] = "0,0.2,0.4,0.6,0.8,1",
     fps: Fps = None,
@@ -50,14 +50,14 @@ def lmms_vniah_command(
 def lmms_curve_command(
     context: typer.Context,
     pretrained: Annotated[str, typer.Option(help="A miniature, a folder, or a name on the hub.")],
-    tasks: Annotated[str, typer.Option(help="Names with commas; {frames} stands for the count.")],
-    frames: Annotated[str, typer.Option(help="Counts, as 8,16,32.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval, with commas; {frames} is the number of frames.")],
+    frames: Annotated[str, typer.Option(help="Numbers of frames, such as 8,16,32.")],
     out: Annotated[Path, typer.Option(parser=path, help="A folder for the results.")],
-    model_args: Annotated[str, typer.Option(help="More model arguments, as fps=1.")] = "",
+    model_args: Annotated[str, typer.Option(help="More model arguments, such as fps=1.")] = "",
     include_path: path_option("A folder of tasks.") = None,
-    processes: Annotated[int, typer.Option(min=1, help="GPUs that share the documents.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes, one for each GPU, that share the documents.")] = 1,
 ):
-    """Measure accuracy against frames against seconds. Arguments after -- go to lmms-eval."""
+    """Measure accuracy and time at several numbers of frames. Arguments after -- go to lmms-eval."""
     with one_sentence(out):
         counts = numbers(frames, int, "--frames")
         if min(counts) < 1:

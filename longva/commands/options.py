@@ -57,6 +57,7 @@ class DPOLossName(StrEnum):
     SIGMOID = "sigmoid"
     HINGE = "hinge"
     IPO = "ipo"
+    KTO_PAIR = "kto_pair"
 
 class Checkpoints(StrEnum):
     """Where a layer's input is kept for the backward pass."""

@@ -6,7 +6,7 @@
 __all__ = ['plan_as_json', 'plan_command', 'show_plan', 'check_text', 'extend_command', 'check_start', 'check_data',
            'align_command', 'parts_to_train', 'check_objective', 'dpo_command']
 
-# %% ../../nbs/815_commands.train.ipynb #65931a66
+# %% ../../nbs/815_commands.train.ipynb #d26105f4
 import os
 from pathlib import Path
 from typing import Annotated, Optional
@@ -52,7 +52,7 @@ from longva.commands.options import (
     path_option,
 )
 
-# %% ../../nbs/815_commands.train.ipynb #75bbcb19
+# %% ../../nbs/815_commands.train.ipynb #83eaa7df
 def plan_as_json(
     model: str,  # as on the command line
     plan,  # a `longva.context.plan.Plan`
@@ -85,7 +85,7 @@ def plan_command(
     efficiency: Annotated[float, typer.Option(help="Share of the peak that is reached (MFU).")] = 0.4,
     json_file: JsonFile = None,
 ):
-    """Estimate memory, operations and seconds of a training step; say what limits and which switch helps next."""
+    """Estimate memory, operations and seconds of a training step; say what the limit is and which option helps next."""
     settings = given(**locals())
     settings.pop("json_file", None)
     with one_sentence("."), json_writer(json_file) as write_json:
@@ -106,7 +106,7 @@ def plan_command(
         echo_error(made.limit)
         raise typer.Exit(1)
 
-# %% ../../nbs/815_commands.train.ipynb #156ee2e2
+# %% ../../nbs/815_commands.train.ipynb #1c35908d
 def show_plan(
     text: str,  # of a run: its plan and settings
     planned,  # a `longva.context.plan.Plan`, or None
@@ -137,6 +137,9 @@ def extend_command(
         "--replace-rope", help="Let the new base replace RoPE settings such as llama3 or longrope.")] = False,
     keep_window: Annotated[bool, typer.Option(
         "--keep-window", help="Extend a model whose layers keep a window shorter than the length.")] = False,
+    skip_positions: Annotated[Optional[int], typer.Option(
+        min=0, help="Train on sequences whose positions have a random gap of up to so many, so that a short sequence "
+        "teaches distances of a long one (the original's use_pos_skipping); only with --cp 1.")] = None,
     steps: Steps = None,
     rows: Rows = None,
     cp: ContextParallel = None,
@@ -146,7 +149,8 @@ def extend_command(
 ):
     """Raise the RoPE base and train on long text (the paper's first step), or resume it."""
     out = out or Path("runs") / "extend" / preset
-    changes = given(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
+    recipe = given(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
+    changes = recipe | given(skip_positions=skip_positions)
     with one_sentence(out):
         own = preset == "mini" and text is None and model is None
         text = (text or "").strip()
@@ -172,7 +176,7 @@ def extend_command(
             made = extend(preset, text, out, model=model, theta=theta, length=length, **changes)
     typer.echo(f"Done. The extended model is in {made}.")
 
-# %% ../../nbs/815_commands.train.ipynb #ce521e14
+# %% ../../nbs/815_commands.train.ipynb #3675b11a
 def check_start(preset, model, language_model, vision_tower):
     """Refuse to start from two models, or from none; raise Usage."""
     resolve_name(language_model, "--language-model")
@@ -198,7 +202,7 @@ def align_command(
     preset: Annotated[AlignPreset, typer.Option(
         help="paper-1 or paper-2: the paper's stages; mini-1 or mini-2: the same for a laptop.")],
     data: Annotated[str, typer.Option(
-        help="LLaVA's rows: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
+        help="Rows in LLaVA's format: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
     media: Media = None,
     out: path_option("Folder of the run; by default runs/align/PRESET.") = None,
     model: Annotated[Optional[str], typer.Option(
@@ -238,7 +242,7 @@ def align_command(
         made = align(preset, data, out, model=model, media=media, **changes)
     typer.echo(f"Done. The aligned model is in {made}.")
 
-# %% ../../nbs/815_commands.train.ipynb #173bd87b
+# %% ../../nbs/815_commands.train.ipynb #35a8af9d
 def parts_to_train(
     text: str,  # as "projector,language"
 ) -> tuple:
@@ -258,7 +262,7 @@ def check_objective(loss, beta, label_smoothing, sft):
     if sft is not None and not 0 <= sft < float("inf"):
         raise Usage(f"--sft must be a number from 0, and not {sft:g}.")
 
-# %% ../../nbs/815_commands.train.ipynb #1181737b
+# %% ../../nbs/815_commands.train.ipynb #9bcf56ab
 @app.command("dpo")
 def dpo_command(
     preset: Annotated[DPOPreset, typer.Option(help="Ready settings.")],

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LANGUAGE', 'OpenError', 'find_model', 'kind_of', 'open_config', 'open_tokenizer', 'PlainProcessor', 'open_processor',
-           'open_model', 'open_both', 'open_language', 'open_parts', 'open_start']
+           'open_model', 'open_both', 'open_language', 'open_parts', 'open_start', 'open_longva_config']
 
-# %% ../../nbs/345_model.open.ipynb #7e31d273
+# %% ../../nbs/345_model.open.ipynb #683b9abd
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -28,12 +28,13 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from .config import LongVAConfig
 from .modeling import LongVA
 from .original import CheckpointError, read_json
 from .processing import LongVAProcessor
 from ..names import FAMILIES, is_original
 
-# %% ../../nbs/345_model.open.ipynb #ce9d6638
+# %% ../../nbs/345_model.open.ipynb #0bc34e00
 class OpenError(ValueError):
     """A model, tokenizer or processor that can't be opened; the message says why."""
 
@@ -60,7 +61,7 @@ def find_model(
         why = "the Hugging Face hub can't be reached to look for the name there: check the path, or the network"
     raise OpenError(f"No {what} can be loaded from {name}: it is no folder here, and {why}.") from None
 
-# %% ../../nbs/345_model.open.ipynb #93772a81
+# %% ../../nbs/345_model.open.ipynb #148cba32
 def kind_of(
     name,  # a packaged miniature, a folder, or a name of the hub
 ) -> str:  # "longva" for both of its formats, and else the model type, such as "qwen2_vl"
@@ -78,7 +79,7 @@ def kind_of(
         ) from None
     return "longva" if is_original(config) else config.get("model_type")
 
-# %% ../../nbs/345_model.open.ipynb #dcd92230
+# %% ../../nbs/345_model.open.ipynb #9bec3ff3
 @contextmanager
 def _opening(name):
     """Turn what a wrong name or a torn file raises, of many kinds, into an OpenError."""
@@ -115,7 +116,7 @@ def open_tokenizer(
         general = named in ("TokenizersBackend", "PreTrainedTokenizerFast")
         return (PreTrainedTokenizerFast if general else AutoTokenizer).from_pretrained(where, **_local(where))
 
-# %% ../../nbs/345_model.open.ipynb #f617766a
+# %% ../../nbs/345_model.open.ipynb #9112118b
 @dataclass
 class PlainProcessor:
     """What a needle test needs of another model's processor."""
@@ -156,7 +157,7 @@ def open_processor(
             return _plain_processor(where)
         return LongVAProcessor.from_pretrained(where, **settings, **_local(where))
 
-# %% ../../nbs/345_model.open.ipynb #4218af2d
+# %% ../../nbs/345_model.open.ipynb #51821a96
 LANGUAGE = "language"  # among kinds: a language model without a tower
 
 def _model_class(kind):
@@ -219,7 +220,7 @@ def open_language(
     tokenizer = open_tokenizer(name)
     return open_model(name, ("longva", LANGUAGE), **options), tokenizer
 
-# %% ../../nbs/345_model.open.ipynb #f27caeae
+# %% ../../nbs/345_model.open.ipynb #fd962d19
 def open_parts(
     language_model,  # a Qwen2: a folder, or a name of the hub
     vision_tower,  # a CLIP or SigLIP: a folder, or a name of the hub
@@ -251,3 +252,20 @@ def open_start(
         return open_model(model, device="cpu", dtype=dtype), processor
     joined, own = open_parts(*parts, dtype, seed)
     return joined, processor or own
+
+# %% ../../nbs/345_model.open.ipynb #5962e27f
+def open_longva_config(
+    model=None,  # a live LongVA, its folder or its name; None: it is joined from `parts`
+    parts: tuple = (None, None),  # language model and vision tower, as in `open_parts`
+) -> LongVAConfig | None:  # None for what cannot be opened
+    """Read the configuration of the model that a training starts from."""
+    if isinstance(model, PreTrainedModel):
+        return model.config
+    try:
+        if model is not None:
+            return LongVAConfig.from_pretrained(find_model(model))
+        language, whole = [open_config(find_model(name)) for name in parts]
+        tower = getattr(whole, "vision_config", whole)  # of a whole CLIP or SigLIP
+        return LongVAConfig(text_config=language.to_dict(), vision_config=tower.to_dict())
+    except (OSError, ValueError):
+        return None

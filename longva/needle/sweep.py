@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['judge', 'make_batches', 'same_settings', 'save_results', 'Shown', 'sweep']
 
-# %% ../../nbs/550_needle.sweep.ipynb #c21a2cea
+# %% ../../nbs/550_needle.sweep.ipynb #5c93eaba
 import json
 import logging
 import math
@@ -20,7 +20,7 @@ from ..files import write_whole
 from .heatmap import heat_map, save_html, save_png
 from .trials import NeedleError, TrialLog, different, key, save_accuracies
 
-# %% ../../nbs/550_needle.sweep.ipynb #fec9d062
+# %% ../../nbs/550_needle.sweep.ipynb #2905d17c
 def judge(
     logits: torch.Tensor,  # [S,V]
     answer: list,  # S ids
@@ -36,7 +36,7 @@ def judge(
     leads = logits.gather(1, right)[:, 0] - others
     return best, best == answer, leads.min().item()
 
-# %% ../../nbs/550_needle.sweep.ipynb #369ac5fa
+# %% ../../nbs/550_needle.sweep.ipynb #b79c0264
 def make_batches(
     spots: list,  # anything that stands for a trial
     shape,  # spot -> (positions in its sequence, tokens in its answer)
@@ -53,7 +53,7 @@ def make_batches(
         batches += [group[i : i + size] for i in range(0, len(group), size)]
     return batches
 
-# %% ../../nbs/550_needle.sweep.ipynb #edbefabc
+# %% ../../nbs/550_needle.sweep.ipynb #893c4521
 def same_settings(
     folder,  # with results
     settings: dict,
@@ -76,7 +76,7 @@ def same_settings(
             )
     write_whole(file, json.dumps(settings, indent=2, ensure_ascii=False))
 
-# %% ../../nbs/550_needle.sweep.ipynb #f509aebe
+# %% ../../nbs/550_needle.sweep.ipynb #512a5970
 @contextmanager
 def _stoppable(model, log, wanted):
     """Put the model into evaluation mode for a while; say how to resume when ctrl-c ends it."""
@@ -120,7 +120,7 @@ def save_results(
     save_html(heat_map(trials, name, train_length, unit=unit), Path(folder) / "heatmap.html")
     save_png(trials, Path(folder) / "heatmap.png", name, train_length, unit=unit)
 
-# %% ../../nbs/550_needle.sweep.ipynb #38a8fd7f
+# %% ../../nbs/550_needle.sweep.ipynb #6831222e
 @dataclass(frozen=True)
 class Shown:
     """How a sweep is shown while it runs and when it is done."""
