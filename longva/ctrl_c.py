@@ -34,8 +34,10 @@ def stop_work(_, frame):
 def stoppable():
     """Let ctrl-c raise KeyboardInterrupt in this block, if `end_at_once` answers it outside; else change nothing."""
     ours = signal.getsignal(signal.SIGINT) is end_at_once
-    if ours: signal.signal(signal.SIGINT, stop_work)
+    if ours:
+        signal.signal(signal.SIGINT, stop_work)
     try:
         yield
     finally:
-        if ours: signal.signal(signal.SIGINT, end_at_once)
+        if ours:
+            signal.signal(signal.SIGINT, end_at_once)

@@ -9,7 +9,7 @@ __all__ = ['SHORT_BASE', 'LONG_BASE', 'SHORT_CONTEXT', 'LONG_CONTEXT', 'MEAN', '
            'TextLoss', 'learn_text', 'features', 'captions', 'draw_frames', 'CaptionLoss', 'learn_to_see', 'FramePool',
            'draw_images', 'ImageLoss', 'load_text', 'align_miniature', 'train_chain']
 
-# %% ../../nbs/605_mini.recipe.ipynb #d0bbc620
+# %% ../../nbs/605_mini.recipe.ipynb #9b950dca
 import json
 import os
 import time
@@ -35,7 +35,7 @@ from ..train.recipe import Recipe, TrainError
 from ..train.run import checkpoints, trained_weights
 from ..vision.unires import normalize, tile_image
 
-# %% ../../nbs/605_mini.recipe.ipynb #c483c908
+# %% ../../nbs/605_mini.recipe.ipynb #d47ab83e
 SHORT_BASE = 100.0
 LONG_BASE = 1e9
 SHORT_CONTEXT = 128
@@ -58,7 +58,7 @@ def processor_of(model: LongVA) -> LongVAProcessor:
     """Make a miniature's processor, with the world's tokenizer and chat template."""
     return LongVAProcessor.from_config(model.config, W.mini_tokenizer(), image_mean=MEAN, image_std=STD)
 
-# %% ../../nbs/605_mini.recipe.ipynb #9715a58d
+# %% ../../nbs/605_mini.recipe.ipynb #ff374ea3
 @torch.no_grad()
 def look_back(
     model: LongVA,
@@ -80,7 +80,7 @@ def look_back(
     attention.q_proj.bias.copy_(query.flatten())
     return model
 
-# %% ../../nbs/605_mini.recipe.ipynb #cde9d525
+# %% ../../nbs/605_mini.recipe.ipynb #87bc7976
 @dataclass(frozen=True)
 class Phase:
     """Some steps at one size."""
@@ -100,7 +100,7 @@ class ChainRecipe:
     variants: int = 384  # masks per object and textures per background, to draw training frames from
     copies: int = 12  # frames of each scene, to build images from
 
-# %% ../../nbs/605_mini.recipe.ipynb #0c82af8e
+# %% ../../nbs/605_mini.recipe.ipynb #5a9406c0
 class DrawnLoss(TokenLoss):
     """A loss for batches that are drawn whole: a sample is a batch, and its loss is a mean."""
     def __init__(self, model):
@@ -147,7 +147,7 @@ def train_stage(
     phases = [[*phase.size, phase.steps] for phase in phases]
     train(loss.model, batches, folder, recipe, loss, [dict(params=weights, lr=lr)], dict(phases=phases))
 
-# %% ../../nbs/605_mini.recipe.ipynb #b286a9d5
+# %% ../../nbs/605_mini.recipe.ipynb #666bcc71
 def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (values * weights).sum() / weights.sum().clamp(min=1)
 
@@ -179,7 +179,7 @@ class TextLoss(DrawnLoss):
         self.seen["text"] = right
         return loss / normalizer
 
-# %% ../../nbs/605_mini.recipe.ipynb #63b554ab
+# %% ../../nbs/605_mini.recipe.ipynb #c2341abe
 REPEATS_FIRST = (0.5, 0.3, 0.2)  # shares of repeats, facts, needles
 NEEDLES_FIRST = (0.2, 0.2, 0.6)
 NEEDLES_ONLY = (0.1, 0.1, 0.8)
@@ -211,7 +211,7 @@ def learn_text(
     extend_rope(model, method="base", theta=LONG_BASE)
     stage("long-text", 1.5e-3, recipe.long_text, NEEDLES_ONLY)
 
-# %% ../../nbs/605_mini.recipe.ipynb #66080a91
+# %% ../../nbs/605_mini.recipe.ipynb #a483c850
 def features(
     model: LongVA,
     frames: torch.Tensor,  # [N,28,28,3] uint8
@@ -255,7 +255,7 @@ def learn_to_see(
     bank = W.FrameBank(1000 + seed, recipe.variants)
     train_stage(folder / "tower", loss, 8e-3, recipe.tower, lambda size, rng: draw_frames(size, bank, rng), seed)
 
-# %% ../../nbs/605_mini.recipe.ipynb #c0e21687
+# %% ../../nbs/605_mini.recipe.ipynb #309a05bc
 def _layouts(
     n: int,  # grids
 ) -> list:  # of (columns, rows)
@@ -311,7 +311,7 @@ class FramePool:
         sheet = Image.fromarray(self.sheet(picked, columns, rows))
         return tile_image(sheet, 28, self.config.max_grids, thumbnail=True).pixels[0]
 
-# %% ../../nbs/605_mini.recipe.ipynb #ef7c482f
+# %% ../../nbs/605_mini.recipe.ipynb #64b8a7fb
 TOKENS = 2048  # positions in one batch
 QUESTIONS = 6  # 24 grids and 6 questions fill the short context: 4 * 24 + 5 * 6 = 126
 REPLAY = 6  # about every sixth step of stage 2 adds a batch of text
@@ -353,7 +353,7 @@ def draw_images(
         batch["text_ids"], batch["text_weights"] = W.text_batch(replay, 4096 // replay, NEEDLES_ONLY, rng)
     return batch
 
-# %% ../../nbs/605_mini.recipe.ipynb #521dbb6c
+# %% ../../nbs/605_mini.recipe.ipynb #b227b5f1
 class ImageLoss(DrawnLoss):
     """Answers about images, whose tower features come from a pool; and next words, where a batch has text."""
     def __init__(self, model, pool: FramePool):
@@ -394,7 +394,7 @@ class ImageLoss(DrawnLoss):
         self.seen["images"] = right[weights == 1].float().mean().item()
         return (cross_entropy(logits, wanted, reduction="none") * weights).sum() / weights.sum()
 
-# %% ../../nbs/605_mini.recipe.ipynb #b9f2246a
+# %% ../../nbs/605_mini.recipe.ipynb #796d1b95
 MODELS = {
     "mini-longva": ("long-text", "unires"),
     "mini-anyres": ("long-text", "anyres"),
@@ -450,7 +450,7 @@ def align_miniature(
         processor_of(model).save_pretrained(out)
         model.requires_grad_(True).save_pretrained(out)
 
-# %% ../../nbs/605_mini.recipe.ipynb #26c96d54
+# %% ../../nbs/605_mini.recipe.ipynb #98df9243
 def _run_job(task: tuple):
     """Run a job, in this process or in a worker."""
     job, *args = task
@@ -489,7 +489,7 @@ def _seconds_so_far(
             "choose another folder, or delete this one.")
     return before.get("seconds", 0)
 
-# %% ../../nbs/605_mini.recipe.ipynb #cd786935
+# %% ../../nbs/605_mini.recipe.ipynb #23bd2445
 def train_chain(
     seed: int = 0,
     out: str | Path = "runs/mini",  # made if it is not there; an unfinished chain in it is resumed
