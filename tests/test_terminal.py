@@ -80,7 +80,8 @@ def test_completion_and_help_need_no_torch(tmp_path):
     assert completed("longva chat --model mini-s", tmp_path) == ["mini-short"]
     assert completed("longva align --preset paper-", tmp_path) == ["paper-1", "paper-2"]
     assert "--half-width" in completed("longva vniah --h", tmp_path)
-    assert "complete -o default -F _longva_completion longva" in longva(cwd=tmp_path, _LONGVA_COMPLETE="source_bash").stdout
+    script = longva(cwd=tmp_path, _LONGVA_COMPLETE="source_bash").stdout
+    assert "complete -o default -F _longva_completion longva" in script
     shown = longva("mini", "train", "-h", cwd=tmp_path)
     assert shown.returncode == 0 and shown.stdout == longva("help", "mini", "train", cwd=tmp_path).stdout
     assert longva("-V", cwd=tmp_path).stdout.startswith("longva ")
