@@ -14,8 +14,21 @@ from typing import Annotated, Optional
 
 import typer
 
-from .base import Usage, app, check_base, check_fps, grid, numbers, one_sentence, path, show_rows
-from .models import is_miniature, load_model, model_folder, set_rope_base
+from longva.commands.base import (
+    JsonFile,
+    Usage,
+    app,
+    check_base,
+    check_fps,
+    grid,
+    json_writer,
+    numbers,
+    one_sentence,
+    path,
+    rows_as_json,
+    show_rows,
+)
+from .models import complete_model, is_miniature, load_model, model_folder, set_rope_base
 from .options import ModelTitle, Needles, Place, Repeat, RopeBase, Variant, path_option
 from .renamed import Renamed
 from ..needle.names import NOTHING
@@ -93,8 +106,9 @@ def show_forecast(
     half_width=None,  # of an adaptive run
     **reading,  # fields of `needle.vniah.Reading`
 ):
-    """Print what the run, or the rest of it, will take; of an adaptive run, the least and the most."""
+    """Print what the run, or the rest of it, will take; of an adaptive run, the least and the most, and its bias."""
     from longva.needle.forecast import forecast
+    from longva.needle.statistics import adaptive_bias
     from longva.needle.trials import read_trials
     from longva.needle.vniah import Reading
     trials = read_trials(out / "trials.jsonl")
@@ -104,6 +118,13 @@ def show_forecast(
         prefixes = ["At least, if every answer is right: ", "At most, if every second answer is right: "]
     for prefix, expected in zip(prefixes, forecasts):
         typer.echo(f"{prefix}{expected}")
+    if half_width is not None:
+        needles = len({needle for needle, _, _ in asks})
+        bias = adaptive_bias(half_width, needles)
+        typer.echo(
+            f"A cell stops by what it saw, which moves its accuracy towards 0 or 1 by up to {bias:.3f} "
+            f"(half-width {half_width:g}, {needles} needles)."
+        )
 
 # %% ../../nbs/805_commands.vniah.ipynb #04e6ac4c
 def load_reader(
@@ -161,7 +182,7 @@ def chance(
     return f"{prefix} has an accuracy of {share:.2f}."
 
 # %% ../../nbs/805_commands.vniah.ipynb #09216ab7
-Model = Annotated[str, typer.Option(help=(
+Model = Annotated[str, typer.Option(autocompletion=complete_model, help=(
     "mini-longva, mini-anyres, mini-short, or a LongVA: a folder (ours or the original's) or a name on the "
     "Hugging Face hub. Or a LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL, Qwen2.5-VL or Qwen3-VL in the format of "
     "transformers, named in the same way."
@@ -181,7 +202,8 @@ VariantName = Annotated[Variant, typer.Option(help="What is asked; vniah is the 
 Distractors = path_option("For vniah-d: a folder like that of the needles, with a distractor for each.")
 Distance = Annotated[int, typer.Option(min=1, help="For vniah-d: frames between a needle and its distractor.")]
 HalfWidth = Annotated[Optional[float], typer.Option(help=(
-    "Adaptive run: ask needles, five at a time, until the half-width of each cell's interval is at most this."
+    "Adaptive run: ask needles, five at a time, until the half-width of each cell's interval is at most this. "
+    "The accuracy of such cells is biased towards 0 or 1; by how much is printed before the run (at 0.2, up to 0.03)."
 ))]
 Features = path_option("Folder that keeps visual tokens, so that the next run on this video encodes nothing.")
 
@@ -221,6 +243,7 @@ def vniah_command(
     half_width: HalfWidth = None,
     repeat: Repeat = False,
     features: Features = None,
+    json_file: JsonFile = None,
 ):
     """Hide pictures in a video and ask for them (the paper's V-NIAH)."""
     with one_sentence("."):
@@ -229,7 +252,7 @@ def vniah_command(
     variant = variant.value
     plain = variant == "vniah" and half_width is None
     out = out or results_folder(name, haystack_name, variant, half_width is not None)
-    with one_sentence(out):
+    with one_sentence(out), json_writer(json_file) as write_json:
         if not plain and (generate or workers > 1 or kv == Place.HOST):
             raise Usage("--variant and --half-width can't be combined with --generate, --workers or --kv.")
         check_variant(variant, distractors, half_width, depths)
@@ -255,5 +278,6 @@ def vniah_command(
         if chosen.drawn:
             keep_needles(chosen.needles, out / "needles")
         show_rows(trials, out, counted="said so" if variant == "absent" else "right")
+        write_json(dict(model=name, variant=variant) | rows_as_json(trials, out))
         if sentence := chance(variant, trials):
             typer.echo(sentence)
