@@ -15,7 +15,7 @@ from typing import Annotated, Optional
 import typer
 
 from .base import Usage, app, check_exists, check_fps, check_one_of, echo_error, given, one_sentence
-from .models import is_miniature, load_model, model_folder
+from .models import complete_model, is_miniature, load_model, model_folder
 from .options import DeviceMap, Fps, FrameFit
 from .renamed import Renamed
 
@@ -130,7 +130,17 @@ class Session:
         if self.frames and 0 < turn.frames < self.frames * len(turn.videos):
             echo_error(f"There are fewer than the {self.frames} frames asked for: all {turn.frames} are taken.")
         show_estimate(self.chat, turn, self.name, self.settings["max_new_tokens"], self.speed)
-        return print_answer(answer)
+        whole = print_answer(answer)
+        if whole and is_miniature(self.chat.processor.tokenizer):
+            self.show_note()
+        return whole
+
+    def show_note(self):
+        """Say on stderr why the answer of a miniature may mean nothing."""
+        from longva.mini import note
+        sentence = note(self.chat)
+        if sentence:
+            echo_error(f"Note: {sentence}")
 
     def explain(self, error) -> str:
         """Write an error as a sentence, with what a miniature knows if a word is unknown."""
@@ -166,6 +176,7 @@ Question = Annotated[Optional[str], typer.Argument(
 Videos = Annotated[Optional[list[str]], typer.Option(help="A video file; may be given several times.")]
 Images = Annotated[Optional[list[str]], typer.Option(help="An image file; may be given several times.")]
 ModelName = Annotated[str, typer.Option(
+    autocompletion=complete_model,
     help="mini-longva, mini-anyres, mini-short, a folder, or a name on the Hugging Face hub.",
 )]
 FrameCount = Annotated[Optional[int], typer.Option(
