@@ -34,7 +34,7 @@ def write_whole(
 # %% ../nbs/100_files.ipynb #b446bf0a
 @contextmanager
 def whole_folder(
-    path,  # the folder; the one above it is made
+    path,  # the folder; its parent is created if missing
 ):
     """Give a temporary folder to write in; it is renamed to `path` when the block ends without an error."""
     path = Path(path)

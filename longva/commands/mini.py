@@ -22,9 +22,9 @@ def demo_command(
         min=1, help="Processes; by default one for each core, at most four.")] = None,
     seed: Annotated[Optional[int], typer.Option(min=0, help="Seed of the video, the needles and the answers.")] = None,
 ):
-    """Run the paper's Figure 4 in miniature: four panels and a control, two minutes at most on two cores."""
+    """Run the paper's Figure 4 in miniature: four heat maps and a test without needles, two minutes on two cores."""
     with one_sentence(out):
-        typer.echo("Four panels and a control. Ctrl-c stops and keeps what is done.")
+        typer.echo("Four heat maps and a test without needles. Ctrl-c stops and keeps what is done.")
         from longva.study.demo import SEED, demo, report
         report(demo(out, workers, SEED if seed is None else seed), out)
 

@@ -115,7 +115,7 @@ Lengths = Annotated[Optional[str], typer.Option(help=(
 ))]
 BookDepths = Annotated[str, typer.Option(help="Depths from 0 (the start) to 1 (the end).")]
 DistractorCounts = Annotated[str, typer.Option(help=(
-    "Numbers of distractors (other cities' numbers in the book), with commas; the paper takes 0,3,5."
+    "How many distractors (numbers of other cities) the book holds; several with commas; the paper takes 0,3,5."
 ))]
 NumbersToFind = Annotated[int, typer.Option("--numbers", min=1, help="Numbers to find, one at a time, in each cell.")]
 TrainLength = Annotated[Optional[int], typer.Option(

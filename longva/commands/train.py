@@ -143,7 +143,7 @@ def extend_command(
     keep_window: Annotated[bool, typer.Option(
         "--keep-window", help="Extend a model whose layers keep a window shorter than the length.")] = False,
     skip_positions: Annotated[Optional[int], typer.Option(
-        min=0, help="Train on sequences whose positions have a random gap of up to so many, so that a short sequence "
+        min=0, help="Train on sequences whose positions have a random gap of up to this size, so that a short sequence "
         "teaches distances of a long one (the original's use_pos_skipping); only with --cp 1.")] = None,
     steps: Steps = None,
     rows: Rows = None,

@@ -73,7 +73,7 @@ def check_inputs(
     return source, lengths, places
 
 def check_needles(
-    *folders,  # of --needles and --distractors; None was not given
+    *folders,  # of --needles and --distractors; None if not given
 ):
     """Read the needles that are on this disk, so that a wrong folder is refused before a model is loaded."""
     from longva.needle.needles import load_needles, on_hub
@@ -122,7 +122,7 @@ def show_forecast(
         needles = len({needle for needle, _, _ in asks})
         bias = adaptive_bias(half_width, needles)
         typer.echo(
-            f"A cell stops by what it saw, which moves its accuracy towards 0 or 1 by up to {bias:.3f} "
+            f"When a cell stops depends on its answers, which moves its accuracy towards 0 or 1 by up to {bias:.3f} "
             f"(half-width {half_width:g}, {needles} needles)."
         )
 

@@ -421,7 +421,7 @@ def _attempt(said: list, what: str, call, *args):
     "Do a part of the report; where settings make it fail, say so in `said`, and give None."
     try:
         return call(*args)
-    except Exception as e:  # of many kinds: what is looked for are settings of which no model can be built
+    except Exception as e:  # of any kind: the report looks for settings with which no model can be built
         said.append(f"{what} ({_reason(e)}).")
         return None
 
@@ -444,7 +444,7 @@ def _unused(rotary, text) -> list:
     return found
 
 def _faults(model, asked, theta, kind) -> tuple:
-    "(what is wrong with the live modules, all that is not in force, whether it survives save and load)."
+    "(faults of the live modules, all settings not in force, whether those in force survive save and load)."
     text = text_config(model)
     rotary = rotary_modules(model)[0][1]
     p = _settings_of(text, kind)

@@ -21,7 +21,7 @@ from ..vision.unires import token_count
 TEXT_SETTINGS = (*ROPE_NAMES, "max_position_embeddings")  # of the language model; also accepted at the top
 
 def _joined_rope(text, top: dict):
-    """Give the language model's configuration with what stands at the top, in one spelling."""
+    """Merge RoPE settings from the top of config.json into the language model's, under one set of names."""
     others = {name: value for name, value in top.items() if name not in TEXT_SETTINGS}
     refuse_stray_rope(others, "config.json", home="text_config.rope_parameters")
     live = isinstance(text, PreTrainedConfig)
@@ -96,7 +96,7 @@ class LongVAConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Make a configuration of a file's fields; RoPE settings that are given beside them count more."""
+        """Make a configuration of a file's fields; RoPE settings given as arguments take precedence."""
         given = {name: kwargs.pop(name) for name in TEXT_SETTINGS if name in kwargs}
         if isinstance(kwargs.get("text_config"), dict):
             given |= {name: value for name, value in kwargs["text_config"].items() if name in TEXT_SETTINGS}

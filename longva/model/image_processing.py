@@ -47,7 +47,7 @@ def _check_frames(frames):
     if len(frames) == 0:
         raise ValueError("The video has no frames.")
 
-# transformers' own, in files
+# keys that transformers itself writes into files
 _IN_FILES = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
 
 # %% ../../nbs/325_model.image_processing.ipynb #ed31efbb
@@ -104,7 +104,7 @@ class LongVAImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_config(cls, config: LongVAConfig, **settings) -> "LongVAImageProcessor":
-        """Make the one that belongs to a model's configuration."""
+        """Make the processor that belongs to a model's configuration."""
         vision = config.vision_config
         mean, std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
         if vision.model_type == "siglip_vision_model":

@@ -205,13 +205,13 @@ def open_both(
     kinds: tuple = ("longva",),
     **options,  # of `open_model`
 ) -> tuple:  # (model, LongVAProcessor or PlainProcessor)
-    """Open a vision-language model and its processor, the small one first; raise OpenError."""
+    """Open a vision-language model and its processor, which is read first because it is small; raise OpenError."""
     _check_kind(name, kind_of(name), kinds)
     processor = open_processor(name)
     return open_model(name, kinds, **options), processor
 
 def open_language(
-    name,  # a LongVA gives the model whose text side is asked
+    name,  # of a LongVA, too: it is opened whole, and used for text alone
     **options,  # of `open_model`
 ) -> tuple:  # (model, tokenizer)
     """Open a language model and its tokenizer; raise OpenError."""

@@ -184,7 +184,7 @@ def half_width(
     return (high - low) / 2
 
 def _next_of_cell(verdicts, goal, step):
-    """Count the needles that a cell takes: True, False or None (not decided yet) for each needle in order."""
+    """Count the needles a cell takes. A verdict is True, False or None (undecided), one for each needle in order."""
     first = []
     for m in range(step, len(verdicts) + step, step):
         first = verdicts[:m]

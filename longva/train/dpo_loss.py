@@ -49,7 +49,7 @@ def dpo_loss(
 ) -> torch.Tensor:  # [B]; for kto_pair [2B], of the chosen and then of the rejected answers
     """Compute the loss of each pair (Rafailov et al. 2023; Zhao et al. 2023; Azar et al. 2023; Ethayarajh et al. 2024).
 
-    For kto_pair the batch is what its means are taken over.
+    For kto_pair, means are taken over the pairs of this call.
     """
     check_loss(loss, beta, label_smoothing)
     chosen = policy_chosen - reference_chosen

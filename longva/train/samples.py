@@ -33,7 +33,7 @@ SQUARE = dict(image_fit="crop", image_pool_stride=1)
 def square_images(
     thing,  # a LongVAProcessor or a LongVAConfig
 ):  # a copy
-    """Copy it, so that an image is one square from its middle, with tokens that are not pooled."""
+    """Copy a processor or configuration, changed to one square from an image's middle, with unpooled tokens."""
     if isinstance(thing, LongVAConfig):
         config = deepcopy(thing)
         for name, value in SQUARE.items():

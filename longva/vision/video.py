@@ -42,7 +42,7 @@ def enlarge(
     frame,  # [H,W,3], uint8
     scale,  # whole factor; every pixel becomes a square of this side
 ) -> np.ndarray:  # [H*scale, W*scale, 3], contiguous
-    """Enlarge a frame without smoothing; a `VideoError` if it is none, or if H.264 can't hold its size."""
+    """Enlarge a frame without smoothing; raise VideoError if it is not a frame, or if H.264 can't hold its size."""
     frame = np.asarray(frame)
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise VideoError(f"A frame must be uint8 of shape [H,W,3], and this one is {frame.dtype} {list(frame.shape)}: "
@@ -158,7 +158,7 @@ class VideoInfo(NamedTuple):
     height: int
 
 def _check_choice(n, fps, most=None):
-    "Refuse a choice of frames without sense."
+    "Refuse an invalid choice of frames."
     wrong = ""
     if n is not None and fps is not None:
         wrong = "both n and fps: give a number of frames or a rate"
@@ -182,7 +182,7 @@ def _count(info, n, fps, start, end) -> int:
 # %% ../../nbs/255_vision.video.ipynb #d800e360
 @dataclass(frozen=True)
 class FrameRequest:
-    """Which frames of a video are wanted: `n` equally spaced, `fps` per second, or all; else a `VideoError`."""
+    """Which frames of a video are wanted: `n` equally spaced, `fps` per second, or all; if invalid, a VideoError."""
     n: int | None = None  # exactly so many, equally spaced, first and last included
     fps: float | None = None  # instead of n: so many per second, at every tick the frame on the screen
     most: int | None = None  # with fps or alone: at most so many, equally spaced if the video has more
@@ -308,7 +308,7 @@ def _keyframe(index, places) -> np.ndarray:
     return np.maximum(np.searchsorted(index.keys[:, 0], places, "right") - 1, 0)
 
 def _begin(container, stream, index, place, needed, attempt):
-    "Jump to where decoding towards `place` can begin, and decode. An attempt after the first trusts the file less."
+    "Jump to where decoding towards `place` can begin, and decode. Each further attempt begins earlier in the file."
     k = max(int(_keyframe(index, place)) - _EARLIER[attempt], 0)
     key = tuple(index.keys[k].tolist())
     to = key[0]
@@ -481,7 +481,7 @@ def _check_request(n, fps, start, end, backend):
         raise VideoError(f"read_frames cannot take {wrong}.")
 
 def _check_whole(call, name, number):
-    "Refuse a number of threads or of frames that is none."
+    "Refuse a number of threads or of frames that is not a whole number from 1."
     if not (is_whole(number) and number >= 1):
         raise VideoError(f"{call} cannot take {name}={number!r}: it must be a whole number from 1.")
 

@@ -60,14 +60,14 @@ def check_address(
     except OSError as error:
         if error.errno in (48, 98, 10048):  # in use, as macOS, Linux and Windows count
             sys.exit(f"Port {port} is in use: stop what runs there, or choose another with --port.")
-        sys.exit(f"There is no serving at {host}, port {port}: {error.strerror}.")
+        sys.exit(f"The server can't listen at {host}, port {port}: {error.strerror}.")
 
 # %% ../../nbs/760_web.serve.ipynb #89e4e61c
 # Pages that Gradio remembers. An open page sends something every few seconds; those silent for longest are forgotten.
 PAGES = 128
 
 def spare_memory(
-    seconds: float = 10,  # between two times
+    seconds: float = 10,  # from one release to the next
 ):
     """Give a server's freed memory back to the system now and then, from two heaps at most; only glibc can."""
     with suppress(OSError, AttributeError, TypeError):
@@ -172,7 +172,7 @@ def launch(
     shorten_refusals(gr, page)
     outlive_streams(page._queue)
     bound_fields(GradioMultiPartParser, MultiPartException)
-    # through the public address come names that this server can't know
+    # requests to the public address carry host names that this server can't know
     served = asked.host if not asked.share else "0.0.0.0"
     guard = Middleware(Guard, served=served, uploads=os.environ["GRADIO_TEMP_DIR"])
     address = dict(server_name=asked.host, server_port=asked.port, share=asked.share)
