@@ -134,8 +134,8 @@ BALLOON = "\nIn side of the ballon,  which colour?\n"
 @pytest.fixture
 def snapshot(tmp_path, monkeypatch):
     "write(rows) -> the folder that the hub would give."
-    parquet = pytest.importorskip("pyarrow.parquet")
-    hub = pytest.importorskip("huggingface_hub")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     import pyarrow
 
     asked = []

@@ -207,12 +207,20 @@ def show_rows(
     counted: str = "right",  # heading of the counts
 ):
     """Print the accuracy by length, with intervals, and the names of the files."""
+    from longva.needle.clusters import cluster_label, clustered_accuracy
     from longva.needle.statistics import mean_of_cells
     from longva.needle.trials import by_frames, cells
-    typer.echo(f"\n{unit:>6}  {counted:>9}  share  95% interval")
+    by = cluster_label(trials)
+    typer.echo(f"\n{unit:>6}  {counted:>9}  share  95% interval  {by}")
     for length, (right, of) in by_frames(trials).items():
-        share, low, high = mean_of_cells([t for t in trials if t.frames == length])
-        typer.echo(f"{length:>6}  {f'{right}/{of}':>9}  {share:>5.2f}  {low:.2f} to {high:.2f}")
+        asked = [t for t in trials if t.frames == length]
+        share, low, high = mean_of_cells(asked)
+        _, wide_low, wide_high = clustered_accuracy(asked)
+        typer.echo(
+            f"{length:>6}  {f'{right}/{of}':>9}  {share:>5.2f}  {low:.2f} to {high:.2f}  "
+            f"{wide_low:.2f} to {wide_high:.2f}"
+        )
+    typer.echo(f"95% interval: Wilson, trials as independent. {by.capitalize()}: trials of one {by[3:]} as alike.")
     if len({of for _, of in cells(trials).values()}) > 1:
         typer.echo("Cells have different numbers of trials; in each accuracy all cells weigh the same.")
     html = out / "heatmap.html"

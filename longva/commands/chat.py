@@ -127,7 +127,17 @@ class Session:
         if self.frames and 0 < turn.frames < self.frames * len(turn.videos):
             echo_error(f"There are fewer than the {self.frames} frames asked for: all {turn.frames} are taken.")
         show_estimate(self.chat, turn, self.name, self.settings["max_new_tokens"], self.speed)
-        return print_answer(answer)
+        whole = print_answer(answer)
+        if whole and is_miniature(self.chat.processor.tokenizer):
+            self.show_note()
+        return whole
+
+    def show_note(self):
+        """Say on stderr why the answer of a miniature may mean nothing."""
+        from longva.mini import note
+        sentence = note(self.chat)
+        if sentence:
+            echo_error(f"Note: {sentence}")
 
     def explain(self, error) -> str:
         """Write an error as a sentence, with what a miniature knows if a word is unknown."""

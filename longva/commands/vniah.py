@@ -93,8 +93,9 @@ def show_forecast(
     half_width=None,  # of an adaptive run
     **reading,  # fields of `needle.vniah.Reading`
 ):
-    """Print what the run, or the rest of it, will take; of an adaptive run, the least and the most."""
+    """Print what the run, or the rest of it, will take; of an adaptive run, the least and the most, and its bias."""
     from longva.needle.forecast import forecast
+    from longva.needle.statistics import adaptive_bias
     from longva.needle.trials import read_trials
     from longva.needle.vniah import Reading
     trials = read_trials(out / "trials.jsonl")
@@ -104,6 +105,13 @@ def show_forecast(
         prefixes = ["At least, if every answer is right: ", "At most, if every second answer is right: "]
     for prefix, expected in zip(prefixes, forecasts):
         typer.echo(f"{prefix}{expected}")
+    if half_width is not None:
+        needles = len({needle for needle, _, _ in asks})
+        bias = adaptive_bias(half_width, needles)
+        typer.echo(
+            f"A cell stops by what it saw, which moves its accuracy towards 0 or 1 by up to {bias:.3f} "
+            f"(half-width {half_width:g}, {needles} needles)."
+        )
 
 # %% ../../nbs/805_commands.vniah.ipynb #04e6ac4c
 def load_reader(
@@ -181,7 +189,8 @@ VariantName = Annotated[Variant, typer.Option(help="What is asked; vniah is the 
 Distractors = path_option("For vniah-d: a folder like that of the needles, with a distractor for each.")
 Distance = Annotated[int, typer.Option(min=1, help="For vniah-d: frames between a needle and its distractor.")]
 HalfWidth = Annotated[Optional[float], typer.Option(help=(
-    "Adaptive run: ask needles, five at a time, until the half-width of each cell's interval is at most this."
+    "Adaptive run: ask needles, five at a time, until the half-width of each cell's interval is at most this. "
+    "The accuracy of such cells is biased towards 0 or 1; by how much is printed before the run (at 0.2, up to 0.03)."
 ))]
 Features = path_option("Folder that keeps visual tokens, so that the next run on this video encodes nothing.")
 
