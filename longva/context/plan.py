@@ -487,8 +487,8 @@ def _limit(p) -> str:
     if p.over == "start":
         return (
             f"The start does not fit: the host has {_gb(p.host_gib * 2**30)} and would need {_gb(p.start)}, for "
-            f"{p.copies} ranks that each hold the whole model. With the engine deepspeed, a model that extend or align opens from "
-            "a folder is divided among the ranks at once.")
+            f"{p.copies} ranks that each hold the whole model. With the engine deepspeed, a model that extend or align "
+            "opens from a folder is divided among the ranks at once.")
     most = longest(p)
     if p.fits:
         over = "" if p.cpu else replace(p, length=most + 1).over + " "

@@ -141,7 +141,7 @@ def dpo(
     folder = Path(reference or out / "reference")
     ranks = find_ranks(preset.recipe)
     config = open_longva_config(preset.model)
-    if config:  # how long the pairs are is known later, and asked again
+    if config:  # the pairs' length is known later; then memory is asked again
         # each rank opens the whole model, for the reference
         check_memory(outline(config, preset.parts), 1, preset.recipe, ranks, whole=True)
     pairs, bad = ranks.run(lambda: read_pairs(data, media, preset.recipe.seed))
