@@ -2,13 +2,13 @@
 
     .venv/bin/python benchmarks/start.py --json start.json
 
-A Qwen2 with random weights is written to a folder and opened by several CPU ranks, once as transformers does alone and
-once inside `longva.train.engines.sharded`. What is measured is the growth of a rank's own memory (RssAnon, looked at
-every two milliseconds) from before the model is opened to the peak and to the end; pages of the file that the first
-rank reads are the system's, and not counted. Blocks of 64 KB and more are given back to the system at once. A small
-model is opened first, so that all libraries are loaded.
+A Qwen2 with random weights is written to a folder in bfloat16, as most models are, and opened in float32 by several CPU
+ranks, once as transformers does alone and once inside `longva.train.engines.sharded`. What is measured is the growth of
+a rank's own memory (RssAnon, looked at every two milliseconds) from before the model is opened to the peak and to the
+end; pages of the file that the first rank reads are the system's, and not counted. Blocks of 64 KB and more are given
+back to the system at once. A small model is opened first, so that all libraries are loaded.
 
-ratio   the peak of the rank that holds most, over the bytes of the model
+ratio   the peak of the rank that holds most, over the bytes of the model in float32
 """
 
 import argparse
@@ -107,8 +107,8 @@ def write_models(folder):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     for name, sizes in (("small", SMALL), ("large", LARGE)):
-        Qwen2ForCausalLM(Qwen2Config(**sizes, vocab_size=8000)).save_pretrained(Path(folder) / name)
-    return (Path(folder) / "large/model.safetensors").stat().st_size
+        Qwen2ForCausalLM(Qwen2Config(**sizes, vocab_size=8000)).bfloat16().save_pretrained(Path(folder) / name)
+    return 2 * (Path(folder) / "large/model.safetensors").stat().st_size
 
 
 def main():

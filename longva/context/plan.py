@@ -247,7 +247,7 @@ class Plan:
     trained: int | None = None  # parameters; None: all
     others: int = 0  # parameters beside the decoder
     cpu: bool = False  # the ranks are processes without a GPU
-    copies: int = 0  # of the whole model that ranks hold in host memory before the engine takes it over
+    copies: int = 0  # of the whole model in host memory before the engine takes it over
 
     @property
     def ranks(self) -> int:  # GPUs that share the sequence

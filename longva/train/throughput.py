@@ -52,12 +52,17 @@ def _parameters(model, config) -> dict:
     return dict(trained=sum(n for n, needed in every if needed), others=max(beside, 0))
 
 def _copies(model, recipe: Recipe, ranks: Ranks, whole: bool) -> int:
-    """Count the ranks that hold the whole model before the engine does, of one that is open or will be opened."""
-    if recipe.engine == "plain" or whole:
-        return ranks.world
-    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    here = any(p.device.type != "meta" and not hasattr(p, "ds_id") for p in weights)
-    return ranks.world if here else 0
+    """Count the ranks that will hold a whole model of their own before the engine does.
+
+    A file whose numbers need no conversion is not copied: the ranks of a machine share its pages.
+    """
+    live = isinstance(model, torch.nn.Module) and next(model.parameters()).device.type != "meta"
+    if live or not (whole or recipe.engine == "plain"):
+        return 0
+    half = recipe.engine == "deepspeed" and recipe.precision == "bf16"
+    opened = torch.bfloat16 if half else torch.float32
+    saved = getattr(getattr(model, "config", model), "dtype", None)
+    return 0 if saved == opened else ranks.world
 
 def plan_step(
     model,  # a model, which may be on the device meta, or its configuration
