@@ -7,6 +7,7 @@ __all__ = ['DEPTHS', 'caption_tokens', 'card_pictures', 'picture_tokens', 'card_
 
 # %% ../../nbs/626_mini.arm_tests.ipynb #38069a2f
 import time
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,12 +30,16 @@ def caption_tokens(
     """Write cards as the embeddings of their words."""
     return model.model.embed_tokens(torch.from_numpy(C.card_ids(cards)))
 
+@lru_cache(maxsize=1)
+def _bank():
+    return C.CardBank(5000, variants=64)
+
 def card_pictures(
     cards: np.ndarray,  # [N,4]
     seed: int,
 ) -> torch.Tensor:  # [N,28,28,3] uint8
     """Draw cards from a bank that no training has."""
-    return C.CardBank(5000 + seed, variants=64)(torch.from_numpy(cards), seed)
+    return _bank()(torch.from_numpy(cards), seed)
 
 @torch.no_grad()
 def picture_tokens(

@@ -194,12 +194,12 @@ def untrained_result(
     arm: Arm,
     seeds: tuple,
     seen: bool,
-    frames: tuple = FRAMES,
-) -> dict:  # {method: {"setting", "by_frames"}}
+    frames: tuple,  # the two longest decide which setting is best
+) -> dict:  # {method: {"setting", "by_frames", "intervals"}}
     """Choose the setting of each method, and ask what it reaches."""
     found = {}
     for method in METHODS:
-        setting = choose(study, arm, method, seen, frames[2:4], seeds[0])
+        setting = choose(study, arm, method, seen, frames[-2:], seeds[0])
         every = [ask(study, seed, arm, seen, n, VIDEOS, (method, setting)) for seed in seeds for n in frames]
         found[method] = {"setting": setting, **by_length(sum(every, []))}
     return found
@@ -256,9 +256,10 @@ def summarise(
     result["arms"] = {arm.name: arm_result(study, arm, seeds, seen, recipe, frames) for arm in arms}
     result["text_effect"] = effect_result(study, bases[0], seeds, seen, decides)
     result["untrained"] = {}
+    lengths = tuple(n for n in frames if TRAINED < 4 * n and n <= decides)  # a frame is four tokens
     for base in bases:
         short = Arm(base, False)
-        for method, found in untrained_result(study, short, seeds, seen, frames).items():
+        for method, found in untrained_result(study, short, seeds, seen, lengths).items():
             result["untrained"][f"{short.name} {method}"] = found
     result |= {"videos": list(VIDEOS), "calibration": CALIBRATION, "recipe": asdict(recipe), "versions": versions()}
     return json.loads(json.dumps(result))
