@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import train_toy as toy
+from original import PARITY
 from PIL import Image
 
 from longva.mini import folder, load
@@ -33,14 +34,9 @@ from longva.vision.video import read_frames, write_video
 ALL_PARTS = ("tower", "projector", "language")
 
 
-@pytest.fixture(scope="module")
-def parity(shared_data):
-    return shared_data / "parity"
-
-
-@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
-def test_losses_equal_the_originals(parity, loss):
-    known = json.loads((parity / "losses/dpo.json").read_text())
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "kto_pair"])
+def test_losses_equal_the_originals(loss):
+    known = json.loads((PARITY / "losses/dpo.json").read_text())
     names = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
     given = [torch.tensor(known[f"{name}_logps"]) for name in names]
     entries = [entry for entry in known["entries"] if entry["loss_type"] == loss]
@@ -49,6 +45,37 @@ def test_losses_equal_the_originals(parity, loss):
         reference = [torch.zeros(6)] * 2 if entry["reference_free"] else given[2:]
         ours = dpo_loss(*given[:2], *reference, loss, entry["beta"], entry["label_smoothing"])
         assert torch.allclose(ours, torch.tensor(entry["losses"]), rtol=1e-5, atol=1e-5), entry
+        assert float(ours.mean()) == pytest.approx(entry["mean_loss"], abs=1e-5)
+
+
+def test_the_means_of_kto_pair_are_those_of_each_pair():
+    """As in the original, with its one pair on a GPU; so the loss is the same however pairs are dealt."""
+    known = json.loads((PARITY / "losses/dpo.json").read_text())
+    policy = torch.tensor(known["policy_chosen_logps"] + known["policy_rejected_logps"])
+    reference = torch.tensor(known["reference_chosen_logps"] + known["reference_rejected_logps"])
+    loss = DPOLoss(toy.tiny(), "kto_pair", beta=0.1)
+    moved = (policy - reference).double().numpy()
+    chosen, rejected = moved[:6], moved[6:]
+    assert (chosen < 0).any() and (rejected > 0).any()
+    up = 1 / (1 + np.exp(0.1 * (chosen - np.maximum(rejected, 0))))
+    down = 1 / (1 + np.exp(0.1 * (np.maximum(chosen, 0) - rejected)))
+    assert np.allclose(loss._losses(policy, reference), (up + down) / 2, atol=1e-6)
+
+
+def test_rewards_are_the_originals():
+    known = json.loads((PARITY / "losses/dpo.json").read_text())
+    policy = torch.tensor(known["policy_chosen_logps"] + known["policy_rejected_logps"])
+    reference = torch.tensor(known["reference_chosen_logps"] + known["reference_rejected_logps"])
+    for entry in known["entries"]:
+        if entry["reference_free"]:
+            continue
+        loss = DPOLoss(toy.tiny(), entry["loss_type"], entry["beta"], entry["label_smoothing"])
+        loss._add_figures(policy - reference, torch.zeros(6), normalizer=6)
+        figures = loss.figures()
+        assert figures["reward_accuracy"] == pytest.approx(entry["reward_accuracy"])
+        assert figures["reward_margin"] == pytest.approx(entry["reward_margin"], abs=1e-5)
+        for side in ("chosen", "rejected"):
+            assert figures[f"reward_{side}"] == pytest.approx(np.mean(entry[f"{side}_rewards"]), abs=1e-5)
 
 
 def test_losses_by_their_formulas():
@@ -61,6 +88,11 @@ def test_losses_by_their_formulas():
     assert np.allclose(dpo_loss(*points, beta=0.3, label_smoothing=0.2), smoothed, atol=1e-12)
     assert np.allclose(dpo_loss(*points, "hinge", 0.3), np.clip(1 - 0.3 * h, 0, None), atol=1e-12)
     assert np.allclose(dpo_loss(*points, "ipo", 0.3), (h - 1 / 0.6) ** 2, atol=1e-12)
+    up = (chosen - reference_chosen).numpy()
+    down = (rejected - reference_rejected).numpy()
+    won = 1 / (1 + np.exp(-0.3 * (up - max(down.mean(), 0))))
+    avoided = 1 / (1 + np.exp(-0.3 * (max(up.mean(), 0) - down)))
+    assert np.allclose(dpo_loss(*points, "kto_pair", 0.3), 1 - np.concatenate([won, avoided]), atol=1e-12)
 
 
 @pytest.mark.parametrize("loss, slope", [("sigmoid", -0.05), ("hinge", -0.1), ("ipo", -10.0)])
@@ -117,15 +149,15 @@ def test_logits_of_the_whole_row_never_exist():
 
 
 @pytest.fixture(scope="module")
-def two_pairs(parity):
+def two_pairs():
     """A checkpoint in the original's format, two pairs about an image, and what the original computes of them."""
     from longva.model.processing import LongVAImageProcessor
 
-    known = json.loads((parity / "losses/dpo.json").read_text())["from_checkpoint"]
-    model = LongVA.from_pretrained(parity / known["checkpoint"], dtype=torch.float32).eval()
+    known = json.loads((PARITY / "losses/dpo.json").read_text())["from_checkpoint"]
+    model = LongVA.from_pretrained(PARITY / known["checkpoint"], dtype=torch.float32).eval()
     vision = model.config.vision_config
     preprocess = LongVAImageProcessor(vision.image_size, vision.patch_size, model.config.pool_stride)
-    images = preprocess(Image.open(parity / known["image"]))
+    images = preprocess(Image.open(PARITY / known["image"]))
     ((columns, rows),) = images["image_layouts"].tolist()
     visual = [model.config.image_token_id] * (columns * rows * model.config.tokens_per_grid)
     shown = dict(image_pixels=images["pixel_values"], image_layouts=images["image_layouts"])
@@ -551,7 +583,6 @@ def test_start_or_data_that_is_not_there(data, tmp_path):
         (dict(chosen="plain"), "the same"),
         (dict(rejected=None), "no rejected"),
         (dict(rejected=[dict(role="user", content="x")]), "rejected must be"),
-        (dict(chosen="<video>"), "stands for a picture"),
         (dict(video=["0.mp4", "1.mp4"]), "files that the row names: 2"),
         (dict(video="9.mp4"), "there is no video"),
         (dict(video=5), "video must be a name"),

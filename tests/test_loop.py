@@ -1,5 +1,6 @@
 """The training loop with several processes: exact resume, other numbers of ranks, lost ranks, signals."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_toy as toy
+from safetensors.torch import load_file, save_file
 
 from longva.train.batch import TokenLoss, collate
 from longva.train.engines import Plain, one_compiler
@@ -158,6 +160,91 @@ def test_killed_zero3_resumes(zero3, tmp_path, world, engine):
         assert losses == expected
         for step in ("step-000004", "step-000006"):
             assert equal(toy.weights(out / step), toy.weights(folder / "whole" / step))
+
+
+def test_all_ranks_write_a_zero3_checkpoint(zero3):
+    """Each about as much; every tensor whole and in one file, with the checksum of what is there."""
+    folder = zero3[0] / "whole/step-000002"
+    files = sorted(folder.glob("part-*.safetensors"))
+    assert [file.name for file in files] == ["part-00000.safetensors", "part-00001.safetensors"]
+    sizes = [file.stat().st_size for file in files]
+    assert max(sizes) < 1.5 * min(sizes)
+    names = [set(load_file(file)) for file in files]
+    shapes = {name: p.shape for name, p in toy.tiny().named_parameters()}
+    assert not names[0] & names[1]
+    assert names[0] | names[1] == {f"{key}.{name}" for name in shapes for key in ("weight", "first", "second")}
+    assert all(tensor.shape == shapes[name.partition(".")[2]] for name, tensor in toy.weights(folder).items())
+    sums = json.loads((folder / "state.json").read_text())["sums"]
+    assert sums == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def resumed(whole, out, world, settings):
+    """Resume a copy of a run from its second step; give the losses."""
+    shutil.copytree(whole / "step-000002", out / "step-000002", dirs_exist_ok=True)
+    shutil.copy(whole / "metrics.jsonl", out)
+    return toy.run(out, world, **settings)
+
+
+def test_zero3_on_ranks_that_divide_no_weight(tmp_path):
+    """Three ranks, and weights of 32 and 2048 numbers: bit for bit on three, to rounding on two and on one."""
+    pytest.importorskip("deepspeed")
+    settings = {"steps": 4, "save_every": 2, "keep": 3, "rows": 6, "engine": "deepspeed"}
+    whole = tmp_path / "whole"
+    losses = toy.run(whole, 3, **settings)
+    assert len(list((whole / "step-000002").glob("part-*"))) == 3
+    assert resumed(whole, tmp_path / "three", 3, settings) == losses
+    assert equal(toy.weights(tmp_path / "three/step-000004"), toy.weights(whole / "step-000004"))
+    assert apart(resumed(whole, tmp_path / "two", 2, settings), losses) < 1e-4
+    assert apart(resumed(whole, tmp_path / "one", 1, settings | {"engine": "plain"}), losses) < 1e-4
+
+
+def test_zero3_reads_a_checkpoint_that_one_rank_wrote(zero3, tmp_path):
+    """As all were written before every rank wrote its own files."""
+    one = tmp_path / "one/step-000002"
+    shutil.copytree(zero3[0] / "whole/step-000002", one)
+    tensors = toy.weights(one)
+    for file in one.glob("part-*"):
+        file.unlink()
+    save_file(tensors, one / "part-00000.safetensors")
+    state = json.loads((one / "state.json").read_text())
+    sums = {"part-00000.safetensors": hashlib.sha256((one / "part-00000.safetensors").read_bytes()).hexdigest()}
+    (one / "state.json").write_text(json.dumps(state | {"files": 1, "sums": sums}))
+    shutil.copy(zero3[0] / "whole/metrics.jsonl", one.parent)
+    assert toy.run(one.parent, 2, **SIX) == zero3[1]
+    assert equal(toy.weights(one.parent / "step-000006"), toy.weights(zero3[0] / "whole/step-000006"))
+
+
+def test_a_flipped_bit_in_the_file_of_another_rank(zero3, tmp_path):
+    """All ranks refuse, and name the checkpoint before."""
+    out = Path(shutil.copytree(zero3[0] / "whole", tmp_path / "run"))
+    flipped_bit(out / "step-000006", "part-00001.safetensors")
+    for code, error in toy.wait(toy.start(out, 2, **SIX | {"steps": 8})):
+        assert code == 1 and "Traceback" not in error
+        assert "part-00001.safetensors has other bytes than were written" in last_line(error)
+        assert "remove it, and the run resumes from step-000004" in last_line(error)
+
+
+def test_a_rank_killed_while_it_writes(zero3, tmp_path):
+    """What it leaves doesn't count, and the run resumes bit for bit from the checkpoint before."""
+    out = tmp_path / "run"
+    processes = toy.start(out, 2, body=toy.count_until_killed, half="step-000004", **SIX, timeout=20)
+    (code, error), (killed, _) = toy.wait(processes)
+    assert (code, killed) == (1, -signal.SIGKILL)
+    assert "step-000002: start all ranks again" in last_line(error)
+    assert (out / "step-000004.part").exists() and checkpoints(out) == [out / "step-000002"]
+    assert toy.run(out, 2, **SIX) == zero3[1]
+    assert equal(toy.weights(out / "step-000006"), toy.weights(zero3[0] / "whole/step-000006"))
+    assert not list(out.glob("*.part"))
+
+
+def test_a_full_disk_of_another_rank(zero3, tmp_path):
+    """The files of the second rank don't fit: the same sentence on both, and no half of a checkpoint is left."""
+    out = tmp_path / "run"
+    for code, error in toy.wait(toy.start(out, 2, **SIX, largest=20_000, full=1)):
+        assert code == 1 and "Traceback" not in error
+        assert "The checkpoint of step 2 cannot be saved in" in last_line(error)
+        assert "File too large" in last_line(error)
+    assert not list(out.glob("step-*"))
 
 
 def test_zero3_in_bfloat16_resumes_bit_for_bit(zero3, tmp_path):
@@ -399,8 +486,8 @@ def torn_tensors(folder):
     file.write_bytes(file.read_bytes()[:-9])
 
 
-def flipped_bit(folder):
-    file = folder / "part-00000.safetensors"
+def flipped_bit(folder, name="part-00000.safetensors"):
+    file = folder / name
     written = bytearray(file.read_bytes())
     written[-5] ^= 1  # the last bit of a number
     file.write_bytes(written)

@@ -1,5 +1,6 @@
 """The chunked loss between real processes, on odd shapes, and the choice of who computes it."""
 
+import json
 import sys
 import time
 import types
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from original import PARITY
+from safetensors.torch import load_file
 
 import longva.context.loss as loss_module
 from longva.context.loss import linear_cross_entropy, loss_kernel
@@ -42,6 +45,37 @@ def case(L=57, D=12, V=37, ignored=0.3, seed=0):
     labels = torch.randint(V, (L,))
     labels[torch.rand(L) < ignored] = -100
     return torch.randn(L, D), torch.randn(V, D), labels, torch.rand(L)
+
+
+def mean_of_chunk_means(hidden, weight, labels, chunks, **options):
+    """The original's loss: the mean over equal slices of the sequence of each slice's mean."""
+    length = labels.shape[1] // chunks * chunks  # the original leaves out the rest
+    parts = zip(hidden[:, :length].chunk(chunks, 1), labels[:, :length].chunk(chunks, 1))
+    return torch.stack([linear_cross_entropy(h, weight, y, **options) for h, y in parts]).mean()
+
+
+@pytest.mark.parametrize("kernel", ["auto", "chunks", "torch"])
+def test_the_originals_chunked_loss(kernel):
+    """Without ignored labels it is the mean over tokens. With them it isn't, and only that mean is right."""
+    known = json.loads((PARITY / "losses" / "chunked_ce.json").read_text())
+    tensors = load_file(PARITY / "losses" / "chunked_ce.safetensors")
+    for entry in known["cases"]:
+        hidden, weight, labels = (tensors[f"ce{entry['id']}.{name}"] for name in ("x", "weight", "labels"))
+        labels = labels.long()
+        used = entry.get("positions_used", entry["length"])
+        value, grad_h, grad_w = ours(
+            hidden[:, :used], weight, labels[:, :used], chunk=entry["length"] // entry["chunks"], kernel=kernel)
+        assert float(value) == pytest.approx(entry["loss"], rel=1e-6)
+        whole = ours(hidden, weight, labels, chunk=7, kernel=kernel)[0]
+        assert float(whole) == pytest.approx(entry["loss_unchunked"], rel=1e-6)
+        if "gradients" in entry:
+            assert (grad_h - tensors[entry["gradients"][0]]).abs().max() <= 1e-6
+            assert (grad_w - tensors[entry["gradients"][1]]).abs().max() <= 1e-6
+    for entry in known["ignored_labels"]:
+        given = (tensors["ce0.x"], tensors["ce0.weight"], tensors[entry["labels"]].long())
+        assert float(ours(*given, chunk=4, kernel=kernel)[0]) == pytest.approx(entry["loss_token_mean"], rel=1e-6)
+        theirs = mean_of_chunk_means(*given, entry["chunks"], kernel=kernel)
+        assert float(theirs) == pytest.approx(entry["loss_as_mean_of_chunk_means"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "chunks", "torch"])

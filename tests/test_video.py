@@ -17,6 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from original import PARITY
 
 from longva.vision import image, video
 from longva.vision import index as video_index
@@ -323,10 +324,7 @@ def test_rates_and_parts_meet_without_gap(films):
 
 
 def test_count_rule_equals_the_original():
-    stored = SHARED / "parity" / "video_cases.json"
-    if not stored.exists():
-        pytest.skip("the recorded values of the original are not beside this repository (../shared/parity)")
-    cases = json.loads(stored.read_text())["uniform_sampling"]
+    cases = json.loads((PARITY / "video_cases.json").read_text())["uniform_sampling"]
     assert len(cases) >= 5
     for case in cases:
         assert pick_frames(np.arange(case["total_frames"]) / 25, n=case["n"]).tolist() == case["indices"]

@@ -24,7 +24,8 @@ def start(out, world=1, **settings):
     """Start all ranks.
 
     `settings` are those of a Recipe and, for mischief, `die`, `nan` and `broken` (a step), `slow` (seconds a row),
-    `largest` (bytes of a file that the first rank may write); or what `body(out, settings)` takes, another training.
+    `largest` (bytes of a file that the rank `full`, by default the first, may write); or what `body(out, settings)`
+    takes, another training.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -100,7 +101,7 @@ def rank(out, settings, env, stderr):
     os.environ.update(env)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     torch.set_num_threads(1)
-    limit(settings.pop("largest", None))
+    limit(settings.pop("largest", None), settings.pop("full", 0))
     try:
         settings.pop("body", count)(out, settings)
     except (TrainError, OSError) as e:
@@ -108,9 +109,9 @@ def rank(out, settings, env, stderr):
         sys.exit(1)
 
 
-def limit(largest):
-    """Imitate a full disk: the first rank can write so many bytes into a file, and no more."""
-    if largest and os.environ["RANK"] == "0":
+def limit(largest, full):
+    """Imitate a full disk: one rank can write so many bytes into a file, and no more."""
+    if largest and os.environ["RANK"] == str(full):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 
@@ -145,6 +146,23 @@ def count(out, settings):
     """Train a small Qwen2 to count upwards."""
     batches = Mischief(settings)
     train(tiny(), batches, Path(out), **{"precision": "fp32", "lr": 1e-2, **settings})
+
+
+def count_until_killed(out, settings):
+    """Count upwards; the last rank is killed when it has written half a file of the checkpoint `half`."""
+    from longva.train import run as room
+
+    half = settings.pop("half")
+    save = room.save_file
+
+    def write(tensors, file):
+        save(tensors, file)
+        if half in str(file) and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            file.write_bytes(file.read_bytes()[:-99])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    room.save_file = write
+    count(out, settings)
 
 
 def train_and_save(out, settings):

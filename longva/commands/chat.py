@@ -123,7 +123,8 @@ def ask_once(session, question, images, videos) -> bool:
     try:
         return session.ask(question, images, videos)
     except ChatError as error:
-        if error.__cause__: raise  # a broken video or image, which is no mistake on the command line
+        if error.__cause__:
+            raise  # a broken video or image, which is no mistake on the command line
         raise Usage(session.explain(error)) from None
 
 def ask_many(session, images, videos):
@@ -171,7 +172,7 @@ def chat_command(
     stop: StopText = None,
     device_map: DeviceMap = None,
 ):
-    """Ask about videos and images; first, memory and time are estimated, here and for LongVA-7B."""
+    """Ask about videos and images. Memory and time, here and for LongVA-7B, are estimated first."""
     videos = video or []
     images = image or []
     sampling = dict(temperature=temperature, top_p=top_p, seed=seed)

@@ -21,7 +21,8 @@ def read_run(
     """Read what a finished or stopped run left; raise NeedleError."""
     from longva.needle.trials import NeedleError, read_trials
     file = folder / "trials.jsonl"
-    if not file.is_file(): raise NeedleError(f"{folder} holds no trials.jsonl: name the results folder of a run.")
+    if not file.is_file():
+        raise NeedleError(f"{folder} holds no trials.jsonl: name the results folder of a run.")
     try:
         settings = dict(json.loads((folder / "settings.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError):

@@ -58,7 +58,8 @@ def model_folder(
         f"choose one of {', '.join(NAMES)}, or name a folder with a model, "
         "or one on the Hugging Face hub as OWNER/NAME."
     )
-    if not name.strip(): raise UnknownModel(f"--model is empty: {choose}")
+    if not name.strip():
+        raise UnknownModel(f"--model is empty: {choose}")
     if name in NAMES:
         return folder(name)
     if not Path(name).is_dir():

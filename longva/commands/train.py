@@ -50,7 +50,7 @@ def plan_command(
     tflops: Annotated[float, typer.Option(help="Peak of one GPU: 989 for H100 and H200, 312 for A100.")] = 989,
     efficiency: Annotated[float, typer.Option(help="Share of the peak that is reached (MFU).")] = 0.4,
 ):
-    """Estimate memory, operations and seconds of a training step; say what limits and which switch helps next."""
+    """Estimate memory, operations and seconds of a training step; say what the limit is and which option helps next."""
     settings = dict(locals())
     with one_sentence("."):
         from longva.context.plan import PlanError, plan
@@ -91,6 +91,9 @@ def extend_command(
         "--replace-rope", help="Let the new base replace RoPE settings such as llama3 or longrope.")] = False,
     keep_window: Annotated[bool, typer.Option(
         "--keep-window", help="Extend a model whose layers keep a window shorter than the length.")] = False,
+    skip_positions: Annotated[Optional[int], typer.Option(
+        min=0, help="Train on sequences whose positions have a random gap of up to so many, so that a short sequence "
+        "teaches distances of a long one (the original's use_pos_skipping); only with --cp 1.")] = None,
     steps: Steps = None,
     rows: Rows = None,
     cp: ContextParallel = None,
@@ -100,7 +103,8 @@ def extend_command(
 ):
     """Raise the RoPE base and train on long text (the paper's first step), or resume it."""
     out = out or Path("runs") / "extend" / preset
-    changes = given(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
+    recipe = given(steps=steps, rows=rows, cp=cp, engine=engine, seed=seed)
+    changes = recipe | given(skip_positions=skip_positions)
     with one_sentence(out):
         from longva.train.extend import PRESETS, describe_extension, extend
         from longva.train.presets import find_preset
@@ -127,7 +131,7 @@ def align_command(
     preset: Annotated[str, typer.Option(
         help="paper-1 or paper-2: the paper's stages; mini-1 or mini-2: the same for a laptop.")],
     data: Annotated[str, typer.Option(
-        help="LLaVA's rows: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
+        help="Rows in LLaVA's format: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
     media: Media = None,
     out: path_option("Folder of the run; by default runs/align/PRESET.") = None,
     model: Annotated[Optional[str], typer.Option(
@@ -178,7 +182,7 @@ def dpo_command(
         "Folder for the reference model's log-probabilities, shared by several runs; by default in --out.") = None,
     model: Annotated[Optional[str], typer.Option(
         help="Folder or hub name of the model to start from; by default the preset's, mini-longva for mini.")] = None,
-    loss: Annotated[Optional[str], typer.Option(help="sigmoid, hinge or ipo.")] = None,
+    loss: Annotated[Optional[str], typer.Option(help="sigmoid, hinge, ipo or kto_pair.")] = None,
     beta: Annotated[Optional[float], typer.Option(help="KL penalty (beta).")] = None,
     label_smoothing: Annotated[Optional[float], typer.Option(
         help="Share of pairs whose label may be wrong.")] = None,

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .parallel import alone
-from .support import off, probe_ids, probing, tolerance
+from .parallel import single_rank
+from .support import probe_ids, probing, relative_distance, tolerance
 
 # %% ../../nbs/220_context.loss.ipynb #1fc77313
 HALF = (torch.bfloat16, torch.float16)
@@ -191,7 +191,8 @@ def _check_tensors(hidden, weight, labels, weights):
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"There are labels of shape {tuple(labels.shape)} for hidden states of shape "
                          f"{tuple(hidden.shape)}: give one label for each position.")
-    if labels.dtype != torch.int64: raise ValueError(f"The labels are {labels.dtype}: give int64.")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"The labels are {labels.dtype}: give int64.")
     if weights is None:
         return
     if weights.shape != labels.shape:
@@ -213,7 +214,8 @@ def _check_settings(chunk, kernel, normalizer, weights, head):
         wrong = f"Kernel {kernel!r} knows no weights of single tokens: take 'auto' or 'chunks'."
     elif kernel in ("torch", "liger") and not head.is_plain:
         wrong = f"Kernel {kernel!r} knows no bias, scale or cap of the output layer: take 'auto' or 'chunks'."
-    if wrong: raise ValueError(wrong)
+    if wrong:
+        raise ValueError(wrong)
 
 def _counting(labels, weights, ignore_index, vocabulary) -> torch.Tensor:
     "The numbers of the tokens that count; a ValueError if one of their labels isn't in the vocabulary."
@@ -384,16 +386,16 @@ def check_head(
     """Raise ValueError unless `output_head` makes the model's own logits from its hidden states, on a few tokens."""
     ids = probe_ids(model.config, 12).to(model.get_input_embeddings().weight.device)
     positions = torch.arange(12, device=ids.device)[None]
-    with probing(model), alone():
+    with probing(model), single_rank():
         hidden = last_hidden(model, input_ids=ids, position_ids=positions)
         own = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         head = output_head(model).prepared(hidden)
         logits = torch.empty(len(own), len(head.weight), dtype=working_dtype(hidden), device=hidden.device)
         head.fill(hidden[0].to(head.weight.dtype), logits)
     if not own.isfinite().all():
-        return  # weights that are broken are found by whoever reads the loss
+        return  # broken weights show in the loss itself
     same = own.shape == logits.shape
-    far = off(logits[None], own[None]) if same else float("inf")
+    far = relative_distance(logits[None], own[None]) if same else float("inf")
     if far > tolerance(own):
         raise ValueError(
             f"The logits of this {model.config.model_type} are no known formula of its hidden states and output layer "
@@ -407,13 +409,13 @@ def check_documents(
     """Raise ValueError unless a model reads two documents in a row as it reads each alone, on a few tokens."""
     ids = probe_ids(model.config, 20).to(model.get_input_embeddings().weight.device)
     positions = torch.cat([torch.arange(11), torch.arange(9)]).to(ids.device)[None]
-    with probing(model), alone():
+    with probing(model), single_rank():
         together = last_hidden(model, input_ids=ids, position_ids=positions)
         each = []
         for part in (slice(0, 11), slice(11, 20)):
             each.append(last_hidden(model, input_ids=ids[:, part], position_ids=positions[:, part]))
     apart = torch.cat(each, 1)
-    if apart.isfinite().all() and off(together, apart) > tolerance(apart):
+    if apart.isfinite().all() and relative_distance(together, apart) > tolerance(apart):
         raise ValueError(
             f"This {model.config.model_type} doesn't keep several documents of a row apart (off by "
-            f"{off(together, apart):.1e} on a few tokens): give one document a row.")
+            f"{relative_distance(together, apart):.1e} on a few tokens): give one document a row.")

@@ -89,7 +89,8 @@ def _check_sizes(found):
     shared = ("num_key_value_heads", "head_dim")  # they have defaults
     wrong = [name for name, n in found.items() if not (isinstance(n, int) and n > 0)]
     missing = [name for name in wrong if name not in shared]
-    if missing: raise PlanError(f"The configuration has no usable {', '.join(missing)}.")
+    if missing:
+        raise PlanError(f"The configuration has no usable {', '.join(missing)}.")
     if wrong:
         raise PlanError(f"The configuration's {wrong[0]} comes to {found[wrong[0]]!r}: it must be a whole number, at "
                         "least "
@@ -562,7 +563,8 @@ def _check_settings(p):
         wrong = f"A number of {p.b} bytes is not foreseen: take 2 (bfloat16) or 4 (float32)."
     elif p.mixed and p.b != 2:
         wrong = "Mixed precision computes in bfloat16: b must be 2."
-    if wrong: raise PlanError(wrong)
+    if wrong:
+        raise PlanError(wrong)
 
 def plan(
     config,  # a name of MODELS, a folder with config.json, a dict, or a transformers configuration
@@ -578,5 +580,6 @@ def check(
     plan: Plan,
 ) -> Plan:  # the same
     """Raise PlanError with the limiting sentence if the plan doesn't fit."""
-    if not plan.fits: raise PlanError(plan.limit)
+    if not plan.fits:
+        raise PlanError(plan.limit)
     return plan

@@ -256,7 +256,7 @@ class ExactRotary(torch.nn.Module):
                 )
         # another type would change the frequencies that it is given
         table.rope_type = "default" if list(kinds) == [None] else dict.fromkeys(kinds, "default")
-        self._table = [table]  # in a list, to be no part of the model
+        self._table = [table]  # in a list, so that torch doesn't make it a part of the model
 
     def forward(self, x, position_ids, layer_type=None):
         """Compute (cos, sin) as the wrapped module does.
@@ -496,7 +496,8 @@ def last_likelihood(
     device = next(model.parameters()).device
     for text in texts:
         ids = torch.as_tensor(text, device=device)[None]
-        if ids.shape[1] < 2: raise ValueError("A text to score needs at least two tokens.")
+        if ids.shape[1] < 2:
+            raise ValueError("A text to score needs at least two tokens.")
         n = min(last, ids.shape[1] - 1)
         with torch.no_grad():
             logits = model(input_ids=ids, logits_to_keep=n + 1, use_cache=False).logits[:, -n - 1:-1].float()

@@ -15,6 +15,8 @@ from pathlib import Path
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from ..files import write_whole
+
 # %% ../../nbs/202_context.rope_files.ipynb #cb0c3dfc
 ROPE_KEYS = {  # type -> (keys that it needs, further keys that it reads)
     "default": ((), ()),
@@ -173,12 +175,12 @@ def write_both_spellings(
 ):
     """Add transformers 4's spelling to a config.json, unless transformers 5 would then read it otherwise."""
     file = Path(folder) / "config.json"
-    before = file.read_text(encoding="utf-8")
-    raw = json.loads(before)
-    old = old_spelling(raw.get("rope_parameters") or {})
-    if not old:
-        return
-    wanted = AutoConfig.from_pretrained(folder).rope_parameters
-    file.write_text(json.dumps(raw | old, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if AutoConfig.from_pretrained(folder).rope_parameters != wanted:
-        file.write_text(before, encoding="utf-8")
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    both = raw | old_spelling(raw.get("rope_parameters") or {})
+    if both != raw and _read_by_version_5(both) == _read_by_version_5(raw):
+        write_whole(file, json.dumps(both, indent=2, sort_keys=True) + "\n")
+
+def _read_by_version_5(raw: dict) -> dict:  # rope_parameters
+    """Read a config.json as transformers 5 does."""
+    fields = {name: value for name, value in raw.items() if name != "model_type"}
+    return AutoConfig.for_model(raw["model_type"], **fields).rope_parameters

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'STATEFUL', 'Window', 'layer_window', 'stateful_layers', 'length_dependent_rope', 'check_shareable',
-           'probe_ids', 'probing', 'off', 'tolerance']
+           'probe_ids', 'probing', 'relative_distance', 'tolerance']
 
 # %% ../../nbs/212_context.support.ipynb #f3d7f06f
 from contextlib import contextmanager
@@ -128,13 +128,13 @@ def probing(
         for module, training in modes:
             module.training = training
 
-def off(
+def relative_distance(
     found: torch.Tensor,  # [1,L,...], what was computed in another way
     right: torch.Tensor,  # [1,L,...]
 ) -> float:
     """Measure how far answers are apart, token by token, relative to the answers: the worst token's distance.
 
-    In half precision it is the median's: a rounding can send a token to another expert.
+    In half precision it is the median token's, because rounding can send single tokens to another expert.
     """
     distance = (found.double() - right.double()).flatten(2).norm(dim=2)
     each = distance / right.double().flatten(2).norm(dim=2).clamp_min(1e-30)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .visuals import read_video, user_turn
 from ..model.open import open_both
 from ..model.prefill import prefill
+from ..model.processing import words_only
 
 # %% ../../nbs/782_lmms.model.ipynb #2b5fee64
 class LmmsError(ValueError):
@@ -180,10 +181,11 @@ def prepare(
         images += new_images
         videos += new_videos
         conversation.append({"role": message["role"], "content": parts})
-    text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    text = self.processor.apply_chat_template(words_only(conversation), tokenize=False, add_generation_prompt=True)
     visuals = dict(images=images or None, videos=videos or None)
     inputs = self.processor(text=text, **visuals, frames_fit=self.frames_fit)
-    if not inputs["input_ids"].numel(): raise ValueError("the question is empty.")
+    if not inputs["input_ids"].numel():
+        raise ValueError("the question is empty.")
     for name in ("input_ids", "attention_mask"):
         inputs[name] = inputs[name].to(self.device)
     return inputs  # pixels go to the GPU a few frames at a time, in the tower
@@ -224,7 +226,8 @@ def _inputs(
     except Exception as error:
         reason = str(error) or type(error).__name__
         sentence = f"{where} can't be shown to the model, so it isn't answered: {reason}"
-        if self._world_size > 1: raise SystemExit(sentence) from error
+        if self._world_size > 1:
+            raise SystemExit(sentence) from error
         raise LmmsError(sentence) from error
 
 @patch

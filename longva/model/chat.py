@@ -25,7 +25,7 @@ from .modeling import LongVA, join_pieces
 from .prefill import CHUNK, ChatError, Estimate, cut_to, kv_cache, prefill, reserve, say_bytes, walk
 from .prefill import estimate as estimate_of
 from .processing import LongVAProcessor
-from .prompt import expand_placeholders, frames_text
+from .prompt import as_words, expand_placeholders, frames_text
 from ..vision.image import open_image
 from ..vision.unires import choose_grid
 from ..vision.video import FrameRequest, Frames, iter_frames, video_info
@@ -51,8 +51,8 @@ def next_token(
     return int(order[torch.multinomial(chances, 1, generator=generator)])
 
 # %% ../../nbs/360_model.chat.ipynb #1344273d
-FRAMES = 64  # at a time, in the tower,
-PART = 1 << 29  # if they are not more bytes than this
+FRAMES = 64  # that the tower reads at a time
+PART = 1 << 29  # bytes of frames at a time: of very large frames, fewer are read
 
 @dataclass
 class VideoParts:
@@ -83,7 +83,7 @@ def open_parts(
     fps: float | None = None,  # from a file: so many a second, instead
     most: int | None = None,  # from a file, with a rate: at most so many, and then equally spaced
 ) -> VideoParts:
-    """Count a video's frames and get ready to read them; a file that is none is a `VideoError`."""
+    """Count a video's frames and get ready to read them; raise VideoError for a file that is no video."""
     if not isinstance(video, (str, Path)):
         return _array_parts(video, fps)
     request = FrameRequest(most=n) if fps is None else FrameRequest(fps=fps, most=most)
@@ -96,7 +96,7 @@ def open_parts(
     def seconds():
         return np.concatenate([part.seconds for part in read()])
 
-    read()  # what can't be had is refused now
+    read()  # what can't be read is refused now
     return VideoParts(request.count(info), lambda: (part.array for part in read()), seconds)
 
 # %% ../../nbs/360_model.chat.ipynb #7c889f6e
@@ -120,7 +120,7 @@ class Turn:
     def with_other(
         self,
         config: LongVAConfig,  # of another model, such as LongVA-7B
-    ) -> tuple:  # (tokens, grids); words are taken to be as many tokens
+    ) -> tuple:  # (tokens, grids); its text is assumed to have as many tokens there
         """Tell how long this turn would be with another model."""
         images = LongVAImageProcessor.from_config(config)
         side = config.vision_config.image_size
@@ -161,7 +161,7 @@ class Chat:
 
     def reset(self):
         """Forget the conversation and give its memory back; an answer in progress, in another thread too, ends."""
-        self.cache = kv_cache(self.model)  # an answer in progress knows by it whether the conversation is still its own
+        self.cache = kv_cache(self.model)  # an answer in progress sees by it that a new conversation has begun
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.turns = []
         self.prompt = ""  # the conversation as the template writes it
@@ -202,21 +202,15 @@ def check_words(
     processor,
     text: str,
 ):
-    """Refuse a text with placeholders, without a word, or with words that the tokenizer can't write."""
+    """Refuse a text without a word, or with words that the tokenizer can't write; <image> is a word, too."""
     tokenizer = processor.tokenizer
     unknown = tokenizer.unk_token_id
 
     def is_unknown(text):
-        return unknown in tokenizer(text, add_special_tokens=False)["input_ids"]
+        return unknown in processor.text_ids(as_words(text), add_special_tokens=False)
 
     if not isinstance(text, str) or not text.strip():
         raise ChatError("The question is empty: say something.")
-    for token in (processor.image_token, processor.video_token):
-        if token in text:
-            raise ChatError(
-                f"The text contains {token}, which stands for pixels: leave it out, "
-                "and give images and videos beside the text."
-            )
     if unknown is None or not is_unknown(text):
         return
     words = [repr(word) for word in dict.fromkeys(text.split()) if is_unknown(word)] or [repr(text)]
@@ -245,6 +239,14 @@ def _cut_images(processor, images) -> tuple:  # ((pixels, (columns, rows)) of ea
         sizes.append(opened.size)
     return pictures, sizes
 
+def _with_words(message) -> dict:
+    """Mark the tags in what is said as words: images and videos come beside the text."""
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": as_words(content)}
+    parts = [{**part, "text": as_words(part["text"])} if part["type"] == "text" else part for part in content]
+    return {**message, "content": parts}
+
 def _turn_ids(processor, text, layouts, videos) -> torch.Tensor:  # [L]
     """Write one placeholder per visual token, as the processor does."""
     tokens = processor.image_processor.tokens_per_grid
@@ -257,7 +259,7 @@ def _turn_ids(processor, text, layouts, videos) -> torch.Tensor:  # [L]
         texts.append(frames_text(processor.video_token, tokens, video.count, seconds, processor.frame_delimiters))
     (text,) = expand_placeholders([text], processor.image_token, counts)
     (text,) = expand_placeholders([text], processor.video_token, texts)
-    return torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return torch.tensor(processor.text_ids(text, add_special_tokens=False))
 
 # %% ../../nbs/360_model.chat.ipynb #7abf8b25
 @patch
@@ -277,7 +279,7 @@ def prepare(
     content += [{"type": "video", "video": video} for video in videos]
     content += [{"type": "text", "text": text}]
     message = {"role": "user", "content": content if images or videos else text}
-    talk = [*self.messages, message]
+    talk = [_with_words(each) for each in (*self.messages, message)]
     prompt = self.processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     if not prompt.startswith(self.prompt):
         raise ChatError(
@@ -395,14 +397,14 @@ def _remember(self: Chat, turn, start, reply):
         self.pending = reply.ids[kept:]
     else:  # a stop text cut it in the middle of a token
         kept = 0
-        self.pending = self.processor.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
+        self.pending = self.processor.text_ids(as_words(reply.text), add_special_tokens=False)
     cut_to(self.cache, start + kept)
     self.tokens_7b += turn.with_other(longva_7b())[0] + len(self.pending) + kept
     turn.images = []
     turn.videos = []
     self.messages += [turn.message, {"role": "assistant", "content": reply.text}]
     self.turns.append(turn)
-    self.prompt = turn.prompt + reply.text
+    self.prompt = turn.prompt + as_words(reply.text)
     self.busy = False
 
 @patch
@@ -474,7 +476,7 @@ def estimate_7b(
     new_tokens: int = 256,
     **assumed,
 ) -> Estimate:  # on one H100, by default
-    """Tell what LongVA-7B would take for the same turn; words are taken to be as many tokens there as here."""
+    """Tell what LongVA-7B would take for the same turn; its text is assumed to have as many tokens there."""
     config = longva_7b()
     tokens, grids = turn.with_other(config)
     return estimate_of(config, tokens, grids, new_tokens, self.tokens_7b, self.chunk, **assumed)
@@ -484,7 +486,7 @@ class TooLarge(ChatError):
     """There is not enough memory for a turn."""
 
 def _left_in_container() -> float:
-    """Tell what a container may still take; pages of files are given up when memory is wanted."""
+    """Tell how much memory a container may still take; cached pages of files count as free."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used, parts = ((group / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
@@ -505,7 +507,7 @@ def free_bytes(
     return free
 
 def _advice(turn, too_many) -> str:
-    """Say what a turn with so many frames too many can do."""
+    """Say what helps a turn that has so many frames too many."""
     fit = turn.frames - too_many
     return f"take at most {fit:,} frames" if fit > 0 else "start a new conversation, or give less"
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'LANGUAGE', 'OpenError', 'find_model', 'kind_of', 'open_config', 'open_tokenizer', 'PlainProcessor',
-           'open_processor', 'open_model', 'open_both', 'open_language', 'open_parts', 'open_start']
+           'open_processor', 'open_model', 'open_both', 'open_language', 'open_parts', 'open_start',
+           'open_longva_config']
 
 # %% ../../nbs/345_model.open.ipynb #7e31d273
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from .config import LongVAConfig
 from .modeling import LongVA
 from .original import CheckpointError, is_original, read_json
 from .processing import LongVAProcessor
@@ -252,3 +254,20 @@ def open_start(
         return open_model(model, device="cpu", dtype=dtype), processor
     joined, own = open_parts(*parts, dtype, seed)
     return joined, processor or own
+
+# %% ../../nbs/345_model.open.ipynb #e368093b
+def open_longva_config(
+    model=None,  # a live LongVA, its folder or its name; None: it is joined from `parts`
+    parts: tuple = (None, None),  # language model and vision tower, as in `open_parts`
+) -> LongVAConfig | None:  # None for what cannot be opened
+    """Read the configuration of the model that a training starts from."""
+    if isinstance(model, PreTrainedModel):
+        return model.config
+    try:
+        if model is not None:
+            return LongVAConfig.from_pretrained(find_model(model))
+        language, whole = [open_config(find_model(name)) for name in parts]
+        tower = getattr(whole, "vision_config", whole)  # of a whole CLIP or SigLIP
+        return LongVAConfig(text_config=language.to_dict(), vision_config=tower.to_dict())
+    except (OSError, ValueError):
+        return None

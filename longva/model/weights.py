@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig
 
-from ..context.rope_files import read_rope
+from ..context.rope_files import ROPE_NAMES
 from .original import CheckpointError, read_json
 
 # %% ../../nbs/310_model.weights.ipynb #d0434f9b
@@ -168,6 +168,7 @@ class Part:
     """One half of a LongVA to be: a language model or a vision tower."""
     config: dict  # fields of its configuration, without names of this machine
     state: dict  # name in a LongVA -> tensor
+    rope: dict = field(default_factory=dict)  # a language model's RoPE settings, as its config.json spells them
     dtype: torch.dtype | None = None  # what its configuration says
     generation: GenerationConfig | None = None
     folder: Path | None = None  # where it lies; None for a model in memory
@@ -190,14 +191,6 @@ def _fields(config, *without) -> dict:
     return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "dtype", *without)}
 
 # %% ../../nbs/310_model.weights.ipynb #c3979f19
-def _rope_fields(folder) -> dict:
-    """Read a folder's RoPE settings in both spellings; transformers would lose the base of two."""
-    try:
-        settings = read_rope({"config.json": read_json(folder / "config.json")})
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    return {"rope_parameters": settings} if settings else {}
-
 def read_language(
     part,  # a Qwen2: folder, hub id or model
 ) -> Part:
@@ -212,10 +205,9 @@ def read_language(
     generation = getattr(part, "generation_config", None)
     if folder and (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
-    fields = _fields(config, "architectures")
-    if folder:
-        fields |= _rope_fields(folder)
-    return Part(fields, state, config.dtype, generation, folder)
+    spelled = read_json(folder / "config.json") if folder else config.to_dict()  # AutoConfig loses one of two bases
+    rope = {name: spelled[name] for name in ROPE_NAMES if name in spelled}
+    return Part(_fields(config, "architectures", *ROPE_NAMES), state, rope, config.dtype, generation, folder)
 
 _TEXT_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_")  # of a whole CLIP or SigLIP
 
@@ -236,4 +228,4 @@ def read_tower(
     if config.model_type == "siglip_vision_model":
         fields["vision_use_head"] = False
     pixels = folder / "preprocessor_config.json" if folder else None
-    return Part(fields, state, config.dtype, pixels=read_json(pixels) if pixels and pixels.is_file() else {})
+    return Part(fields, state, dtype=config.dtype, pixels=read_json(pixels) if pixels and pixels.is_file() else {})

@@ -29,7 +29,8 @@ def list_videos(
 ) -> list:  # of paths that `read_frames` can read
     """List the videos of a haystack, in order."""
     if isinstance(source, (list, tuple)):
-        if not source: raise NeedleError("The haystack is an empty list: name at least one video.")
+        if not source:
+            raise NeedleError("The haystack is an empty list: name at least one video.")
         return [video for one in source for video in list_videos(one)]
     folder = Path(source)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -44,12 +45,14 @@ def list_videos(
 def _count(path, fps):
     """Count the frames that a video gives at a rate: (frames, frames per second)."""
     info = video_info(path)
-    if fps is not None and fps > 1.0005 * info.fps:  # 24000/1001 is often written 23.98
+    if fps is None:
+        return FrameRequest(fps=info.fps).count(info), info.fps
+    if fps > 1.0005 * info.fps:  # 24000/1001 is often written 23.98
         raise NeedleError(
             f"{path} shows {info.fps:.4g} frames per second, and {fps:.4g} are wanted: "
             f"ask for at most {info.fps:.4g}, because above it frames would come twice."
         )
-    rate = info.fps if fps is None else fps
+    rate = min(fps, info.fps)  # a little above it, one frame would come twice
     return FrameRequest(fps=rate).count(info), rate
 
 def _read(path, n, rate, shrink):
@@ -73,7 +76,8 @@ def _video_identity(path, fps):
 def _file_content(path):
     """Hash a file, or all files of a folder of pictures."""
     path = Path(path)
-    if path.is_file(): return file_hash(path)
+    if path.is_file():
+        return file_hash(path)
     total = sha256()
     for f in sorted(f for f in path.iterdir() if f.is_file()):
         total.update(f.read_bytes())
@@ -105,7 +109,8 @@ class VideoSource:
 
     def rate(self, fps=None) -> float:
         """Give the frames taken per second of video."""
-        return fps or video_info(list_videos(self.source)[0]).fps
+        own = video_info(list_videos(self.source)[0]).fps
+        return own if fps is None else min(fps, own)
 
     def read(self, n, fps=None, shrink=None) -> Frames:
         """Read the first n frames, or all if there are fewer."""
@@ -177,9 +182,12 @@ def scenery_seed(
 ):  # of "scenery" (0) or "scenery:SEED"; None for any other haystack
     """Read the seed of a free haystack."""
     word, _, seed = source.partition(":") if isinstance(source, str) else ("", "", "")
-    if word != "scenery": return None
-    if source == word: return 0
-    if seed.isascii() and seed.isdigit() and int(seed) < 2**63: return int(seed)
+    if word != "scenery":
+        return None
+    if source == word:
+        return 0
+    if seed.isascii() and seed.isdigit() and int(seed) < 2**63:
+        return int(seed)
     raise NeedleError(f"{source} has no seed: write scenery, or scenery:7 with a whole number.")
 
 class ScenerySource:

@@ -187,14 +187,16 @@ def _parquet_rows(name) -> list:
             "which is not installed: install longva[hub], or pyarrow."
         ) from None
     files = _download_parquet(name)
-    if not files: raise NeedleError(f"The data set {name} holds no parquet files, so no needles.")
+    if not files:
+        raise NeedleError(f"The data set {name} holds no parquet files, so no needles.")
     rows = []
     try:
         for file in files:
             rows += parquet.read_table(file).to_pylist()
     except (OSError, ValueError):
         raise NeedleError(f"The parquet files of {name} are not readable.") from None
-    if not rows: raise NeedleError(f"The data set {name} holds no needles.")
+    if not rows:
+        raise NeedleError(f"The data set {name} holds no needles.")
     return rows
 
 def hub_needles(
@@ -232,7 +234,8 @@ def as_needles(
 ) -> list:  # of Needle
     """Give the needles of a test; raise NeedleError if there is none, or two have one name."""
     needles = list(needles) if isinstance(needles, (list, tuple)) else load_needles(needles)
-    if not needles: raise NeedleError("There is no needle to hide: give at least one.")
+    if not needles:
+        raise NeedleError("There is no needle to hide: give at least one.")
     names = [n.name for n in needles]
     for needle in needles:
         check_choices(needle, f"Needle {needle.name}")

@@ -20,6 +20,8 @@ from ..context.plan import sizes as sizes_of
 from ..files import digest
 from ..model.modeling import place_of
 from ..model.prefill import KVLayer, maskless
+from ..model.processing import LongVAProcessor
+from ..model.prompt import TAGS, as_words, tokens_of_words
 from .needles import Needle
 from .trials import NeedleError
 
@@ -46,7 +48,7 @@ def split_chat(
     chat = [dict(role="user", content=content)]
     text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     before, after = text.split(processor.video_token)
-    ids = [processor.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (before, after)]
+    ids = [tokens_of_words(processor.tokenizer, text, add_special_tokens=False) for text in (before, after)]
     return tuple(ids)
 
 def make_prompt(
@@ -56,15 +58,18 @@ def make_prompt(
 ) -> Prompt:
     """Tokenize the conversation of one needle: a user's turn with one video and the question."""
     tokenizer = processor.tokenizer
-    if processor.video_token in needle.question:
-        raise NeedleError(
-            f"The question of needle {needle.name} contains {processor.video_token}, "
-            "which stands for the frames: leave it out."
-        )
-    answer = tokenizer(needle.answer, add_special_tokens=False)["input_ids"]
+    question = needle.question.lstrip("\n")
+    if isinstance(processor, LongVAProcessor):
+        question = as_words(question)
+    for tag in sorted({processor.video_token, *TAGS} & {*tokenizer.all_special_tokens}):
+        if tag in question:
+            raise NeedleError(
+                f"The question of needle {needle.name} contains {tag}, which stands for pixels: leave it out."
+            )
+    answer = tokens_of_words(tokenizer, as_words(needle.answer), add_special_tokens=False)
     if not answer or not needle.answer.strip():
         raise NeedleError(f"The answer of needle {needle.name} is empty.")
-    content = [dict(type="video"), dict(type="text", text=needle.question.lstrip("\n"))]
+    content = [dict(type="video"), dict(type="text", text=question)]
     prompt = Prompt(*split(processor, content), answer)
     for part, text, ids in [("answer", needle.answer, answer), ("question", needle.question, prompt.after)]:
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
@@ -252,7 +257,8 @@ class BufferLayer(KVLayer):
         """Store keys and values; raise Enough if the layer's result is not wanted."""
         past = self.get_seq_length()
         both = super().update(key_states, value_states, *args, **kwargs)
-        if self.enough: raise Enough
+        if self.enough:
+            raise Enough
         return both if self.stage is None else self._staged(past, (key_states, value_states))
 
     def _staged(self, past, new):

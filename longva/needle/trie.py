@@ -430,7 +430,8 @@ def _collected(out, running, spent):
     left = len(running)
     while left:
         message = _next(out, running)
-        if isinstance(message, Exception): raise message
+        if isinstance(message, Exception):
+            raise message
         if isinstance(message, Cost):
             left -= 1
             if spent is not None:

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..model.open import open_start
+from ..model.open import open_longva_config, open_start
 from .align_loss import AlignLoss
 from .loop import train
 from .order import BadRows, Samples
@@ -121,8 +121,8 @@ def describe_alignment(
     ranks = find_ranks(preset.recipe)
     rows = ranks.run(lambda: open_data(data, preset.recipe.seed))
     preset = replace(preset, recipe=recipe_for(preset, len(rows)))
-    shapes = outline(model, preset.rates, (preset.language_model, preset.vision_tower))
-    planned = plan_step(shapes, preset.length, preset.recipe, ranks) if shapes else None
+    config = open_longva_config(model, (preset.language_model, preset.vision_tower))
+    planned = plan_step(outline(config, preset.rates), preset.length, preset.recipe, ranks) if config else None
     return describe_run(planned, preset), planned
 
 def align(
@@ -140,8 +140,9 @@ def align(
     parts = preset.language_model, preset.vision_tower
     out = Path(out)
     ranks = find_ranks(preset.recipe)
-    shapes = outline(model, preset.rates, parts)
-    if shapes: check_memory(shapes, preset.length, preset.recipe, ranks)
+    config = open_longva_config(model, parts)
+    if config:
+        check_memory(outline(config, preset.rates), preset.length, preset.recipe, ranks)
     rows = ranks.run(lambda: open_data(data, preset.recipe.seed))
     recipe = recipe_for(preset, len(rows))
     dtype = weights_dtype(recipe)

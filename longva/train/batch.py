@@ -19,7 +19,8 @@ def check_sample(
 ) -> None:
     """Raise TrainError unless there is one value per token, and the same fields as in the first sample."""
     tokens = len(sample.get("input_ids", ()))
-    if tokens == 0: raise TrainError("A sample has no tokens: it needs at least one in input_ids.")
+    if tokens == 0:
+        raise TrainError("A sample has no tokens: it needs at least one in input_ids.")
     for name, values in sample.items():
         if len(values) != tokens:
             raise TrainError(f"A sample has {len(values)} {name} for {tokens} tokens: there must be one for each.")

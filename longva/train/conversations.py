@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..model.prompt import as_words
 from .recipe import TrainError
 from .rows import BadRow
 
@@ -22,7 +23,7 @@ PLACEHOLDER = re.compile("<image>|<video>")
 @dataclass(frozen=True)
 class Conversation:
     """What a row says and shows."""
-    messages: list  # {"role", "content"}; content is text with one placeholder for each image and video
+    messages: list  # {"role", "content"}; content is text with a placeholder for each file, and `as_words`
     images: list  # file names
     videos: list
 
@@ -53,15 +54,12 @@ def move_placeholder(
 def check_placeholders(
     conversation: Conversation,
 ):
-    """Raise BadRow unless the user's text has a placeholder for each image and video, and no other text has any."""
+    """Raise BadRow unless the user's text has a placeholder for each image and video."""
     for kind, names in (("image", conversation.images), ("video", conversation.videos)):
         asked = [m["content"] for m in conversation.messages if m["role"] == "user"]
         found = sum(text.count(f"<{kind}>") for text in asked)
         if found != len(names):
             raise BadRow(f"{len(names)} {kind}s are named, but the text has {found} places <{kind}>")
-    for message in conversation.messages:
-        if message["role"] != "user" and PLACEHOLDER.search(message["content"]):
-            raise BadRow("an image or a video can only be in the human's text")
 
 # %% ../../nbs/455_train.conversations.ipynb #bc7c72db
 def parse_row(
@@ -77,7 +75,7 @@ def parse_row(
     turns = data.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise BadRow("it has no conversations")
-    messages = [_message(turn, video=bool(videos and not images)) for turn in turns]
+    messages = [_message(turn, bool(images), bool(videos)) for turn in turns]
     speakers = [message["role"] for message in messages if message["role"] != "system"]
     if not speakers or speakers != ["user", "assistant"] * (len(speakers) // 2):
         raise BadRow(
@@ -87,7 +85,7 @@ def parse_row(
     check_placeholders(conversation)
     return conversation
 
-def _message(turn, video):
+def _message(turn, images: bool, videos: bool):
     """Check one turn, and turn it into a message."""
     texts = isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("from", "value"))
     if not texts or turn["from"] not in ROLES:
@@ -97,7 +95,12 @@ def _message(turn, video):
     role = ROLES[turn["from"]]
     if role == "assistant" and not turn["value"].strip():
         raise BadRow("an answer is empty")
-    return dict(role=role, content=move_placeholder(turn["value"], video))
+    if role != "user":
+        return dict(role=role, content=as_words(turn["value"]))
+    text = move_placeholder(turn["value"], video=True) if videos and not images else turn["value"]
+    text = text if videos else as_words(text, ("<video>",))
+    text = text if images else as_words(text, ("<image>",))
+    return dict(role=role, content=move_placeholder(text, video=False))
 
 # %% ../../nbs/455_train.conversations.ipynb #247df29a
 def split_pieces(
@@ -117,7 +120,7 @@ def split_pieces(
         answered = _write(messages[: n + 1], processor)
         if not asked.startswith(done) or not answered.startswith(asked):
             raise TrainError(
-                "The model's chat template writes a turn otherwise when another follows, "
+                "The model's chat template writes a turn differently when another follows, "
                 "so the answers cannot be found in the text: give it another template."
             )
         pieces.append((asked[len(done) :], False))
@@ -135,7 +138,7 @@ def _plain_pieces(messages):
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     placeholders = "".join(PLACEHOLDER.findall(asked))
     if not placeholders or len(answers) != 1:
-        raise BadRow("a caption belongs to pictures, and is one answer")
+        raise BadRow("a caption needs at least one picture and exactly one answer")
     return [(placeholders, False), (answers[0] + "\n", True)]
 
 # %% ../../nbs/455_train.conversations.ipynb #1a9ed943
@@ -168,7 +171,7 @@ def token_ids(
     for text, answer in split_pieces(messages, processor, layout):
         special = not ids  # only at the start of the row
         if make is None:
-            piece = torch.tensor(processor.tokenizer(text, add_special_tokens=special)["input_ids"], dtype=torch.int64)
+            piece = torch.tensor(processor.text_ids(text, add_special_tokens=special), dtype=torch.int64)
         else:
             piece = make(text, add_special_tokens=special)
         ids.append(piece)

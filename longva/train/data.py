@@ -173,7 +173,8 @@ def measure(
             cell = cells.setdefault(cell_of(domain, n), [0, 0])
             cell[0] += 1
             cell[1] += n
-    if not cells: raise CorpusError("All documents are empty: there is nothing to train on.")
+    if not cells:
+        raise CorpusError("All documents are empty: there is nothing to train on.")
     return cells
 
 # %% ../../nbs/410_train.data.ipynb #a45bdf08
@@ -411,7 +412,8 @@ class Corpus:
         return int(self.first[-1])
 
     def __getitem__(self, i: int) -> dict:  # input_ids and position_ids, int64 [L]
-        if not 0 <= i < len(self): raise IndexError(i)
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         number = int(np.searchsorted(self.first, i, side="right")) - 1
         tokens, starts = self.shards[number]
         begin = (i - self.first[number]) * self.length

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..model.open import open_both
+from ..model.open import open_both, open_longva_config
 from .clips import Clips
 from .dpo_loss import DPOLoss, check_loss
 from .loop import train
@@ -122,8 +122,8 @@ def describe_preferences(
     ranks = find_ranks(preset.recipe)
     pairs, _ = ranks.run(lambda: read_pairs(data, media, preset.recipe.seed))
     preset = replace(preset, recipe=recipe_for(preset, len(pairs)))
-    shapes = outline(preset.model, preset.parts)
-    planned = plan_step(shapes, preset.length, preset.recipe, ranks) if shapes else None
+    config = open_longva_config(preset.model)
+    planned = plan_step(outline(config, preset.parts), preset.length, preset.recipe, ranks) if config else None
     return describe_run(planned, preset), planned
 
 def dpo(
@@ -139,8 +139,9 @@ def dpo(
     out = Path(out)
     folder = Path(reference or out / "reference")
     ranks = find_ranks(preset.recipe)
-    shapes = outline(preset.model, preset.parts)
-    if shapes: check_memory(shapes, 1, preset.recipe, ranks)  # how long the pairs are is known later, and asked again
+    config = open_longva_config(preset.model)
+    if config:  # how long the pairs are is known later, and asked again
+        check_memory(outline(config, preset.parts), 1, preset.recipe, ranks)
     pairs, bad = ranks.run(lambda: read_pairs(data, media, preset.recipe.seed))
     rows = len(pairs) + len(bad)
     check_bad_rows(bad, rows, preset.bad_share)

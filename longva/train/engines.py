@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['trained', 'shape_of', 'decay_groups', 'weight_groups', 'recompute_layers', 'Plain', 'one_compiler',
-           'deepspeed_config', 'load_deepspeed', 'ZeRO3', 'make_engine', 'shared_sequences']
+           'deepspeed_config', 'load_deepspeed', 'flat_piece', 'ZeRO3', 'make_engine', 'shared_sequences']
 
 # %% ../../nbs/430_train.engines.ipynb #78247003
 import fcntl
@@ -43,8 +43,8 @@ def decay_groups(
     lr: float,
 ) -> list:  # one or two of AdamW's parameter groups
     """Group weights: matrices decay; norms and biases don't."""
-    matrices = [p for p in weights if p.ndim >= 2]
-    others = [p for p in weights if p.ndim < 2]
+    matrices = [p for p in weights if len(shape_of(p)) >= 2]
+    others = [p for p in weights if len(shape_of(p)) < 2]
     groups = []
     if matrices:
         groups.append(dict(params=matrices, lr=lr))
@@ -74,7 +74,12 @@ def _local(loss, batch: dict, ranks: Ranks) -> dict:
     return {name: tensor.to(ranks.device) for name, tensor in batch.items()}
 
 class Plain:
-    """Weights, gradients and optimizer state whole on every rank."""
+    """Weights, gradients and optimizer state whole on every rank.
+
+    Each rank reads the model and a checkpoint; the first one writes, since all hold the same.
+    """
+    replicated = True
+
     def __init__(self, loss, groups: list, recipe: Recipe, ranks: Ranks):
         self.loss = loss.to(ranks.device)
         self.recipe = recipe
@@ -116,11 +121,11 @@ class Plain:
 
     @torch.no_grad()
     def restore(self,
-        read,  # read(name) -> weight, first moment, second moment
+        read,  # read(name) -> slices of weight, first moment and second moment, as safetensors has them
         step: int,  # steps done
     ) -> None:
         for name, p in trained(self.loss):
-            weight, first, second = read(name)
+            weight, first, second = (tensor[...] for tensor in read(name))
             p.copy_(weight)
             self.optimizer.state[p] = dict(
                 step=torch.tensor(float(step), device=p.device),
@@ -201,6 +206,20 @@ def load_deepspeed(device: torch.device):  # the module
     warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
     return deepspeed
 
+# %% ../../nbs/430_train.engines.ipynb #96da4e40
+def flat_piece(
+    tensor,  # a slice of a safetensors file, or a tensor
+    start: int,
+    count: int,
+) -> torch.Tensor:  # [count]
+    """Read a piece of a tensor that is taken as a flat one; behind its end are zeros."""
+    shape = list(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+    width = math.prod(shape[1:])
+    first = min(start // width, shape[0]) if shape else 0
+    rows = tensor[first : -(-(start + count) // width)] if shape else tensor[...]
+    piece = rows.flatten()[max(start - first * width, 0) :][:count]
+    return torch.nn.functional.pad(piece, (0, count - len(piece)))
+
 # %% ../../nbs/430_train.engines.ipynb #432766fc
 def _compiled_adam(groups: list, recipe: Recipe, gpu: bool):
     """Make the optimizer, with the operators that DeepSpeed compiles for it and for messages between CPU ranks."""
@@ -220,6 +239,8 @@ def _start_one_rank(gpu: bool) -> None:
 
 class ZeRO3:
     """DeepSpeed's ZeRO-3: each rank has a part of weights, gradients and optimizer state, in host memory."""
+    replicated = False
+
     def __init__(self, loss, groups: list, recipe: Recipe, ranks: Ranks):
         self.deepspeed = load_deepspeed(ranks.device)
         self.loss = loss
@@ -256,20 +277,23 @@ class ZeRO3:
         for name, p in trained(self.loss):
             yield name, safe_get_full_fp32_param(p), moment(p, "exp_avg"), moment(p, "exp_avg_sq")
 
+    @torch.no_grad()
     def restore(self,
-        read,  # read(name) -> weight, first moment, second moment
+        read,  # read(name) -> slices of weight, first moment and second moment, as safetensors has them
         step: int,  # steps done
     ) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        """Read this rank's pieces."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         self._start_moments(step)
         for name, p in trained(self.loss):
-            weight, first, second = (x.to(self.ranks.device) for x in read(name))
-            safe_set_full_fp32_param(p, weight)
-            safe_set_full_optimizer_state(p, first, "exp_avg")
-            safe_set_full_optimizer_state(p, second, "exp_avg_sq")
-            with self.deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-                p.data.copy_(weight)  # the rounded copy that the layers compute with
+            count = p.ds_tensor.ds_numel
+            weight, first, second = (flat_piece(tensor, self.ranks.rank * count, count) for tensor in read(name))
+            safe_set_local_fp32_param(p, weight)
+            safe_set_local_optimizer_state(p, first, "exp_avg")
+            safe_set_local_optimizer_state(p, second, "exp_avg_sq")
+            p.ds_tensor.copy_(weight)  # the rounded copy that the layers compute with
+            p.partition()  # if it is whole at this moment, it is collected anew
 
     def _start_moments(self, step: int) -> None:
         """Give each flat group of weights the optimizer state that the first step would make."""

@@ -25,6 +25,7 @@ from .presets import find_preset
 from .ranks import Ranks, find_ranks
 from .recipe import Recipe, TrainError
 from .run import finished, weights_hash
+from .skip import Skipped, check_gaps
 from .throughput import check_memory, describe_run, plan_step
 
 # %% ../../nbs/450_train.extend.ipynb #33604483
@@ -37,6 +38,12 @@ class Preset:
     recipe: Recipe
     replace_rope: bool = False  # whether RoPE settings of another type than "default" may be lost
     keep_window: bool = False  # whether layers may keep a window shorter than the length
+    skip_positions: int = 0  # most positions that are skipped inside a sequence
+
+    @property
+    def reach(self) -> int:
+        """Count the positions from the first to the last that a sequence can have."""
+        return self.length + self.skip_positions
 
 PRESETS = {
     "paper": Preset("Qwen/Qwen2-7B-Instruct", 1e9, 224_000, Recipe(
@@ -52,12 +59,22 @@ def check_reach(
     config,  # as it is before the extension
     preset: Preset,
 ) -> None:
-    """Raise TrainError if extending would lose RoPE settings, or leave layers with a shorter window, unasked."""
+    """Raise TrainError if extending would lose RoPE settings, or leave layers with a shorter window, unasked.
+
+    Also for skipped positions that are no number, or whose sequences are shared by ranks.
+    """
+    skipped = preset.skip_positions
+    if type(skipped) is not int or skipped < 0:
+        raise TrainError(f"skip_positions is {skipped!r}: it must be a whole number from 0.")
+    if skipped and preset.recipe.cp > 1:
+        raise TrainError(
+            f"Ranks can't share a sequence with skipped positions, and cp is {preset.recipe.cp}: "
+            "set cp to 1 (--cp 1), or leave skip_positions out.")
     text = config.get_text_config()
     window = layer_window(text)
-    if window and window.tokens < preset.length and not preset.keep_window:
+    if window and window.tokens < preset.reach and not preset.keep_window:
         raise TrainError(
-            f"In this {config.model_type}, {window}, fewer than the new length of {preset.length}: "
+            f"In this {config.model_type}, {window}, fewer than the new length of {preset.reach}: "
             "set keep_window (--keep-window) to extend it all the same, or take the window out of its config.json.")
     if preset.theta is None or preset.replace_rope:
         return
@@ -155,13 +172,15 @@ def open_corpus(
 def _chosen(preset, given: dict, changes: dict) -> Preset:
     """Take a preset and put in what the caller has given."""
     preset = find_preset(preset, PRESETS)
-    of_preset = {"replace_rope", "keep_window"}
+    of_preset = {"replace_rope", "keep_window", "skip_positions"}
     unknown = sorted(set(changes) - {f.name for f in fields(Recipe)} - of_preset)
-    if unknown: raise TrainError(f"A recipe has no such setting ({', '.join(unknown)}).")
+    if unknown:
+        raise TrainError(f"A recipe has no such setting ({', '.join(unknown)}).")
     given = {name: value for name, value in given.items() if value is not None}
     given |= {name: changes.pop(name) for name in of_preset & set(changes)}
     preset = replace(preset, recipe=replace(preset.recipe, **changes), **given)
-    if preset.model is None: raise TrainError("This preset starts from a model of your own: say which.")
+    if preset.model is None:
+        raise TrainError("This preset starts from a model of your own: say which.")
     return preset
 
 def _open_start(preset: Preset, config) -> PreTrainedModel:
@@ -205,7 +224,7 @@ def extend(
     length: int | None = None,  # instead of the preset's
     weigh=None,  # weigh(ids [L]) -> weights of the tokens [L]; by default all 1
     corpus: dict | None = None,  # further arguments of `prepare_corpus`
-    **changes,  # to the preset's Recipe; also replace_rope and keep_window of the preset
+    **changes,  # to the preset's Recipe; also replace_rope, keep_window and skip_positions of the preset
 ) -> Path:  # the folder of the extended model
     """Extend a model's context by training, or resume it."""
     out = Path(out)
@@ -215,7 +234,7 @@ def extend(
     check_reach(start_config(preset.model), preset)
     ranks = find_ranks(recipe)
     check_memory(_memory_model(preset.model), preset.length, recipe, ranks)
-    config = extended_config(preset.model, preset.theta, preset.length)
+    config = extended_config(preset.model, preset.theta, preset.reach)
     tokenizer = open_tokenizer(name)
     samples = open_corpus(text, tokenizer, out / "corpus", preset.length, recipe, ranks, corpus)
     samples.check(tokenizer, config.get_text_config().vocab_size)
@@ -227,7 +246,12 @@ def extend(
         "weighed": weigh is not None,
         "starting weights": ranks.first(lambda: weights_hash(model)),
     }
+    if preset.skip_positions:
+        identity["skipped positions"] = preset.skip_positions
     if finished(out, recipe, identity):
         return out / "model"
+    if preset.skip_positions:
+        check_gaps(model)
+        samples = Skipped(samples, preset.skip_positions, recipe.seed)
     train(model, Weighted(samples, weigh) if weigh else samples, out, recipe, identity=identity)
     return save_trained(model, tokenizer, out, ranks)

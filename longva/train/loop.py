@@ -84,7 +84,8 @@ def train(
 ) -> list:  # loss of every step
     """Train, or resume from the last checkpoint in `out`."""
     recipe = steps if isinstance(steps, Recipe) else Recipe(steps=steps, **settings)
-    if recipe.steps < 1: raise TrainError("steps is 0: it must be at least 1, or nothing is trained.")
+    if recipe.steps < 1:
+        raise TrainError("steps is 0: it must be at least 1, or nothing is trained.")
     ranks = find_ranks(recipe)
     ranks.run(lambda: check_trackers(recipe.trackers))
     length = getattr(batches, "length", 1)

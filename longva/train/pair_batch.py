@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..context.parallel import PADDING
-from ..model.prompt import expand_placeholders
+from ..model.prompt import as_words, expand_placeholders
 from .clips import Clips
 from .pairs import Pair
 from .recipe import TrainError
@@ -23,17 +23,22 @@ def render(
     processor,
 ) -> tuple:  # (prompt, chosen, rejected), texts
     """Write a pair as the chat template does."""
-    prompt = processor.apply_chat_template(pair.prompt, tokenize=False, add_generation_prompt=True)
+    messages = [dict(message, content=[_as_words(part) for part in message["content"]]) for message in pair.prompt]
+    prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     texts = [prompt]
     for answer in (pair.chosen, pair.rejected):
-        whole = processor.apply_chat_template([*pair.prompt, dict(role="assistant", content=answer)], tokenize=False)
+        answered = [*messages, dict(role="assistant", content=as_words(answer))]
+        whole = processor.apply_chat_template(answered, tokenize=False)
         if not whole.startswith(prompt):
             raise TrainError(
-                "The model's chat template writes other words before an answer than before one that is to come, "
+                "The model's chat template doesn't begin an answer as it begins the turn that the model shall write, "
                 "so the answer cannot be found: give it another template."
             )
         texts.append(whole[len(prompt) :])
     return tuple(texts)
+
+def _as_words(part):
+    return dict(part, text=as_words(part["text"])) if part["type"] == "text" else part
 
 # %% ../../nbs/467_train.pair_batch.ipynb #3ae7d2cd
 def encode_pair(
@@ -50,20 +55,20 @@ def encode_pair(
             seen = [clips(kind, path) for path in pair.files(kind)]
             prompt = expand_placeholders([prompt], token, [clips.text(kind, clip) for clip in seen])[0]
             sample |= _join_clips(kind, seen)
+        sample["prompt"] = _ids(processor, prompt)
+        sample["chosen"] = _ids(processor, chosen, add_special_tokens=False)
+        sample["rejected"] = _ids(processor, rejected, add_special_tokens=False)
     except TrainError:
         raise
     except MISREAD as e:
         raise BadRow(first_words(e)) from None
-    sample["prompt"] = _ids(processor, prompt)
-    sample["chosen"] = _ids(processor, chosen, add_special_tokens=False)
-    sample["rejected"] = _ids(processor, rejected, add_special_tokens=False)
     tokens = len(sample["prompt"]) + max(len(sample["chosen"]), len(sample["rejected"]))
     if tokens > length:
         raise BadRow(f"it takes {tokens:,} tokens, and at most {length:,} are allowed")
     return sample
 
 def _ids(processor, text, **options):
-    return torch.tensor(processor.tokenizer(text, **options)["input_ids"], dtype=torch.int64)
+    return torch.tensor(processor.text_ids(text, **options), dtype=torch.int64)
 
 def _join_clips(kind, seen):
     """Put the pixels or features of a pair's images or videos one after the other."""

@@ -18,12 +18,15 @@ MARK = re.compile(r"\s*<(image|video)>\s*")
 
 def split_content(
     content,  # of a message: a text, or a list of parts
+    marks: bool = True,  # whether <image> and <video> in a text stand for files
 ) -> list:  # of {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}
     """Split a message into text, images and videos, in order."""
     if _are_objects(content) and all(part.get("type") in ("text", "image", "video") for part in content):
         return [dict(part) for part in content]
     if not isinstance(content, str):
         raise BadRow("the content of a message must be a text, or a list of parts of type text, image or video")
+    if not marks:
+        return [dict(type="text", text=content)]
     parts = []
     for i, found in enumerate(MARK.split(content)):  # text, mark, text, ..., text
         if i % 2:
@@ -59,10 +62,10 @@ def read_prompt(
 ) -> list:  # of messages for a chat template; each image and video part holds its path
     """Read the prompt of a row, and find its files."""
     plain = isinstance(data["prompt"], str)
-    messages = _messages([dict(role="user", content=data["prompt"])] if plain else data["prompt"])
     files = []
     for kind in ("image", "video"):
         files += [(kind, name) for name in file_names(data, f"{kind}s") or file_names(data, kind)]
+    messages = _messages([dict(role="user", content=data["prompt"])] if plain else data["prompt"], bool(files))
     parts = [part for message in messages for part in message["content"]]
     shown = [part for part in parts if part["type"] != "text"]
     places = [part for part in shown if not isinstance(part.get(part["type"]), str)]
@@ -81,7 +84,7 @@ def read_prompt(
         part[part["type"]] = path
     return messages
 
-def _messages(messages):
+def _messages(messages, marks):
     """Check the messages of a prompt, and split their contents."""
     roles = [message.get("role") for message in messages] if _are_objects(messages) else [None]
     if not all(isinstance(role, str) for role in roles):
@@ -91,7 +94,11 @@ def _messages(messages):
             raise BadRow(f"the prompt has a message of role {role}; roles are system, user and assistant")
     if roles[-1] != "user":
         raise BadRow("the last message of the prompt must be the user's")
-    return [dict(role=message["role"], content=split_content(message.get("content"))) for message in messages]
+    split = []
+    for message in messages:
+        role = message["role"]
+        split.append(dict(role=role, content=split_content(message.get("content"), marks and role == "user")))
+    return split
 
 # %% ../../nbs/465_train.pairs.ipynb #1cfa6cac
 @dataclass(frozen=True)
@@ -135,8 +142,6 @@ def _answer(data, key):
         value = "".join(part["text"] for part in value)
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"{key} must be a text, or one message of the assistant")
-    if mark := MARK.search(value):
-        raise BadRow(f"{key} contains {mark[0].strip()}, which stands for a picture; an answer is text")
     return value
 
 # %% ../../nbs/465_train.pairs.ipynb #b9e8c215

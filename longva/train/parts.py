@@ -18,7 +18,6 @@ from ..context.rope_files import write_both_spellings
 from ..files import whole_folder
 from ..model.config import LongVAConfig
 from ..model.modeling import LongVA
-from ..model.open import find_model, open_config
 from .engines import decay_groups, trained
 from .ranks import Ranks
 from .recipe import TrainError
@@ -85,26 +84,11 @@ def part_groups(
     return groups
 
 # %% ../../nbs/447_train.parts.ipynb #66946527
-def _start_config(model, joined) -> LongVAConfig:
-    """Read the configuration of a model, or join those of a language model and a vision tower."""
-    if model is not None:
-        return LongVAConfig.from_pretrained(find_model(model))
-    language, whole = (open_config(find_model(name)) for name in joined)
-    tower = getattr(whole, "vision_config", whole)
-    return LongVAConfig(text_config=language.to_dict(), vision_config=tower.to_dict())
-
 def outline(
-    model,  # a LongVA, its folder or its hub name; or a LongVAConfig
+    config: LongVAConfig,
     parts,  # names of the parts that are trained
-    joined: tuple = (),  # without a model: a language model and a vision tower
-) -> LongVA | None:  # None for what cannot be opened: the opener says why
+) -> LongVA:
     """Build a model without numbers from its configuration."""
-    config = getattr(model, "config", model)
-    if not isinstance(config, LongVAConfig):
-        try:
-            config = _start_config(model, joined)
-        except (OSError, ValueError):
-            return None
     with torch.device("meta"):
         shapes = LongVA(config)
     choose_parts(shapes, parts)

@@ -86,15 +86,22 @@ def find_ranks(
 
 # %% ../../nbs/420_train.ranks.ipynb #8e7932c5
 @patch
+def collect(self: Ranks,
+    value,  # of any kind that can be pickled
+) -> list:  # the values of all ranks, in their order
+    """Give all ranks the values of all."""
+    values = [value]
+    if self.world > 1:
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+    return values
+
+@patch
 def agree(self: Ranks,
     value,  # of any kind that can be pickled
-):  # the value of the lowest rank whose value isn't empty
+):  # the value of the lowest rank whose value isn't empty; None if all are empty
     """Give all ranks one value."""
-    if self.world == 1:
-        return value
-    values = [None] * self.world
-    dist.all_gather_object(values, value)
-    return next((v for v in values if v), None)
+    return next((v for v in self.collect(value) if v), None)
 
 @patch
 def sum(self: Ranks,

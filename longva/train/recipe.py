@@ -109,7 +109,8 @@ class Recipe(Decisions):
     def __post_init__(self):
         for name, value in vars(self).items():
             wanted = wanted_value(name, value)
-            if wanted: raise TrainError(f"{name} is {value!r}: it must be {wanted}.")
+            if wanted:
+                raise TrainError(f"{name} is {value!r}: it must be {wanted}.")
 
 # %% ../../nbs/415_train.recipe.ipynb #0fe71bf5
 def learning_rate(

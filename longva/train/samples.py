@@ -213,7 +213,7 @@ class PieceCounter:
         token = self.processor.video_token
         mine = [self.videos.pop(0) for _ in range(text.count(token))]
         texts = expand_placeholders([text], token, mine)
-        return torch.tensor(self.processor.tokenizer(texts, **options)["input_ids"][0], dtype=torch.int64)
+        return torch.tensor(self.processor.text_ids(texts[0], **options), dtype=torch.int64)
 
 # %% ../../nbs/457_train.samples.ipynb #ec907788
 def row_length(row: Row, reading: Reading) -> int:  # 0 for a row that can't be read

@@ -111,7 +111,8 @@ class TextFolder:
             starts = _line_starts(file) if self._has_rows(file) else [(0, 0)]
             rows += [(number, line, start) for line, start in starts]
         self.rows = np.array(rows, dtype=np.int64).reshape(-1, 3)  # file, line, first byte
-        if not len(self): raise CorpusError(f"There is no text in {self.root}: its .jsonl files have no lines.")
+        if not len(self):
+            raise CorpusError(f"There is no text in {self.root}: its .jsonl files have no lines.")
 
     @staticmethod
     def _has_rows(file: Path) -> bool:
@@ -188,7 +189,8 @@ def open_source(
     if isinstance(source, (TextFolder, Rows)):
         return source
     if isinstance(source, (str, Path)):
-        if not str(source).strip(): raise CorpusError("The name of the text is empty: name a folder or a file.")
+        if not str(source).strip():
+            raise CorpusError("The name of the text is empty: name a folder or a file.")
         if Path(source).exists():
             return TextFolder(source, text, domain)
         return _open_dataset(str(source), (text, domain))

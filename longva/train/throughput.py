@@ -80,7 +80,8 @@ def check_memory(
 ) -> None:
     """Raise PlanError if a step cannot fit in memory. Architectures that the planner doesn't know pass."""
     planned = plan_step(model, length, recipe, ranks)
-    if planned: check(planned)
+    if planned:
+        check(planned)
 
 # %% ../../nbs/432_train.throughput.ipynb #8fc54332
 def describe_run(

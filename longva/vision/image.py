@@ -32,7 +32,8 @@ def _check_image(image, name):
     elif image.width * image.height > MOST_PIXELS:
         wrong = (f"has {image.width} x {image.height} pixels, and at most 50 million pixels are unpacked: make it "
                  "smaller.")
-    if wrong: raise ValueError(f"{name} {wrong}")
+    if wrong:
+        raise ValueError(f"{name} {wrong}")
 
 def _eight_bits(image):
     "A 16-bit grey picture in eight bits; the level that its file calls transparent becomes white."
@@ -83,7 +84,7 @@ def _load(file, short: str) -> Image.Image:
             image.load()
     except Image.DecompressionBombError as error:
         raise ValueError(f"{short} has more than the 50 million pixels that are unpacked: make it smaller.") from error
-    except Exception as error:  # Pillow raises whatever comes to hand
+    except Exception as error:  # Pillow raises errors of many kinds
         advice = "give a whole file in a format such as PNG or JPEG"
         raise ValueError(f"{short} cannot be read as an image: {advice}.") from error
     _check_image(image, short)
@@ -92,7 +93,8 @@ def _load(file, short: str) -> Image.Image:
 def _read(name: str) -> Image.Image:
     "The picture of a file, a `file://` address or base64; or a ValueError in one sentence."
     short = _short(name)
-    if not name: raise ValueError("The path of an image is empty: name a file.")
+    if not name:
+        raise ValueError("The path of an image is empty: name a file.")
     path = local_path(name)
     if path is None:
         raise ValueError(f"{short} is an address, and nothing is fetched from the network: download the image, and "
@@ -155,7 +157,7 @@ def is_picture(
     try:
         with _open(path) as image:
             return getattr(image, "n_frames", 1) == 1 or image.format == "MPO"
-    except Exception:  # Pillow raises whatever comes to hand
+    except Exception:  # Pillow raises errors of many kinds
         return False
 
 _TURNED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where a turn may be noted

@@ -166,7 +166,8 @@ def open_video(
         with av.open(name, metadata_errors="replace", options=_OPEN) as container:
             stream = container.streams.best("video")
             fault = _track_fault(container, stream)
-            if fault: raise VideoError(f"{path} {fault}")
+            if fault:
+                raise VideoError(f"{path} {fault}")
             stream.thread_type = "SLICE"  # AUTO can hang beside other libraries that bring their own FFmpeg
             options = {"max_pixels": str(MOST_PIXELS)}
             if strict:

@@ -98,7 +98,8 @@ def _rgb(image):
         wrong = f"The image is in mode {image.mode}, not RGB: call image.convert('RGB') first."
     elif not image.width * image.height:
         wrong = f"The image has no pixels, its size is {image.width} x {image.height}."
-    if wrong: raise ValueError(wrong)
+    if wrong:
+        raise ValueError(wrong)
     return image
 
 # %% ../../nbs/265_vision.unires.ipynb #b53ab345
@@ -144,7 +145,7 @@ def tile_image(
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean, in grey levels
 
 
-_THIN = 4  # long side over short side, from which work goes by the square and not by the picture
+_THIN = 4  # long side over short side, from which on a picture is cut or shrunk first, so that it takes little memory
 
 
 def _crop(image, S):

@@ -90,7 +90,8 @@ def _encode(frames, part, fps, scale, crf):
             picture = picture.reformat(format="yuv420p", interpolation="AREA", dst_colorspace="ITU601",
                                        dst_color_range="MPEG")
             out.mux(stream.encode(picture))
-        if stream is None: raise VideoError("There are no frames to write: hand in at least one.")
+        if stream is None:
+            raise VideoError("There are no frames to write: hand in at least one.")
         out.mux(stream.encode())
 
 # %% ../../nbs/255_vision.video.ipynb #d7586ad3
@@ -168,7 +169,8 @@ def _check_choice(n, fps, most=None):
     for name, value in (("n", n), ("most", most)):
         if value is not None and not (is_whole(value) and value >= 1):
             wrong = wrong or f"{name}={value!r}: it must be a whole number from 1"
-    if wrong: raise VideoError(f"read_frames cannot take {wrong}.")
+    if wrong:
+        raise VideoError(f"read_frames cannot take {wrong}.")
 
 def _count(info, n, fps, start, end) -> int:
     "How many frames `pick_frames` picks of a video whose frames come at a steady rate."
@@ -433,7 +435,8 @@ def _decord(path, index) -> tuple:
 def _pick_decord(path, index, wanted):
     "Decode the wanted frames with decord, sixteen at a time; yields a picture [H,W,3] for each."
     reader, fault = _decord(path, index)
-    if fault: raise VideoError(f"{path} cannot be read with decord ({fault}): use backend='pyav'.")
+    if fault:
+        raise VideoError(f"{path} cannot be read with decord ({fault}): use backend='pyav'.")
     from decord import DECORDError, DECORDLimitReachedError
     wanted = iter(wanted)
     try:
@@ -474,7 +477,8 @@ def _check_request(n, fps, start, end, backend):
         wrong = f"end={end!r} with start={start!r}: the end must be a number of seconds, and come later"
     elif backend not in ("auto", "pyav", "decord", "pillow"):
         wrong = f"backend={backend!r}: choose auto, pyav, decord or pillow"
-    if wrong: raise VideoError(f"read_frames cannot take {wrong}.")
+    if wrong:
+        raise VideoError(f"read_frames cannot take {wrong}.")
 
 def _check_whole(call, name, number):
     "Refuse a number of threads or of frames that is none."

@@ -362,7 +362,8 @@ def _generate(self: Desk, talk: Talk, question: Question, files: list):
     watch = Watch(turn, check=lambda: self.make_way(talk, question, began))
     sampling = dict(temperature=float(settings.temperature), seed=int(settings.seed or 0))
     pieces = talk.chat.ask(turn, max_new_tokens=most, **sampling)
-    if question.stopped: raise Stopped("Stopped before the answer began; the conversation is as it was.")
+    if question.stopped:
+        raise Stopped("Stopped before the answer began; the conversation is as it was.")
     if turn.frames:
         question.line["content"] = f"Reading {turn.frames:,} frames …"
     yield

@@ -91,7 +91,8 @@ def check_needle(
     if needle.name in [n.name for n in bench.needles]:
         raise NeedleError(f"There is a needle {needle.name} already: give this one another name.")
     for what, text in (("question", needle.question), ("answer", needle.answer)):
-        if not text.strip(): raise NeedleError(f"The needle has no {what}: write one.")
+        if not text.strip():
+            raise NeedleError(f"The needle has no {what}: write one.")
         if len(text) > MOST_LETTERS:
             raise NeedleError(f"The needle's {what} has {len(text):,} characters: {MOST_LETTERS} at most are read.")
         try:
@@ -121,7 +122,8 @@ def event_number(
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if low <= number <= high: return number
+    if low <= number <= high:
+        return number
     raise NeedleError(f"The page sent {name} = {str(value)[:20]}, which must be from {low:g} to {high:g}.")
 
 # %% ../../nbs/770_web.visit.ipynb #62df9812
