@@ -270,7 +270,7 @@ def _layouts(
 LAYOUTS = {n: _layouts(n) for n in range(2, 50)}
 
 class FramePool:
-    """Every scene some times over, with its features, to build images from."""
+    """Several frames of each scene, with their features, to build images from."""
     def __init__(self, model: LongVA, seed: int, copies: int = 12, variants: int = 384):
         self.config = model.config
         self.copies = copies
@@ -453,7 +453,7 @@ def align_miniature(
         model.requires_grad_(True).save_pretrained(out)
 
 # %% ../../nbs/605_mini.recipe.ipynb #98df9243
-def _alone(job, *args):
+def _run_on_one_thread(job, *args):
     """Run a job in a worker process, with one thread."""
     torch.set_num_threads(1)
     job(*args)
@@ -473,7 +473,7 @@ def run_jobs(
         os.environ.setdefault(name, str(value))
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
-        futures = [pool.submit(_alone, *job) for job in jobs]
+        futures = [pool.submit(_run_on_one_thread, *job) for job in jobs]
         for future in futures:
             future.result()
     finally:
