@@ -336,7 +336,7 @@ def test_what_the_command_says_of_variants(inside, tmp_path):
     needles = write_needles(tmp_path / "needles", 2, 3)
     given = ["vniah", "--model", "mini-longva", "--haystack", film, "--needles", needles, "--frames", "8"]
     done = inside(*given, "--variant", "absent", "--out", "absent")
-    assert done.exit_code == 0 and "said so" in done.output and "a share of 0 is best" in done.output, done.output
+    assert done.exit_code == 0 and "said so" in done.output and "an accuracy of 0 is best" in done.output, done.output
     for more, words in (
         (["--variant", "absent", "--depths", "0,1"], "give one depth"),
         (["--variant", "vniah-d"], "needs --distractors"),

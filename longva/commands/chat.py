@@ -172,7 +172,7 @@ def chat_command(
     stop: StopText = None,
     device_map: DeviceMap = None,
 ):
-    """Ask about videos and images; first, memory and time are estimated, here and for LongVA-7B."""
+    """Ask about videos and images. Memory and time, here and for LongVA-7B, are estimated first."""
     videos = video or []
     images = image or []
     sampling = dict(temperature=temperature, top_p=top_p, seed=seed)

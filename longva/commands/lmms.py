@@ -17,7 +17,7 @@ from .renamed import Renamed
 
 # %% ../../nbs/825_commands.lmms.ipynb #e502d417
 lmms_app = typer.Typer(
-    help="LongVA in lmms-eval: V-NIAH as a task, and accuracy against frames against seconds.",
+    help="LongVA in lmms-eval: V-NIAH as a task, and accuracy and time at several numbers of frames.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -29,7 +29,7 @@ app.add_typer(lmms_app, name="lmms")
 def lmms_vniah_command(
     video: Annotated[Path, typer.Option(parser=path, help="A video file.")],
     needles: Annotated[Path, typer.Option(parser=path, help="A folder with needles.json.")],
-    frames: Annotated[str, typer.Option(help="Haystack lengths, as 200,400,800.")],
+    frames: Annotated[str, typer.Option(help="Haystack lengths in frames, such as 200,400,800.")],
     out: Annotated[Path, typer.Option(parser=path, help="Folder of the tasks, for lmms-eval's --include_path.")],
     depths: Annotated[str, typer.Option(help="Depths from 0 (first frame) to 1 (last).")] = "0,0.2,0.4,0.6,0.8,1",
     fps: Fps = None,
@@ -47,14 +47,14 @@ def lmms_vniah_command(
 def lmms_curve_command(
     context: typer.Context,
     pretrained: Annotated[str, typer.Option(help="A miniature, a folder, or a name on the hub.")],
-    tasks: Annotated[str, typer.Option(help="Names with commas; {frames} stands for the count.")],
-    frames: Annotated[str, typer.Option(help="Counts, as 8,16,32.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lmms-eval, with commas; {frames} is the number of frames.")],
+    frames: Annotated[str, typer.Option(help="Numbers of frames, such as 8,16,32.")],
     out: Annotated[Path, typer.Option(parser=path, help="A folder for the results.")],
-    model_args: Annotated[str, typer.Option(help="More model arguments, as fps=1.")] = "",
+    model_args: Annotated[str, typer.Option(help="More model arguments, such as fps=1.")] = "",
     include_path: path_option("A folder of tasks.") = None,
-    processes: Annotated[int, typer.Option(help="GPUs that share the documents.")] = 1,
+    processes: Annotated[int, typer.Option(help="Processes, one for each GPU, that share the documents.")] = 1,
 ):
-    """Measure accuracy against frames against seconds. Arguments after -- go to lmms-eval."""
+    """Measure accuracy and time at several numbers of frames. Arguments after -- go to lmms-eval."""
     with one_sentence(out):
         counts = numbers(frames, int, "--frames")
         from longva.lmms.curve import run_curve

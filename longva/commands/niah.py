@@ -103,9 +103,13 @@ Lengths = Annotated[Optional[str], typer.Option(help=(
     "for a miniature 64,128,256,384,496."
 ))]
 BookDepths = Annotated[str, typer.Option(help="Depths from 0 (the start) to 1 (the end).")]
-DistractorCounts = Annotated[str, typer.Option(help="Other cities' numbers in the book; the paper takes 0,3,5.")]
+DistractorCounts = Annotated[str, typer.Option(help=(
+    "Numbers of distractors (other cities' numbers in the book), with commas; the paper takes 0,3,5."
+))]
 NumbersToFind = Annotated[int, typer.Option("--numbers", help="Numbers to find, one at a time, in each cell.")]
-TrainLength = Annotated[Optional[int], typer.Option(help="Length of the model's text training, for the dotted line.")]
+TrainLength = Annotated[Optional[int], typer.Option(
+    help="Tokens of the texts that the model was trained on, drawn as a dotted line."
+)]
 MeasurePerplexity = Annotated[bool, typer.Option("--perplexity", help="Also measure perplexity against length.")]
 
 def default_name(

@@ -93,7 +93,7 @@ def show_forecast(
     forecasts = forecast(reader, asks, trials, half_width, Reading(**reading))
     prefixes = [""]
     if len(forecasts) == 2:
-        prefixes = ["At least, if every answer is right: ", "At most, if every second one is: "]
+        prefixes = ["At least, if every answer is right: ", "At most, if every second answer is right: "]
     for prefix, expected in zip(prefixes, forecasts):
         typer.echo(f"{prefix}{expected}")
 
@@ -111,7 +111,7 @@ def load_reader(
     net, processor = load_model(where, families=True)
     kind = net.config.model_type
     if kind != "longva" and not plain:
-        raise Usage(f"--variant and --half-width ask a LongVA only, and {model} is a {kind}: leave them out.")
+        raise Usage(f"--variant and --half-width work with a LongVA only, and {model} is a {kind}: leave them out.")
     if kind != "longva" and features is not None:
         raise Usage(f"--features keeps what a LongVA sees, and {model} is a {kind}: leave it out.")
     if rope_base is not None:
@@ -145,12 +145,12 @@ def chance(
 ) -> str:  # a sentence, or nothing
     """Say what the accuracy is to be compared with, where that isn't 0."""
     if variant == "absent":
-        return "Nothing was hidden: here a share of 0 is best, for each answer was made up."
+        return "Nothing was hidden: here an accuracy of 0 is best, for each answer was made up."
     if variant not in ("choice", "blind"):
         return ""
     share = sum(1 / len(t.choices) for t in trials) / len(trials)
     prefix = "Nothing was hidden: guessing" if variant == "blind" else "Guessing"
-    return f"{prefix} has a share of {share:.2f}."
+    return f"{prefix} has an accuracy of {share:.2f}."
 
 # %% ../../nbs/805_commands.vniah.ipynb #09216ab7
 Model = Annotated[str, typer.Option(help=(
@@ -223,7 +223,7 @@ def vniah_command(
     out = out or results_folder(name, haystack_name, variant, half_width is not None)
     with one_sentence(out):
         if not plain and (generate or workers > 1 or kv == Place.HOST):
-            raise Usage("--variant and --half-width go without --generate, --workers and --kv.")
+            raise Usage("--variant and --half-width can't be combined with --generate, --workers or --kv.")
         check_variant(variant, distractors, half_width, depths)
         check_base(rope_base)
         depths = depths or ("0" if variant in NOTHING else "0,0.5,1")

@@ -281,7 +281,7 @@ def _packed_backward(kernel, dout, q, k, v, out, lse, scale, cu_q, cu_k) -> tupl
 
 # %% ../../nbs/210_context.kernels.ipynb #1bda137d
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-LONG = 256  # from so many queries on, planning for their shape (cuDNN) pays
+LONG = 256  # queries from which on cuDNN's planning for each shape is worth its time
 
 
 def _both(kernel, dout, q, k, v, cu_q, cu_k) -> tuple:

@@ -393,7 +393,7 @@ def check_head(
         logits = torch.empty(len(own), len(head.weight), dtype=working_dtype(hidden), device=hidden.device)
         head.fill(hidden[0].to(head.weight.dtype), logits)
     if not own.isfinite().all():
-        return  # weights that are broken are found by whoever reads the loss
+        return  # broken weights show in the loss itself
     same = own.shape == logits.shape
     far = relative_distance(logits[None], own[None]) if same else float("inf")
     if far > tolerance(own):

@@ -848,7 +848,7 @@ def _probe(model, given):
             whole = _answers(model, given, ids, one, embedded)
             second = _answers(model, given, ids[:, first:], one[:, :L - first], embedded)
         if not whole.isfinite().all():
-            return  # weights that are broken are found by whoever reads the loss
+            return  # broken weights show in the loss itself
         apart = torch.cat([whole[:, :first], second], 1)
         tries = [(whole, one, "one document is"), (apart, two, "two documents in a row are")]
         for right, positions, documents in tries:

@@ -256,7 +256,7 @@ class ExactRotary(torch.nn.Module):
                 )
         # another type would change the frequencies that it is given
         table.rope_type = "default" if list(kinds) == [None] else dict.fromkeys(kinds, "default")
-        self._table = [table]  # in a list, to be no part of the model
+        self._table = [table]  # in a list, so that torch doesn't make it a part of the model
 
     def forward(self, x, position_ids, layer_type=None):
         """Compute (cos, sin) as the wrapped module does.

@@ -279,8 +279,8 @@ def _frequency_fault(where, kind, outer, rotary, text) -> str:
         return ""
     if _same(back.detach().cpu().double(), asked, 1e-2):
         return ""
-    return (f"original_inv_freq of {where} is of another setting; the type {p['rope_type']} goes back to it after a "
-            "long call.")
+    return (f"original_inv_freq of {where} belongs to other settings; the type {p['rope_type']} goes back to it "
+            "after a long call.")
 
 def _other_faults(where, kind, rotary, text) -> list:
     "What else of the live module differs from the configuration, as sentences."
@@ -418,7 +418,7 @@ def _reason(error) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
 
 def _attempt(said: list, what: str, call, *args):
-    "Do a part of the report; where settings make it break off, say so in `said`, and give None."
+    "Do a part of the report; where settings make it fail, say so in `said`, and give None."
     try:
         return call(*args)
     except Exception as e:  # of many kinds: what is looked for are settings of which no model can be built

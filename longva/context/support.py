@@ -134,7 +134,7 @@ def relative_distance(
 ) -> float:
     """Measure how far answers are apart, token by token, relative to the answers: the worst token's distance.
 
-    In half precision it is the median's: a rounding can send a token to another expert.
+    In half precision it is the median token's, because rounding can send single tokens to another expert.
     """
     distance = (found.double() - right.double()).flatten(2).norm(dim=2)
     each = distance / right.double().flatten(2).norm(dim=2).clamp_min(1e-30)

@@ -93,7 +93,7 @@ def read_point(
 def curve_table(
     rows: list,  # of `read_point`
 ) -> str:
-    """Write score against frames against seconds as text."""
+    """Write score and seconds for each number of frames as text."""
     columns = [("score", ".4f"), ("stderr", ".4f"), ("documents", "d")]
     columns += [("seconds_model", ".3f"), ("seconds_reading", ".3f")]
     lines = [["frames", "task", "metric", "score", "+-", "documents", "s model", "s reading"]]

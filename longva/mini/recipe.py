@@ -269,7 +269,7 @@ def _layouts(
 LAYOUTS = {n: _layouts(n) for n in range(2, 50)}
 
 class FramePool:
-    """Every scene some times over, with its features, to build images from."""
+    """Several frames of each scene, with their features, to build images from."""
     def __init__(self, model: LongVA, seed: int, copies: int = 12, variants: int = 384):
         self.config = model.config
         self.copies = copies

@@ -51,8 +51,8 @@ def next_token(
     return int(order[torch.multinomial(chances, 1, generator=generator)])
 
 # %% ../../nbs/360_model.chat.ipynb #1344273d
-FRAMES = 64  # at a time, in the tower,
-PART = 1 << 29  # if they are not more bytes than this
+FRAMES = 64  # that the tower reads at a time
+PART = 1 << 29  # bytes of frames at a time: of very large frames, fewer are read
 
 @dataclass
 class VideoParts:
@@ -83,7 +83,7 @@ def open_parts(
     fps: float | None = None,  # from a file: so many a second, instead
     most: int | None = None,  # from a file, with a rate: at most so many, and then equally spaced
 ) -> VideoParts:
-    """Count a video's frames and get ready to read them; a file that is none is a `VideoError`."""
+    """Count a video's frames and get ready to read them; raise VideoError for a file that is no video."""
     if not isinstance(video, (str, Path)):
         return _array_parts(video, fps)
     request = FrameRequest(most=n) if fps is None else FrameRequest(fps=fps, most=most)
@@ -96,7 +96,7 @@ def open_parts(
     def seconds():
         return np.concatenate([part.seconds for part in read()])
 
-    read()  # what can't be had is refused now
+    read()  # what can't be read is refused now
     return VideoParts(request.count(info), lambda: (part.array for part in read()), seconds)
 
 # %% ../../nbs/360_model.chat.ipynb #7c889f6e
@@ -120,7 +120,7 @@ class Turn:
     def with_other(
         self,
         config: LongVAConfig,  # of another model, such as LongVA-7B
-    ) -> tuple:  # (tokens, grids); words are taken to be as many tokens
+    ) -> tuple:  # (tokens, grids); its text is assumed to have as many tokens there
         """Tell how long this turn would be with another model."""
         images = LongVAImageProcessor.from_config(config)
         side = config.vision_config.image_size
@@ -161,7 +161,7 @@ class Chat:
 
     def reset(self):
         """Forget the conversation and give its memory back; an answer in progress, in another thread too, ends."""
-        self.cache = kv_cache(self.model)  # an answer in progress knows by it whether the conversation is still its own
+        self.cache = kv_cache(self.model)  # an answer in progress sees by it that a new conversation has begun
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.turns = []
         self.prompt = ""  # the conversation as the template writes it
@@ -476,7 +476,7 @@ def estimate_7b(
     new_tokens: int = 256,
     **assumed,
 ) -> Estimate:  # on one H100, by default
-    """Tell what LongVA-7B would take for the same turn; words are taken to be as many tokens there as here."""
+    """Tell what LongVA-7B would take for the same turn; its text is assumed to have as many tokens there."""
     config = longva_7b()
     tokens, grids = turn.with_other(config)
     return estimate_of(config, tokens, grids, new_tokens, self.tokens_7b, self.chunk, **assumed)
@@ -486,7 +486,7 @@ class TooLarge(ChatError):
     """There is not enough memory for a turn."""
 
 def _left_in_container() -> float:
-    """Tell what a container may still take; pages of files are given up when memory is wanted."""
+    """Tell how much memory a container may still take; cached pages of files count as free."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used, parts = ((group / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
@@ -507,7 +507,7 @@ def free_bytes(
     return free
 
 def _advice(turn, too_many) -> str:
-    """Say what a turn with so many frames too many can do."""
+    """Say what helps a turn that has so many frames too many."""
     fit = turn.frames - too_many
     return f"take at most {fit:,} frames" if fit > 0 else "start a new conversation, or give less"
 

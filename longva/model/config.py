@@ -18,7 +18,7 @@ from .original import is_original, translate_config
 from ..vision.unires import token_count
 
 # %% ../../nbs/305_model.config.ipynb #c8c666a1
-TEXT_SETTINGS = (*ROPE_NAMES, "max_position_embeddings")  # of the language model, and taken at the top, too
+TEXT_SETTINGS = (*ROPE_NAMES, "max_position_embeddings")  # of the language model; also accepted at the top
 
 def _joined_rope(text, top: dict):
     """Give the language model's configuration with what stands at the top, in one spelling."""
@@ -74,7 +74,7 @@ class LongVAConfig(PreTrainedConfig):
     image_pool_mode: str | None = None
     image_mean: list | None = None  # of pixels in 0..1; None: as CLIP or SigLIP was trained
     image_std: list | None = None
-    original: dict | None = None  # what else an original config.json says, for the way back
+    original: dict | None = None  # fields of an original config.json that have no other place; kept for saving it again
     image_token_id: int | None = 151646
     video_token_id: int | None = 151647
     tie_word_embeddings: bool = False

@@ -189,7 +189,7 @@ class LongVAPreTrainedModel(Qwen2PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """Load as Hugging Face does; a tensor too few, too many or misshapen is a `CheckpointError`."""
+        """Load as Hugging Face does; raise CheckpointError if tensors are missing, extra or misshapen."""
         if pretrained_model_name_or_path is None or kwargs.get("gguf_file"):  # there is a state_dict, or other names
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         folder = local_folder(pretrained_model_name_or_path, **pop_hub_options(kwargs))
@@ -204,7 +204,7 @@ class LongVAPreTrainedModel(Qwen2PreTrainedModel):
         if isinstance(config, PreTrainedConfig):
             if changes:
                 raise ValueError(
-                    f"{', '.join(changes)} came beside a configuration, which would count alone: change it in there."
+                    f"{', '.join(changes)} came beside a configuration, which alone would be used: change it in there."
                 )
         else:
             config = LongVAConfig.from_pretrained(folder if config is None else config, **changes)
@@ -304,7 +304,7 @@ def refuse_unread(
             continue
         if name == "token_type_ids" and not torch.as_tensor(value).any():
             continue  # one segment, which is what the model reads
-        why = _LLAVA.get(name, "look for a slip of the pen")
+        why = _LLAVA.get(name, "check its spelling")
         raise ValueError(f"LongVA's forward does not read {name}: {why}.")
 
 def _check_labels(labels, hidden, config, name):
@@ -540,7 +540,7 @@ class LongVA(LongVAPreTrainedModel, GenerationMixin):
                 "Generation from inputs_embeds, or from pictures with several beams or samples, needs use_cache=True."
             )
         if is_first_iteration and mask is not None and mask.ndim == 2 and not mask[:, -1].all():
-            raise ValueError(  # what is written behind a hole would be wrong, without a word
+            raise ValueError(  # the text generated after such padding would be wrong, without an error
                 "The prompts are padded on the right, where generation continues: "
                 "pad them on the left (the processor's padding_side)."
             )

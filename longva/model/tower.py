@@ -16,8 +16,8 @@ class _Tower:
     """What a CLIP and a SigLIP tower share here."""
 
     def _initialize_weights(self, module, is_custom_code=False):
-        # for classes outside transformers, containers are skipped;
-        # CLIP sets the scale of its attention and MLP in containers
+        # transformers doesn't initialise modules with submodules for classes outside its package;
+        # CLIP needs it: it sets the scale of its attention and MLP there
         super()._initialize_weights(module)
 
     def features(

@@ -46,7 +46,7 @@ class Adapter(Reader):
         return type(self).__name__, self.side, self.seconds
 
     def tower_weights(self):
-        """Raise NeedleError: no cache keeps what other families see."""
+        """Raise NeedleError: the cache of features is for LongVA alone."""
         raise NeedleError("The cache of features keeps what a LongVA sees: leave it out with other models.")
 
     def split(self, processor, content) -> tuple:  # (ids before the frames, ids after them)

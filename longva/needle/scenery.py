@@ -13,7 +13,7 @@ from ..vision.video import Frames
 # %% ../../nbs/515_needle.scenery.ipynb #99605dda
 def mix(
     *parts,  # whole numbers or integer arrays
-) -> np.ndarray:  # uint64, each bit as good as any other
+) -> np.ndarray:  # uint64, each bit equally random
     """Compute a number that looks random and is the same on every machine."""
     total = np.uint64(0)
     with np.errstate(over="ignore"):
@@ -107,7 +107,7 @@ def draw_scene(
 ) -> np.ndarray:  # [height,width,3] uint8
     """Draw one frame."""
     shot, t = shot_of(i, seed)
-    place = 10_000 + shot  # every third shot is somewhere else, the others of six share two places
+    place = 10_000 + shot  # every third shot has a place of its own; of six shots, the other four share two places
     if shot % 3:
         place = pick(2, seed, 7, shot) + 2 * (shot // 6)
     frame, x, y = _sky(seed, place, width, height)

@@ -100,7 +100,7 @@ class NeedleWatch:
             reader = _whole_passes(reader)
         paths = [spot.path(prompts[spot.needle]) for spot in self.spots]
         answers = [prompts[spot.needle].answer for spot in self.spots]
-        naive = current_context().ranks > 1  # a sequence that is spread has no buffer to share
+        naive = current_context().ranks > 1  # a sequence split over ranks has no buffer to share
         for k, logits, seconds in decide_paths(reader, paths, answers, naive=naive):
             spot = self.spots[k]
             where = (self.needles[spot.needle].name, spot.frames, spot.depth, spot.insert)

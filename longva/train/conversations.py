@@ -120,7 +120,7 @@ def split_pieces(
         answered = _write(messages[: n + 1], processor)
         if not asked.startswith(done) or not answered.startswith(asked):
             raise TrainError(
-                "The model's chat template writes a turn otherwise when another follows, "
+                "The model's chat template writes a turn differently when another follows, "
                 "so the answers cannot be found in the text: give it another template."
             )
         pieces.append((asked[len(done) :], False))
@@ -138,7 +138,7 @@ def _plain_pieces(messages):
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     placeholders = "".join(PLACEHOLDER.findall(asked))
     if not placeholders or len(answers) != 1:
-        raise BadRow("a caption belongs to pictures, and is one answer")
+        raise BadRow("a caption needs at least one picture and exactly one answer")
     return [(placeholders, False), (answers[0] + "\n", True)]
 
 # %% ../../nbs/455_train.conversations.ipynb #1a9ed943

@@ -15,7 +15,7 @@ import numpy as np
 def taking_rates(
     tokens: dict,  # tokens by (domain, octave of length, long or not)
     weight: float = 5.0,  # how much more often a long document is taken
-    share: float | None = None,  # of the tokens to give; None: the most at which no document comes twice
+    share: float | None = None,  # of the tokens to give; None: the most at which no document is taken twice
 ) -> dict:  # rate by (domain, long or not)
     """Compute how often documents are taken, so that long ones gain and domains keep their shares."""
     short = Counter()

@@ -31,7 +31,7 @@ def render(
         whole = processor.apply_chat_template(answered, tokenize=False)
         if not whole.startswith(prompt):
             raise TrainError(
-                "The model's chat template writes other words before an answer than before one that is to come, "
+                "The model's chat template doesn't begin an answer as it begins the turn that the model shall write, "
                 "so the answer cannot be found: give it another template."
             )
         texts.append(whole[len(prompt) :])

@@ -11,7 +11,7 @@ import random
 import torch
 
 from ..context.loss import last_hidden
-from ..context.parallel import alone
+from ..context.parallel import single_rank
 from ..context.support import probe_ids, probing
 from .recipe import TrainError
 
@@ -58,7 +58,7 @@ def check_gaps(
     plain = torch.arange(20, device=ids.device)[None]
     gap = plain + 37 * (plain >= 10)
     ones = torch.ones_like(ids)
-    with probing(model), alone():
+    with probing(model), single_rank():
         near = last_hidden(model, input_ids=ids, position_ids=plain, attention_mask=ones)[:, 10:]
         far = last_hidden(model, input_ids=ids, position_ids=gap, attention_mask=ones)[:, 10:]
         changed = last_hidden(model, input_ids=others, position_ids=gap, attention_mask=ones)[:, 10:]

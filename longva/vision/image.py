@@ -84,7 +84,7 @@ def _load(file, short: str) -> Image.Image:
             image.load()
     except Image.DecompressionBombError as error:
         raise ValueError(f"{short} has more than the 50 million pixels that are unpacked: make it smaller.") from error
-    except Exception as error:  # Pillow raises whatever comes to hand
+    except Exception as error:  # Pillow raises errors of many kinds
         advice = "give a whole file in a format such as PNG or JPEG"
         raise ValueError(f"{short} cannot be read as an image: {advice}.") from error
     _check_image(image, short)
@@ -157,7 +157,7 @@ def is_picture(
     try:
         with _open(path) as image:
             return getattr(image, "n_frames", 1) == 1 or image.format == "MPO"
-    except Exception:  # Pillow raises whatever comes to hand
+    except Exception:  # Pillow raises errors of many kinds
         return False
 
 _TURNED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # where a turn may be noted

@@ -145,7 +145,7 @@ def tile_image(
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean, in grey levels
 
 
-_THIN = 4  # long side over short side, from which work goes by the square and not by the picture
+_THIN = 4  # long side over short side, from which on a picture is cut or shrunk first, so that it takes little memory
 
 
 def _crop(image, S):

@@ -121,7 +121,7 @@ def stale_files(
     return stale
 
 def remove_files(files: list):
-    """Remove files, also such that are gone by now."""
+    """Remove files; some may be gone already."""
     for file in files:
         file.unlink(missing_ok=True)
 
@@ -180,7 +180,7 @@ class Guard:
             raise Refused(403, "Requests come from the pages of this server only.")
         _, named, file = scope["path"].partition("/file=")
         if named and not is_upload(file, self.uploads):
-            raise Refused(403, "Uploaded files are here, no others and no addresses.")
+            raise Refused(403, "Only uploaded files are served here: no other files, and no addresses.")
 
     async def event(self, scope, receive, send):
         """Read an event whole, look at the files it names, and hand it on."""
@@ -188,7 +188,7 @@ class Guard:
         async for part in timed(receive, self.limits.event_seconds):
             body += part
             if len(body) > self.limits.event_bytes:
-                raise Refused(413, f"An event may have {self.limits.event_bytes:,} bytes.")
+                raise Refused(413, f"An event may have at most {self.limits.event_bytes:,} bytes.")
         try:
             foreign = foreign_file(json.loads(body or b"null"), self.uploads)
         except (ValueError, RecursionError):
