@@ -27,7 +27,7 @@ def test_readmes_commands_run_as_written(tmp_path, monkeypatch):
         few = [] if words[0] == "mini" else ["--steps", "2"]
         done = CliRunner().invoke(app, [*words, *few])
         assert done.exit_code == 0, (words, done.output, done.exception)
-        assert done.output.splitlines()[-1].startswith("Done. ")
+        assert done.stdout.strip().splitlines()[-1].startswith("Done. "), done.output
     for folder in ("runs/align/mini-1", "runs/align/mini-2", "runs/dpo/mini"):
         LongVA.from_pretrained(Path(folder) / "model")
         assert len((Path(folder) / "metrics.jsonl").read_text().splitlines()) == 2
