@@ -155,7 +155,7 @@ def check_base(theta):
 
 # %% ../../nbs/800_commands.base.ipynb #b6922834
 app = typer.Typer(
-    help="See long context transfer from language to vision, take it apart, repeat it on a laptop.",
+    help="See long context transfer from language to vision, take it apart, reproduce it on a laptop.",
     rich_markup_mode=None,
     no_args_is_help=True,
     add_completion=False,
@@ -190,7 +190,7 @@ def show_rows(
         share, low, high = mean_of_cells([t for t in trials if t.frames == length])
         typer.echo(f"{length:>6}  {f'{right}/{of}':>9}  {share:>5.2f}  {low:.2f} to {high:.2f}")
     if len({of for _, of in cells(trials).values()}) > 1:
-        typer.echo("Cells were asked unequally often; in a share each of them weighs the same.")
+        typer.echo("Cells have different numbers of trials; in each accuracy all cells weigh the same.")
     html = out / "heatmap.html"
     typer.echo(f"\nOpen {html} (point at a cell to see its trials) or {out / 'heatmap.png'}.")
     typer.echo(

@@ -50,7 +50,7 @@ def plan_command(
     tflops: Annotated[float, typer.Option(help="Peak of one GPU: 989 for H100 and H200, 312 for A100.")] = 989,
     efficiency: Annotated[float, typer.Option(help="Share of the peak that is reached (MFU).")] = 0.4,
 ):
-    """Estimate memory, operations and seconds of a training step; say what limits and which switch helps next."""
+    """Estimate memory, operations and seconds of a training step; say what the limit is and which option helps next."""
     settings = dict(locals())
     with one_sentence("."):
         from longva.context.plan import PlanError, plan
@@ -133,7 +133,7 @@ def align_command(
     preset: Annotated[str, typer.Option(
         help="paper-1 or paper-2: the paper's stages; mini-1 or mini-2: the same for a laptop.")],
     data: Annotated[str, typer.Option(
-        help="LLaVA's rows: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
+        help="Rows in LLaVA's format: a .json or .jsonl file, several as {a,b}.json, or a .yaml mixture.")],
     media: Media = None,
     out: path_option("Folder of the run; by default runs/align/PRESET.") = None,
     model: Annotated[Optional[str], typer.Option(
