@@ -3,23 +3,11 @@ absent."""
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-
-root = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="session")
-def shared_data():
-    "Folder of reference numbers made with the original code, beside the repository."
-    folder = root.parent / "shared"
-    if not folder.is_dir():
-        pytest.skip("no reference numbers here: the folder shared/ beside the repository is absent")
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ def test_other_ranks_and_sharing(whole, world, tmp_path):
 
 def test_zero3_and_its_resume(whole, world, tmp_path):
     """Two ranks under ZeRO-3 with offload, a row at a time, so that one has text while the other has a video."""
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install 'longva[train]')")
     settings = dict(SHORT, engine="deepspeed", micro=1)
     a = tmp_path / "a"
     b = tmp_path / "b"

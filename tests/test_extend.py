@@ -33,7 +33,7 @@ def start(out, *args, world=1):
 def test_two_ranks_zero3_killed_and_resumed(tmp_path):
     """As from the terminal; killed, it ends with bit-equal weights on the same ranks, and on one rank with the same
     losses to rounding."""
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install 'longva[train]')")
     whole, killed, alone = (tmp_path / name for name in ("whole", "killed", "alone"))
 
     def run(out, world):

@@ -135,7 +135,7 @@ SIX = {"steps": 6, "save_every": 2, "engine": "deepspeed"}
 @pytest.fixture(scope="module")
 def zero3(tmp_path_factory):
     """Two ranks under ZeRO-3 with offload: a run to its end, and one that was killed in its fourth step."""
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install 'longva[train]')")
     out = tmp_path_factory.mktemp("runs")
     losses = toy.run(out / "whole", 2, **SIX, keep=3)
     processes = toy.start(out / "killed", 2, **SIX, die=3, timeout=20)
@@ -187,7 +187,7 @@ def resumed(whole, out, world, settings):
 
 def test_zero3_on_ranks_that_divide_no_weight(tmp_path):
     """Three ranks, and weights of 32 and 2048 numbers: bit for bit on three, to rounding on two and on one."""
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install 'longva[train]')")
     settings = {"steps": 4, "save_every": 2, "keep": 3, "rows": 6, "engine": "deepspeed"}
     whole = tmp_path / "whole"
     losses = toy.run(whole, 3, **settings)

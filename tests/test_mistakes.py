@@ -83,9 +83,9 @@ def test_lines_are_read_one_by_one(tmp_path):
 @pytest.mark.parametrize(
     "options, code, sentence",
     [
-        (["--fps", "0"], 1, "fps is 0.0: it must be a number above 0."),
-        (["--fps", "nan"], 1, "fps is nan: it must be a number above 0."),
-        (["--fps", "-1"], 1, "fps is -1.0: it must be a number above 0."),
+        (["--fps", "0"], 2, "--fps must be a number above 0, and not 0."),
+        (["--fps", "nan"], 2, "--fps must be a number above 0, and not nan."),
+        (["--fps", "-1"], 2, "--fps must be a number above 0, and not -1."),
         (["--model", " "], 2, EMPTY_MODEL),
     ],
 )

@@ -14,13 +14,14 @@ from longva.files import FolderError
 from longva.needle.haystack import Haystack
 from longva.needle.heatmap import figure4, heat_map, save_figure4, save_html, save_png
 from longva.needle.needles import Needle, load_needles, save_needles
-from longva.needle.sweep import check_grid, same_settings, sweep
+from longva.needle.sweep import same_settings, sweep
 from longva.needle.trials import (
     NeedleError,
     Trial,
     TrialLog,
     by_frames,
     cells,
+    check_grid,
     key,
     parse_trials,
     read_trials,
@@ -133,8 +134,8 @@ BALLOON = "\nIn side of the ballon,  which colour?\n"
 @pytest.fixture
 def snapshot(tmp_path, monkeypatch):
     "write(rows) -> the folder that the hub would give."
-    parquet = pytest.importorskip("pyarrow.parquet")
-    hub = pytest.importorskip("huggingface_hub")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     import pyarrow
 
     asked = []

@@ -14,6 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 from transformers import (
+    CTRLConfig,
+    CTRLLMHeadModel,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     MistralConfig,
@@ -217,6 +221,59 @@ def with_cache():
         )
 
 
+def falcon():
+    "A model that keeps its own attention, and mixes documents."
+    torch.manual_seed(0)
+    config = FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    ours = FalconForCausalLM(config).eval()
+    ours.set_attn_implementation("longva_cp")
+    return ours
+
+
+def every_way_of_calling():
+    "A model that must be refused, called without positions and with positional arguments."
+    shard = torch.arange(3, 11)[None]
+    with context_parallel():
+        cut = shard_batch(dict(input_ids=torch.arange(3, 19)[None]))
+        return [
+            said(falcon(), shard),
+            said(falcon(), input_ids=shard),
+            said(falcon(), cut["input_ids"], None, None, cut["position_ids"]),
+            said(tiny("longva_cp", (4, 4)), shard),
+        ]
+
+
+def fails_on_rank_one(kind, layer, reading, error):
+    "What ranks say when layer number `layer` of rank 1 breaks in its reading number `reading` of the probe."
+    ours = tiny("longva_cp", (4, 4)).eval()
+    readings = []
+
+    def breaks(*_):
+        readings.append(1)
+        if dist.get_rank() == 1 and len(readings) == reading:
+            raise error
+
+    ours.model.layers[layer].mlp.register_forward_pre_hook(breaks)
+    with context_parallel(kind=kind):
+        batch = shard_batch(dict(input_ids=torch.arange(3, 30)[None]))
+        first = said(ours, **batch)
+        second = said(ours, **batch)  # the ranks still understand one another, and the fault was passing
+    return first, second
+
+
+def in_half_precision():
+    "The gate in bfloat16: a model that is right, and one whose attention never hears of documents."
+    torch.manual_seed(0)
+    deaf = CTRLLMHeadModel(CTRLConfig(n_embd=32, dff=48, n_layer=2, n_head=4, vocab_size=64, n_positions=64))
+    deaf.set_attn_implementation("longva_cp")
+    with torch.no_grad():
+        for p in deaf.parameters():
+            p.mul_(6 if p.ndim == 2 else 1)  # or bfloat16 rounds away what attention does
+    with context_parallel():
+        batch = shard_batch(dict(input_ids=torch.arange(3, 30)[None]))
+        return [said(m.bfloat16().eval(), **batch) for m in (tiny("longva_cp", (4, 4)), deaf)]
+
+
 def autocast():
     "Under autocast the rotated q and k are float32 and v is bfloat16; the loss must come near the one in float32."
     with context_parallel(kind="ring"), torch.autocast("cpu", torch.bfloat16):
@@ -260,6 +317,13 @@ def cases(W):
         }
     if W == 2:
         found |= {f.__name__: (f,) for f in (uncut, generating, other_batch, with_cache, autocast)}
+        found |= {f.__name__: (f,) for f in (every_way_of_calling, in_half_precision)}
+        found |= {
+            ("fails", kind, layer, reading): (fails_on_rank_one, kind, layer, reading, IndexError("row 9 of 8"))
+            for kind in KINDS
+            for layer in (0, 1)
+            for reading in (1, 3)
+        }
     if W == 4:
         found["halves"] = (halves,)
     if W > 1:
@@ -374,6 +438,44 @@ def test_silent_mistakes_are_sentences(ranks):
         for sentence in (rank["uncut"], rank["with_cache"], *rank["generating"]):
             assert "leave context_parallel" in sentence and "can't be spread over ranks" in sentence
         assert "Ranks [1] hold another batch than rank 0" in rank["other_batch"]
+
+
+def test_a_model_is_refused_however_it_is_called(ranks):
+    for rank in ranks(2):
+        *refused, uncut = rank["every_way_of_calling"]
+        for sentence in refused:
+            assert "This falcon was given a shard of a sequence" in sentence
+        assert "Every rank holds the same positions" in uncut
+
+
+def test_when_one_rank_fails_in_the_probe_all_say_why(ranks):
+    names = [name for name in cases(2) if name[0] == "fails"]
+    assert len(names) == 12
+    for name in names:
+        (first, second), other = (rank[name] for rank in ranks(2))
+        assert other == (first, second), name
+        assert "rank 1" in first and "IndexError: row 9 of 8" in first, name
+        assert second == "nothing", name
+
+
+def test_the_gate_in_half_precision(ranks):
+    for rank in ranks(2):
+        right, deaf = rank["in_half_precision"]
+        assert right == "nothing"
+        assert "two documents in a row" in deaf
+
+
+def test_documents_that_would_be_mixed_are_refused_on_one_rank():
+    ids = torch.arange(3, 19)[None]
+    packed = torch.cat([torch.arange(9), torch.arange(7)])[None]
+    model = falcon()
+    with torch.no_grad(), context_parallel():
+        assert said(model, **shard_batch(dict(input_ids=ids))) == "nothing"
+        for _ in range(2):
+            assert "falcon" in said(model, **shard_batch(dict(input_ids=ids, position_ids=packed)))
+            assert "one document a row" in said(model, ids, None, None, packed)
+        assert said(tiny("longva_cp", (4, 4)), ids, position_ids=packed) == "nothing"
+        assert said(tiny("sdpa", (4, 4)), ids, position_ids=packed) == "nothing"
 
 
 @pytest.mark.parametrize("W", [2, 3, 8, 64])

@@ -278,8 +278,8 @@ def test_command_reads_a_folder_and_refuses(tmp_path):
     assert longva("--model", tmp_path, "--length", 32768, "--gpu-gib", 80, cwd=tmp_path).returncode == 0
     for words, sentence in [
         (("--model", "qwen9", "--length", 10), "There is no model qwen9"),
-        (("--model", "qwen2-7b", "--length", 0), "length is 0"),
-        (("--model", "qwen2-7b", "--length", 10, "--checkpoints", "disk"), "There is no checkpoints 'disk'"),
+        (("--model", "qwen2-7b", "--length", 0), "'--length'"),
+        (("--model", "qwen2-7b", "--length", 10, "--checkpoints", "disk"), "'disk' is not one of 'none'"),
     ]:
         done = longva(*words, cwd=tmp_path)
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr

@@ -51,3 +51,11 @@ def test_a_missing_data_file_points_to_the_sample(tmp_path, monkeypatch, command
         "longva mini rows."
     )
     assert done.exit_code == 1 and done.stderr.strip() == wanted
+
+
+def test_the_sample_writes_over_nothing(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("mine")
+    done = CliRunner().invoke(app, ["mini", "rows", "--out", str(tmp_path)])
+    wanted = f"{tmp_path / 'pairs.jsonl'} is there already and is another file: choose another folder."
+    assert done.exit_code == 1 and done.stderr.strip() == wanted
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs.jsonl"]

@@ -17,14 +17,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from original import PARITY
+from original import PARITY, WHOLE
 
 from longva.vision import image, video
 from longva.vision import index as video_index
 from longva.vision.video import FrameRequest, VideoError, pick_frames, read_frames, video_info, write_video
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-JOBS = SHARED / "data" / "media" / "jobs.mp4"
+JOBS = WHOLE.parent / "data" / "media" / "jobs.mp4"
 N, H, W = 120, 96, 160
 
 
@@ -1012,16 +1011,16 @@ def test_no_place_to_write(tmp_path):
 # ---- the rest ----
 
 
-def test_real_clip_with_both_back_ends():
-    if not JOBS.exists():
-        pytest.skip("the real clip is not beside this repository (../shared/data/media/jobs.mp4)")
-    info = video_info(JOBS)
-    assert (info.frames, info.fps, info.width, info.height) == (524, 30, 576, 1024) and info.seconds == pytest.approx(
-        524 / 30
-    )
-    one, other = read_frames(JOBS, n=8), read_frames(JOBS, n=8, backend="decord")
-    assert one.array.shape == (8, 1024, 576, 3) and np.array_equal(one.array, other.array)
-    assert len(read_frames(JOBS, fps=1)) == 18 and len(read_frames(JOBS, fps=1, start=2, end=5)) == 3
+def test_a_clip_with_both_back_ends(tmp_path):
+    """A real one where it lies beside the repository, or else one of as many frames."""
+    clip = JOBS if JOBS.exists() else write_video(bars(524), tmp_path / "clip.mp4", fps=30)
+    width, height = (576, 1024) if JOBS.exists() else (W, H)
+    info = video_info(clip)
+    assert (info.frames, info.fps, info.width, info.height) == (524, 30, width, height)
+    assert info.seconds == pytest.approx(524 / 30)
+    one, other = read_frames(clip, n=8), read_frames(clip, n=8, backend="decord")
+    assert one.array.shape == (8, height, width, 3) and np.array_equal(one.array, other.array)
+    assert len(read_frames(clip, fps=1)) == 18 and len(read_frames(clip, fps=1, start=2, end=5)) == 3
 
 
 def test_decord_is_loaded_only_when_asked_for():

@@ -53,7 +53,7 @@ def lines(out):
 @pytest.mark.parametrize("way", [dict(cp=2), dict(engine="deepspeed")], ids=str)
 def test_two_ranks_look_and_nothing_else_changes(tmp_path, way):
     if "engine" in way:
-        pytest.importorskip("deepspeed")
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed (pip install 'longva[train]')")
     found = train_toy.run(tmp_path / "watched", 2, body=training, steps=3, every=2, **way)
     assert found == train_toy.run(tmp_path / "alone", 2, body=training, steps=3, **way)
     ours, theirs = (train_toy.weights(tmp_path / name / "step-000003") for name in ("watched", "alone"))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Question', 'Videos', 'Images', 'ModelName', 'FrameCount', 'MaxNewTokens', 'Temperature', 'TopP', 'SamplingSeed',
-           'StopText', 'chat_model', 'what_it_knows', 'show_estimate', 'print_answer', 'questions', 'Session',
-           'ask_once', 'ask_many', 'chat_command']
+           'StopText', 'chat_model', 'check_media', 'check_sampling', 'what_it_knows', 'show_estimate', 'print_answer',
+           'questions', 'Session', 'ask_once', 'ask_many', 'chat_command']
 
 # %% ../../nbs/820_commands.chat.ipynb #a3366755
 import sys
@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .base import Usage, app, check_exists, check_fps, echo_error, given, one_sentence
+from .base import Usage, app, check_exists, check_fps, check_one_of, echo_error, given, one_sentence
 from .models import is_miniature, load_model, model_folder
 from .options import DeviceMap, Fps, FrameFit
 from .renamed import Renamed
@@ -25,6 +25,24 @@ def chat_model(
 ) -> tuple:  # (model, processor)
     """Load a LongVA and its processor; raise UnknownModel."""
     return load_model(model_folder(name), device_map)
+
+def check_media(videos: list, images: list):
+    """Open each file once, so that a missing or broken one is refused before a model is loaded."""
+    check_exists("--video", *videos)
+    check_exists("--image", *images)
+    if videos:
+        from longva.vision.video import video_info
+        for video in videos:
+            video_info(video)
+
+def check_sampling(temperature: float, top_p: float, stop):
+    """Refuse settings of sampling that make no sense; raise Usage."""
+    if not 0 <= temperature < float("inf"):
+        raise Usage(f"--temperature must be a number from 0, and not {temperature:g}.")
+    if not 0 < top_p <= 1:
+        raise Usage(f"--top-p must be above 0 and at most 1, and not {top_p:g}.")
+    if "" in (stop or ()):
+        raise Usage("--stop is empty: give a text that ends the answer.")
 
 def what_it_knows(
     processor,
@@ -109,7 +127,17 @@ class Session:
         if self.frames and 0 < turn.frames < self.frames * len(turn.videos):
             echo_error(f"There are fewer than the {self.frames} frames asked for: all {turn.frames} are taken.")
         show_estimate(self.chat, turn, self.name, self.settings["max_new_tokens"], self.speed)
-        return print_answer(answer)
+        whole = print_answer(answer)
+        if whole and is_miniature(self.chat.processor.tokenizer):
+            self.show_note()
+        return whole
+
+    def show_note(self):
+        """Say on stderr why the answer of a miniature may mean nothing."""
+        from longva.mini import note
+        sentence = note(self.chat)
+        if sentence:
+            echo_error(f"Note: {sentence}")
 
     def explain(self, error) -> str:
         """Write an error as a sentence, with what a miniature knows if a word is unknown."""
@@ -178,11 +206,11 @@ def chat_command(
     sampling = dict(temperature=temperature, top_p=top_p, seed=seed)
     settings = dict(max_new_tokens=max_new_tokens, stop=tuple(stop or ()), **sampling)
     with one_sentence("."):
-        if frames is not None and fps is not None:
-            raise Usage("--frames and --fps exclude each other: give a number of frames or a rate.")
+        check_one_of(frames=frames, fps=fps)
         check_fps(fps)
-        check_exists("--video", *videos)
-        check_exists("--image", *images)
+        check_sampling(temperature, top_p, stop)
+        model_folder(model)
+        check_media(videos, images)
         try:
             from longva.model.chat import Chat
             reading = dict(num_frames=frames or 64, fps=fps) | given(frames_fit=frame_fit)

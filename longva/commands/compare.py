@@ -31,7 +31,7 @@ def read_run(
 
 # %% ../../nbs/807_commands.compare.ipynb #044ee2a0
 _HEADING = (
-    f"{'length':>6}  {'trials':>6}  {'A':>5}  {'B':>5}  {'A - B':>6}  {'95% interval':>15}  "
+    f"{'length':>6}  {'trials':>6}  {'A':>5}  {'B':>5}  {'A - B':>6}  {'95% interval':>15}  {'by object':>15}  "
     f"{'only A':>6}  {'only B':>6}  {'p':>7}"
 )
 
@@ -40,9 +40,10 @@ def comparison_row(
 ) -> str:
     """Write one line of the table."""
     interval = f"{gap.low:+.2f} to {gap.high:+.2f}"
+    by_object = f"{gap.objects_low:+.2f} to {gap.objects_high:+.2f}"
     return (
         f"{gap.frames or 'all':>6}  {gap.pairs:>6}  {gap.a:>5.2f}  {gap.b:>5.2f}  {gap.difference:>+6.2f}  "
-        f"{interval:>15}  {gap.only_a:>6}  {gap.only_b:>6}  {gap.p:>7.2g}"
+        f"{interval:>15}  {by_object:>15}  {gap.only_a:>6}  {gap.only_b:>6}  {gap.p:>7.2g}"
     )
 
 @app.command("compare")
@@ -70,5 +71,7 @@ def compare_command(
             typer.echo(comparison_row(gap))
         unequal = ", and over unequal cells Zou, Huang and Zhang" if adaptive else ""
         typer.echo(
-            f"\nInterval: Newcombe, paired{unequal}. p: McNemar's exact test. Both take trials as independent."
+            f"\nInterval: Newcombe, paired{unequal}. p: McNemar's exact test. Both take trials as independent.\n"
+            "By object: the 95% interval that takes objects as independent and trials of the same object as alike; "
+            "pictures of a folder, which have no object in common, count one by one."
         )

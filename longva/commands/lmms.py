@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['lmms_app', 'lmms_vniah_command', 'lmms_curve_command']
 
-# %% ../../nbs/825_commands.lmms.ipynb #bdaa1f1d
+# %% ../../nbs/825_commands.lmms.ipynb #d9cbb8fe
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .base import app, numbers, one_sentence, path
+from .base import Usage, app, check_exists, check_folders, check_fps, grid, numbers, one_sentence, path
+from .models import resolve_name
 from .options import Fit, Fps, path_option
 from .renamed import Renamed
 
-# %% ../../nbs/825_commands.lmms.ipynb #e502d417
+# %% ../../nbs/825_commands.lmms.ipynb #d2e447ef
 lmms_app = typer.Typer(
     help="LongVA in lmms-eval: V-NIAH as a task, and accuracy and time at several numbers of frames.",
     no_args_is_help=True,
@@ -37,8 +38,10 @@ def lmms_vniah_command(
 ):
     """Write V-NIAH tasks for lmms-eval from a video and needles."""
     with one_sentence(out):
-        lengths = numbers(frames, int, "--frames")
-        places = numbers(depths, float, "--depths")
+        lengths, places = grid(numbers(frames, int, "--frames"), numbers(depths, float, "--depths"), "frames")
+        check_fps(fps)
+        check_exists("--video", video)
+        check_folders("--needles", needles)
         from longva.lmms.tasks import write_vniah
         made = write_vniah(video, needles, lengths, places, out, fps, fit.value)
     typer.echo(f"{len(made)} tasks in {out}: {', '.join(made)}. Groups: vniah, vniah_forced.")
@@ -52,11 +55,17 @@ def lmms_curve_command(
     out: Annotated[Path, typer.Option(parser=path, help="A folder for the results.")],
     model_args: Annotated[str, typer.Option(help="More model arguments, such as fps=1.")] = "",
     include_path: path_option("A folder of tasks.") = None,
-    processes: Annotated[int, typer.Option(help="Processes, one for each GPU, that share the documents.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes, one for each GPU, that share the documents.")] = 1,
 ):
     """Measure accuracy and time at several numbers of frames. Arguments after -- go to lmms-eval."""
     with one_sentence(out):
         counts = numbers(frames, int, "--frames")
+        if min(counts) < 1:
+            raise Usage(f"--frames must be whole numbers from 1, and not {min(counts)}.")
+        if not tasks.strip(" ,"):
+            raise Usage("--tasks is empty: give lmms-eval's name of a task, as videomme or vniah_{frames}.")
+        resolve_name(pretrained, "--pretrained")
+        check_folders("--include-path", include_path)
         from longva.lmms.curve import run_curve
         options = dict(model_args=model_args, include_path=include_path, processes=processes)
         run_curve(pretrained, tasks, counts, out, **options, more=context.args)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Optional
 
 from .base import Usage
+from ..names import FAMILIES, is_original
 
 # %% ../../nbs/803_commands.models.ipynb #8512248c
 def _hub_name(
@@ -37,7 +38,6 @@ def _read_config(name) -> dict:
 def _check_kind(name, kind, families):
     """Refuse a model type that the command doesn't take."""
     from longva.mini import UnknownModel
-    from longva.model.open import FAMILIES  # loads torch
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UnknownModel(f"The folder {name} holds a model of type {kind}, not longva or one of {known}.")
@@ -65,7 +65,6 @@ def model_folder(
     if not Path(name).is_dir():
         return _hub_name(name, choose)
     config = _read_config(name)
-    from longva.model.original import is_original  # loads torch
     if is_original(config):
         return Path(name)
     if config.get("model_type") != "longva":
@@ -87,7 +86,7 @@ def load_model(
     import transformers
 
     from longva.mini import UnknownModel
-    from longva.model.open import FAMILIES, OpenError, kind_of, open_both
+    from longva.model.open import OpenError, kind_of, open_both
     transformers.utils.logging.disable_progress_bar()
     try:
         kind = kind_of(where)
@@ -106,14 +105,28 @@ def set_rope_base(model, theta: float):
         raise Usage(f"--rope-base: {error}") from None
 
 # %% ../../nbs/803_commands.models.ipynb #c2079476
+def _is_path(name) -> bool:
+    """Say whether a name can only be a path, and not one of the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
 def resolve_name(
-    name: Optional[str],  # of --model
+    name: Optional[str],  # of a model
+    option: str = "--model",
 ) -> Optional[str]:  # a folder or hub name
-    """Give a miniature's folder for its name, and any other name as it is."""
-    from longva.mini import NAMES, folder
-    if name is not None and not name.strip():
-        raise Usage("--model is empty: name a miniature, a folder or a model on the hub.")
-    return str(folder(name)) if name in NAMES else name
+    """Give a miniature's folder for its name, and any other name as it is; raise Usage or UnknownModel."""
+    from longva.mini import NAMES, UnknownModel, folder
+    if name is None:
+        return None
+    if not name.strip():
+        raise Usage(f"{option} is empty: name a miniature, a folder or a model on the hub.")
+    if name in NAMES:
+        return str(folder(name))
+    if Path(name).is_dir():
+        _read_config(name)
+    elif name.startswith("mini-") or _is_path(name):
+        known = ", ".join(NAMES)
+        raise UnknownModel(f"There is no model {name} ({option}): name one of {known}, a folder, or one on the hub.")
+    return name
 
 def is_miniature(tokenizer) -> bool:
     """Say whether this is the miniatures' tokenizer, which knows the words of their world only."""

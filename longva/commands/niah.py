@@ -6,7 +6,7 @@
 __all__ = ['Book', 'Lengths', 'BookDepths', 'DistractorCounts', 'NumbersToFind', 'TrainLength', 'MeasurePerplexity',
            'load_language_model', 'write_mini_book', 'show_perplexity', 'default_name', 'parse_grid', 'niah_command']
 
-# %% ../../nbs/810_commands.niah.ipynb #bc2644b7
+# %% ../../nbs/810_commands.niah.ipynb #a1f7d63c
 import json
 import tempfile
 from pathlib import Path
@@ -15,11 +15,11 @@ from typing import Annotated, Optional
 import typer
 
 from .base import Usage, app, check_base, grid, numbers, one_sentence, show_rows
-from .models import mini_wording, set_rope_base
+from .models import mini_wording, resolve_name, set_rope_base
 from .options import ModelTitle, Repeat, RopeBase, path_option
 from ..files import write_whole
 
-# %% ../../nbs/810_commands.niah.ipynb #7e46c175
+# %% ../../nbs/810_commands.niah.ipynb #a3048bd3
 def load_language_model(
     name: str,  # a miniature, a folder, or a name on the hub
     rope_base=None,  # another RoPE base
@@ -48,7 +48,7 @@ def load_language_model(
         set_rope_base(model, rope_base)
     return model, tokenizer
 
-# %% ../../nbs/810_commands.niah.ipynb #78a5195b
+# %% ../../nbs/810_commands.niah.ipynb #5a85d343
 def _holds_other_files(
     folder,
     name,  # of the one file that may be there
@@ -83,7 +83,7 @@ def write_mini_book(
     write_whole(folder / "scenes.txt", text)
     return folder
 
-# %% ../../nbs/810_commands.niah.ipynb #c71acb19
+# %% ../../nbs/810_commands.niah.ipynb #f7b8d6bd
 def show_perplexity(
     rows: list,  # see `longva.needle.perplexity`
     out: Path,  # the results folder
@@ -96,7 +96,7 @@ def show_perplexity(
     file = write_whole(out / "perplexity.json", json.dumps([asdict(row) for row in rows], indent=2))
     typer.echo(f"\nKept in {file}.")
 
-# %% ../../nbs/810_commands.niah.ipynb #1a5b143a
+# %% ../../nbs/810_commands.niah.ipynb #757d949e
 Book = path_option("A folder of .txt or .md files: the book. A miniature needs none.")
 Lengths = Annotated[Optional[str], typer.Option(help=(
     "Tokens of the book, one number for each column; by default 1000,2000,4000,8000, "
@@ -106,9 +106,9 @@ BookDepths = Annotated[str, typer.Option(help="Depths from 0 (the start) to 1 (t
 DistractorCounts = Annotated[str, typer.Option(help=(
     "Numbers of distractors (other cities' numbers in the book), with commas; the paper takes 0,3,5."
 ))]
-NumbersToFind = Annotated[int, typer.Option("--numbers", help="Numbers to find, one at a time, in each cell.")]
+NumbersToFind = Annotated[int, typer.Option("--numbers", min=1, help="Numbers to find, one at a time, in each cell.")]
 TrainLength = Annotated[Optional[int], typer.Option(
-    help="Tokens of the texts that the model was trained on, drawn as a dotted line."
+    min=1, help="Tokens of the texts that the model was trained on, drawn as a dotted line."
 )]
 MeasurePerplexity = Annotated[bool, typer.Option("--perplexity", help="Also measure perplexity against length.")]
 
@@ -134,7 +134,7 @@ def parse_grid(
         raise Usage("--perplexity needs --lengths of at least 2 tokens, one to read and one to score.")
     return columns, rows
 
-# %% ../../nbs/810_commands.niah.ipynb #7c4d1408
+# %% ../../nbs/810_commands.niah.ipynb #b7c4462f
 @app.command("niah")
 def niah_command(
     model: Annotated[str, typer.Option(help="A folder with a language model, or its name on the Hugging Face hub.")],
@@ -155,7 +155,10 @@ def niah_command(
     out = out or Path("runs") / "niah" / f"{name}_{haystack.stem if haystack else 'book'}"
     with one_sentence(out):
         counts = numbers(distractors, int, "--distractors")
+        if min(counts) < 0:
+            raise Usage(f"--distractors must be whole numbers from 0, and not {min(counts)}.")
         check_base(rope_base)
+        resolve_name(model)
         from longva.needle.book import TextTest, text_files
         if haystack:
             text_files(haystack)

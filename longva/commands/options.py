@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Variant', 'Needles', 'Media', 'Steps', 'Rows', 'MicroBatch', 'ContextParallel', 'DryRun', 'EngineName', 'DataSeed',
            'Length', 'BAD_SHARE', 'RopeBase', 'ModelTitle', 'Repeat', 'Fps', 'FrameFit', 'DeviceMap', 'Engine', 'Fit',
-           'Place', 'path_option']
+           'Place', 'ExtendPreset', 'AlignPreset', 'DPOPreset', 'DPOLossName', 'Checkpoints', 'Offload', 'Kind',
+           'path_option']
 
 # %% ../../nbs/801_commands.options.ipynb #936892df
 from enum import StrEnum
@@ -33,6 +34,49 @@ class Place(StrEnum):
     """Where keys and values are kept."""
     DEVICE = "device"
     HOST = "host"
+
+class ExtendPreset(StrEnum):
+    """Ready settings of `longva extend`."""
+    PAPER = "paper"
+    MINI = "mini"
+
+class AlignPreset(StrEnum):
+    """Ready settings of `longva align`."""
+    PAPER_1 = "paper-1"
+    PAPER_2 = "paper-2"
+    MINI_1 = "mini-1"
+    MINI_2 = "mini-2"
+
+class DPOPreset(StrEnum):
+    """Ready settings of `longva dpo`."""
+    PAPER = "paper"
+    MINI = "mini"
+
+class DPOLossName(StrEnum):
+    """Losses on preference pairs."""
+    SIGMOID = "sigmoid"
+    HINGE = "hinge"
+    IPO = "ipo"
+    KTO_PAIR = "kto_pair"
+
+class Checkpoints(StrEnum):
+    """Where a layer's input is kept for the backward pass."""
+    NONE = "none"
+    GPU = "gpu"
+    HOST = "host"
+    RECURRENT = "recurrent"
+    RECURRENT_HOST = "recurrent-host"
+
+class Offload(StrEnum):
+    """What is kept in host memory."""
+    NONE = "none"
+    OPTIMIZER = "optimizer"
+    ALL = "all"
+
+class Kind(StrEnum):
+    """How ranks share a sequence."""
+    ALL_GATHER = "all_gather"
+    RING = "ring"
 
 Variant = StrEnum("Variant", {name.upper().replace("-", "_"): name for name in VARIANT_HELP})
 

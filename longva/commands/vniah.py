@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Model', 'HaystackWords', 'Frames', 'Depths', 'VideoFps', 'Workers', 'KeysAndValues', 'Naive', 'Generate',
            'VariantName', 'Distractors', 'Distance', 'HalfWidth', 'Features', 'check_paths', 'parse_haystack',
-           'check_inputs', 'check_variant', 'show_forecast', 'load_reader', 'choose_variant', 'chance',
+           'check_inputs', 'check_needles', 'check_variant', 'show_forecast', 'load_reader', 'choose_variant', 'chance',
            'results_folder', 'vniah_command']
 
 # %% ../../nbs/805_commands.vniah.ipynb #73c9515b
@@ -53,12 +53,20 @@ def check_inputs(
 ) -> tuple:  # (Haystack, frames, depths), the grid as lists
     """Check lists and the length of the haystack, before a model is loaded."""
     from longva.needle.haystack import Haystack
-    lengths = numbers(frames, int, "--frames")
-    places = numbers(depths, float, "--depths")
+    lengths, places = grid(numbers(frames, int, "--frames"), numbers(depths, float, "--depths"), "frames")
     check_fps(fps)
     source = Haystack(haystack, fps, repeat)
-    source.check(max(lengths))
-    return source, *grid(lengths, places, "frames")
+    source.check(lengths[-1])
+    return source, lengths, places
+
+def check_needles(
+    *folders,  # of --needles and --distractors; None was not given
+):
+    """Read the needles that are on this disk, so that a wrong folder is refused before a model is loaded."""
+    from longva.needle.needles import load_needles, on_hub
+    for folder in folders:
+        if folder is not None and not on_hub(folder):
+            load_needles(folder)
 
 # %% ../../nbs/805_commands.vniah.ipynb #4cc4f8fb
 def check_variant(
@@ -85,8 +93,9 @@ def show_forecast(
     half_width=None,  # of an adaptive run
     **reading,  # fields of `needle.vniah.Reading`
 ):
-    """Print what the run, or the rest of it, will take; of an adaptive run, the least and the most."""
+    """Print what the run, or the rest of it, will take; of an adaptive run, the least and the most, and its bias."""
     from longva.needle.forecast import forecast
+    from longva.needle.statistics import adaptive_bias
     from longva.needle.trials import read_trials
     from longva.needle.vniah import Reading
     trials = read_trials(out / "trials.jsonl")
@@ -96,6 +105,13 @@ def show_forecast(
         prefixes = ["At least, if every answer is right: ", "At most, if every second answer is right: "]
     for prefix, expected in zip(prefixes, forecasts):
         typer.echo(f"{prefix}{expected}")
+    if half_width is not None:
+        needles = len({needle for needle, _, _ in asks})
+        bias = adaptive_bias(half_width, needles)
+        typer.echo(
+            f"A cell stops by what it saw, which moves its accuracy towards 0 or 1 by up to {bias:.3f} "
+            f"(half-width {half_width:g}, {needles} needles)."
+        )
 
 # %% ../../nbs/805_commands.vniah.ipynb #04e6ac4c
 def load_reader(
@@ -159,7 +175,7 @@ Model = Annotated[str, typer.Option(help=(
     "transformers, named in the same way."
 ))]
 HaystackWords = Annotated[list[str], typer.Option(callback=check_paths, help=(
-    "The video to hide pictures in, or a folder of videos; may be given several times. "
+    "The video to hide pictures in, or a folder of videos or of pictures; may be given several times. "
     "Or scenery, a drawn video of any length; scenery:7 is drawn with seed 7."
 ))]
 Frames = Annotated[str, typer.Option(help="Numbers of frames to test, with commas; each is a column of the heat map.")]
@@ -173,7 +189,8 @@ VariantName = Annotated[Variant, typer.Option(help="What is asked; vniah is the 
 Distractors = path_option("For vniah-d: a folder like that of the needles, with a distractor for each.")
 Distance = Annotated[int, typer.Option(min=1, help="For vniah-d: frames between a needle and its distractor.")]
 HalfWidth = Annotated[Optional[float], typer.Option(help=(
-    "Adaptive run: ask needles, five at a time, until the half-width of each cell's interval is at most this."
+    "Adaptive run: ask needles, five at a time, until the half-width of each cell's interval is at most this. "
+    "The accuracy of such cells is biased towards 0 or 1; by how much is printed before the run (at 0.2, up to 0.03)."
 ))]
 Features = path_option("Folder that keeps visual tokens, so that the next run on this video encodes nothing.")
 
@@ -228,6 +245,7 @@ def vniah_command(
         check_base(rope_base)
         depths = depths or ("0" if variant in NOTHING else "0,0.5,1")
         where = model_folder(model, families=True)
+        check_needles(needles, distractors)
         source, lengths, places = check_inputs(haystack, frames, depths, fps, repeat)
         from longva.mini.needles import choose_needles
         chosen = choose_needles(haystack, needles, out / "needles")

@@ -15,7 +15,7 @@ from .model import LmmsError
 from .visuals import Splice
 from ..needle.haystack import Haystack
 from ..needle.needles import load_needles
-from ..needle.sweep import check_grid
+from ..needle.trials import check_grid
 
 # %% ../../nbs/785_lmms.tasks.ipynb #9901393f
 def vniah_visual(

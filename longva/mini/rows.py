@@ -7,12 +7,13 @@ __all__ = ['rows_of', 'write_rows']
 
 # %% ../../nbs/619_mini.rows.ipynb #ff53b695
 import json
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ..files import check_folder, write_whole
+from ..files import FolderError, check_folder, write_whole
 from .world import BACKGROUNDS, COLOURS, OBJECTS, draw_frame, scene_words
 
 # %% ../../nbs/619_mini.rows.ipynb #acc33e7e
@@ -50,17 +51,29 @@ def write_rows(
 ) -> Path:  # the folder
     """Draw pictures, and write captions.json, conversations.json, pairs.jsonl and messages.jsonl about them."""
     folder = check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
     rng = np.random.default_rng(seed)
     rows = {"captions": [], "conversations": [], "pairs": [], "messages": []}
     for i in range(count):
         scene = rng.integers([len(OBJECTS), len(COLOURS), len(BACKGROUNDS)])
         wrong = (scene + [0, 1, 1]) % [len(OBJECTS), len(COLOURS), len(BACKGROUNDS)]
-        Image.fromarray(draw_frame(scene, rng=rng)).save(folder / f"{i}.png")
+        picture = BytesIO()
+        Image.fromarray(draw_frame(scene, rng=rng)).save(picture, "png")
+        files[f"{i}.png"] = picture.getvalue()
         for name, row in rows_of(f"{i}.png", scene_words(scene), scene_words(wrong)[1:]).items():
             rows[name].append(row)
     for name in ("captions", "conversations"):
-        write_whole(folder / f"{name}.json", json.dumps(rows[name], indent=1) + "\n")
+        files[f"{name}.json"] = (json.dumps(rows[name], indent=1) + "\n").encode()
     for name in ("pairs", "messages"):
-        write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows[name]))
+        files[f"{name}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows[name]).encode()
+    return _write_all(folder, files)
+
+def _write_all(folder: Path, files: dict) -> Path:
+    """Write files, but over no other ones."""
+    for name, content in files.items():
+        if (folder / name).exists() and (folder / name).read_bytes() != content:
+            raise FolderError(f"{folder / name} is there already and is another file: choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_whole(folder / name, content)
     return folder

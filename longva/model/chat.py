@@ -168,6 +168,7 @@ class Chat:
         self.pending = []  # ids of the answer that the model has chosen but not read
         self.tokens_7b = 0  # what LongVA-7B would have in its cache
         self.sure = 1.0  # probability of the least likely token of the last answer
+        self.start = 0  # tokens in the cache where the last answer begins
         self.busy = False
         self.stopping = False
 
@@ -425,6 +426,7 @@ def _answer(self: Chat, turn, new_tokens, sampling, stops):
     start = cache.get_seq_length()
     reply = _Reply()
     self.sure = 1.0
+    self.start = start
     try:
         yield from self._write(reply, logits, new_tokens, sampling, stops)
     finally:

@@ -27,8 +27,8 @@ from ..model.prefill import prefill
 from .heatmap import heat_map
 from .needles import Needle
 from .reader import Reader
-from .sweep import check_grid, judge
-from .trials import NeedleError, Trial, key, read_trials
+from .sweep import judge
+from .trials import NeedleError, Trial, check_grid, key, read_trials
 from .vniah import Spot, answer_logits, decisions
 
 # %% ../../nbs/590_needle.bench.ipynb #990970e3

@@ -17,7 +17,6 @@ import numpy as np
 from ..files import digest, file_hash
 from .scenery import draw_scene, scenery
 from .trials import NeedleError
-from ..vision.unires import fit_frames
 from ..vision.video import FrameRequest, Frames, read_frames, video_info
 
 # %% ../../nbs/520_needle.haystack.ipynb #8513ecdd
@@ -272,6 +271,7 @@ class Haystack:
     ) -> Frames:
         """Read or draw the first n frames."""
         self.check(n)
+        from longva.vision.unires import fit_frames  # loads torch, which counting frames doesn't need
         shrink = None if grid is None else partial(fit_frames, grid=grid, how=self.fit)
         found = self._opened.read(n, self.fps, shrink)
         if len(found) == n:

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
 from ..files import write_whole
+from .clusters import cluster_label, clustered_accuracy
 from .trials import UNITS, cells, wilson
 
 # %% ../../nbs/510_needle.heatmap.ipynb #2921dda3
@@ -160,16 +161,18 @@ def interval_label(
 def _count_text(n, depth, unit, right, total):
     low, high = wilson(right, total)
     head = f"<b>{n} {unit}, depth {depth:.0%}</b>"
-    return [head, f"{right:g} of {total} right, interval {low:.2f} to {high:.2f}"]
+    return [head, f"{right:g} of {total} right, 95% interval {low:.2f} to {high:.2f}"]
 
 def hover_text(
     trials: list,  # those of one cell
     most: int = 24,  # needles listed before "and more"
     unit: str = "frames",  # what a length is counted in
 ) -> str:  # lines for plotly
-    """Describe a cell: its count, its interval, and each needle with its margin, the worst first."""
+    """Describe a cell: its count, its intervals, and each needle with its margin, the worst first."""
     one = trials[0]
     lines = _count_text(one.frames, one.depth, unit, sum(t.correct for t in trials), len(trials))
+    _, low, high = clustered_accuracy(trials)
+    lines.append(f"95% interval {cluster_label(trials)}: {low:.2f} to {high:.2f}")
     for t in sorted(trials, key=lambda t: t.margin)[:most]:
         lines.append(f"{'✓' if t.correct else '✗'} {t.needle}: margin {t.margin:+.2f}")
     if len(trials) > most:

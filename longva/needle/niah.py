@@ -16,8 +16,8 @@ from torch import nn
 from ..files import versions
 from .book import SEED, Pieces, TextSpot, TextTest, check_whole, prompt_shape, text_prompt, trial_draw
 from .reader import model_name, weights_id
-from .sweep import check_grid, judge, make_batches, sweep
-from .trials import NeedleError, Trial
+from .sweep import judge, make_batches, sweep
+from .trials import NeedleError, Trial, check_grid
 
 # %% ../../nbs/570_needle.niah.ipynb #0a11d546
 _POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_emb")

@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 
 from .book import begin_ids, check_known, check_whole, read_tokens, token_ids
 from .niah import TextReader
-from .sweep import check_grid
-from .trials import NeedleError
+from .trials import NeedleError, check_grid
 
 # %% ../../nbs/572_needle.perplexity.ipynb #dc622387
 @torch.no_grad()

@@ -11,7 +11,7 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from .clusters import clusters, design_effect, object_of, student
+from .clusters import clusters, design_effect, objects_of, student
 from .trials import NeedleError, cells, key, wilson
 
 # %% ../../nbs/505_needle.statistics.ipynb #e4d51df0
@@ -107,12 +107,15 @@ def _table(pairs):
 def _mean_accuracy(groups, side):
     return sum(sum(pair[side] for pair in group) / len(group) for group in groups) / len(groups)
 
-def _by_object(pairs, difference, low, high):
+def _by_object(asked, difference, low, high):
     """Stretch an interval of independent pairs by what their objects have in common."""
-    groups = clusters([name for _, _, name in pairs], [int(x) - int(y) for x, y, _ in pairs])
+    names = [name for cell in asked for _, _, name in cell]
+    gains = [int(x) - int(y) for cell in asked for x, y, _ in cell]
+    weights = [1 / len(cell) for cell in asked for _ in cell]
+    groups = clusters(names, gains)
     if len(groups) < 2:
         return -1.0, 1.0  # one object says nothing about others
-    stretch = math.sqrt(design_effect(groups)) * student(len(groups)) / 1.96
+    stretch = math.sqrt(design_effect(groups, clusters(names, weights))) * student(len(groups)) / 1.96
     return max(-1.0, difference - stretch * (difference - low)), min(1.0, difference + stretch * (high - difference))
 
 def _gap(frames, asked):
@@ -123,7 +126,7 @@ def _gap(frames, asked):
     difference = weighted_sum([(1 / len(groups), *newcombe(*_table(group))) for group in groups])
     _, first, second, _ = _table(pairs)
     means = [_mean_accuracy(groups, side) for side in (0, 1)]
-    by_object = _by_object(pairs, *difference)
+    by_object = _by_object(asked, *difference)
     return Gap(frames, len(pairs), *means, first, second, *difference, mcnemar(first, second), *by_object)
 
 def _check_grids(a, b, names, adaptive):
@@ -154,10 +157,12 @@ def compare(
     """Compute how much more often a is right than b on the same trials; each cell weighs the same."""
     _check_grids(a, b, names, adaptive)
     right = {key(t): t.correct for t in b}
+    needles = [t.needle for t in a]
+    objects = dict(zip(needles, objects_of(needles)))
     pairs = defaultdict(list)
     for t in a:
         if key(t) in right:
-            pairs[t.frames, t.depth].append((t.correct, right[key(t)], object_of(t.needle)))
+            pairs[t.frames, t.depth].append((t.correct, right[key(t)], objects[t.needle]))
     empty = sorted({(t.frames, t.depth) for t in [*a, *b]} - pairs.keys())
     if empty:
         raise NeedleError(

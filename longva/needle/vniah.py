@@ -21,8 +21,8 @@ from .haystack import Haystack
 from .needles import as_needles
 from .reader import Prompt, Reader
 from .statistics import still_wanted
-from .sweep import check_grid, judge, make_batches, sweep
-from .trials import NeedleError, Trial
+from .sweep import judge, make_batches, sweep
+from .trials import NeedleError, Trial, check_grid
 from .trie import decide_with_workers
 
 # %% ../../nbs/555_needle.vniah.ipynb #bdd2cab7

@@ -20,8 +20,8 @@ from ..model.prefill import kv_cache
 from .adapters import reader_for
 from .haystack import Haystack
 from .needles import as_needles
-from .sweep import check_grid, judge
-from .trials import NeedleError, Trial
+from .sweep import judge
+from .trials import NeedleError, Trial, check_grid
 from .trie import decide_paths
 from .vniah import Spot
 from ..vision.video import Frames

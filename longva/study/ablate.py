@@ -34,8 +34,7 @@ from ..needle.haystack import Haystack
 from ..needle.heatmap import OKABE_ITO, accuracy_curve, error_bars, mean_score
 from ..needle.needles import load_needles
 from ..needle.reader import Reader
-from ..needle.sweep import check_grid
-from ..needle.trials import NeedleError, by_frames, read_trials, wilson
+from ..needle.trials import NeedleError, by_frames, check_grid, read_trials, wilson
 from ..needle.vniah import Control, Variant, run
 from ..processes import in_processes
 from .demo import difference

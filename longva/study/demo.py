@@ -29,8 +29,7 @@ from ..needle.heatmap import figure4, mean_score, save_figure4, save_html
 from ..needle.needles import Needle, keep_needles
 from ..needle.reader import Reader
 from ..needle.statistics import newcombe
-from ..needle.sweep import check_grid
-from ..needle.trials import NeedleError, by_frames, key, read_trials, wilson
+from ..needle.trials import NeedleError, by_frames, check_grid, key, read_trials, wilson
 from ..needle.vniah import Control, Spot, decisions, run
 from ..processes import cores, in_processes
 

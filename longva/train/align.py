@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..model.open import open_longva_config, open_start
 from .align_loss import AlignLoss
+from .engines import sharded
 from .loop import train
 from .order import BadRows, Samples
 from .parts import check_parts, outline, part_groups, save_trained
@@ -146,12 +147,13 @@ def align(
     rows = ranks.run(lambda: open_data(data, preset.recipe.seed))
     recipe = recipe_for(preset, len(rows))
     dtype = weights_dtype(recipe)
-    model, processor = ranks.run(lambda: open_start(model, processor, parts, dtype, recipe.seed))
+    with sharded(recipe, ranks):
+        model, processor = ranks.run(lambda: open_start(model, processor, parts, dtype, recipe.seed))
 
     how_read = {name: getattr(preset, name) for name in HOW_READ}
     identity = how_read | dict(pictures=preset.pictures, rates=preset.rates, data_rows=len(rows), data=rows_hash(rows))
     identity |= preprocessing(model.config, processor)
-    identity["starting weights"] = ranks.first(lambda: weights_hash(model))
+    identity["starting weights"] = weights_hash(model, ranks)
     if recipe.schedule == "constant":
         identity["steps"] = recipe.steps  # they decide the order of the last rows
     if finished(out, recipe, identity):

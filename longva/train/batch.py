@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['check_sample', 'collate', 'counted', 'TokenLoss']
 
-# %% ../../nbs/425_train.batch.ipynb #e8b42062
+# %% ../../nbs/425_train.batch.ipynb #b1353b5a
 import torch
 
 from ..context.loss import check_documents, check_head, last_hidden, linear_cross_entropy, output_head
-from ..context.parallel import PADDING, current_context, shard_batch
+from ..context.parallel import PADDING, current_context, shard_batch, together
 from .recipe import TrainError
 
-# %% ../../nbs/425_train.batch.ipynb #3b09b3cf
+# %% ../../nbs/425_train.batch.ipynb #159ac348
 def check_sample(
     sample: dict,
     first: dict,  # sample of the same micro batch
@@ -30,7 +30,7 @@ def check_sample(
         names = ", ".join(sorted(other))
         raise TrainError(f"The samples of a micro batch are of different kinds: not all have {names}.")
 
-# %% ../../nbs/425_train.batch.ipynb #9792e9ce
+# %% ../../nbs/425_train.batch.ipynb #86657e6c
 def _filled(sample: dict) -> dict:
     """Add positions, labels and weights where a sample has none."""
     ids = sample["input_ids"]
@@ -65,7 +65,7 @@ def counted(
     has_label = batch["labels"] != PADDING["labels"]
     return float((batch["weights"] * has_label).sum(dtype=torch.float64))
 
-# %% ../../nbs/425_train.batch.ipynb #2687c813
+# %% ../../nbs/425_train.batch.ipynb #049e8f16
 class TokenLoss(torch.nn.Module):
     """Next-token cross entropy; logits exist for a chunk of tokens at a time."""
     def __init__(self,
@@ -78,8 +78,8 @@ class TokenLoss(torch.nn.Module):
                              "just the same.")
         self.model = model
         self.chunk = chunk
-        self.head_is_known = False
-        self.documents_are_known = False
+        self.is_tried = False
+        self.mixing = None  # why a row can't hold several documents, if it can't
 
     def collate(self, samples: list) -> dict:
         return collate(samples)
@@ -96,19 +96,26 @@ class TokenLoss(torch.nn.Module):
     def figures(self) -> dict:
         return {}
 
-    def check(self, positions: torch.Tensor) -> None:
-        """Try the model on a few tokens before its first batch; raise ValueError if its loss would be wrong.
+    def try_model(self) -> None:
+        """Try the model on a few tokens; raise ValueError if its loss would be another than the model's own.
 
-        This loss must make the model's own logits, and the model keep documents apart, where a row holds several.
+        All ranks do this at once, whatever their batches hold: under ZeRO-3 they need one another for each layer.
         """
-        if not self.head_is_known:
+        with together():
             check_head(self.model)
-        self.head_is_known = True
-        if self.documents_are_known or current_context().ranks > 1:
-            return  # models that read shards have been tried by context_parallel
-        if (positions[:, 1:] == 0).any():
-            check_documents(self.model)
-            self.documents_are_known = True
+        if current_context().ranks == 1:  # models that read shards are tried by context_parallel
+            try:
+                check_documents(self.model)
+            except ValueError as error:
+                self.mixing = str(error)
+        self.is_tried = True
+
+    def check(self, positions: torch.Tensor) -> None:
+        """Try the model before its first batch; raise TrainError if this one's documents would be mixed."""
+        if not self.is_tried:
+            self.try_model()
+        if self.mixing and (positions[:, 1:] == 0).any():
+            raise TrainError(self.mixing)
 
     def forward(self,
         batch: dict,  # from `collate`; under context parallelism from `shard`

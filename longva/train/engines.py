@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['trained', 'shape_of', 'decay_groups', 'weight_groups', 'recompute_layers', 'Plain', 'one_compiler',
-           'deepspeed_config', 'load_deepspeed', 'flat_piece', 'ZeRO3', 'make_engine', 'shared_sequences']
+           'deepspeed_config', 'load_deepspeed', 'start_deepspeed', 'sharded', 'gathered', 'flat_piece', 'ZeRO3',
+           'make_engine', 'shared_sequences']
 
 # %% ../../nbs/430_train.engines.ipynb #78247003
 import fcntl
@@ -206,6 +207,46 @@ def load_deepspeed(device: torch.device):  # the module
     warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
     return deepspeed
 
+# %% ../../nbs/430_train.engines.ipynb #fc724b1f
+def start_deepspeed(device: torch.device):  # the module
+    """Let DeepSpeed know of the ranks, with the operator that it compiles for messages between CPU ranks."""
+    deepspeed = load_deepspeed(device)
+    gpu = device.type == "cuda"
+    if not dist.is_initialized():  # a single process: it gets what ZeRO-3 expects from torchrun
+        dist.init_process_group("nccl" if gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it in every step
+    with redirect_stdout(io.StringIO()), nullcontext() if gpu else one_compiler("deepspeed_shm_comm"):
+        deepspeed.init_distributed()
+    return deepspeed
+
+# %% ../../nbs/430_train.engines.ipynb #2ede9965
+@contextmanager
+def sharded(
+    recipe: Recipe,
+    ranks: Ranks,
+):
+    """Let transformers build models in pieces, as the recipe's engine holds them; run on CPU ranks, not yet on GPUs."""
+    if recipe.engine != "deepspeed":
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    start_deepspeed(ranks.device)
+    described = HfDeepSpeedConfig(deepspeed_config(recipe, ranks))  # transformers sees it as long as it lives
+    try:
+        yield described
+    finally:
+        unset_hf_deepspeed_config()
+
+def gathered(weight):
+    """Make a context in which a weight is whole on each rank; all ranks take part."""
+    if not hasattr(weight, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight])
+
 # %% ../../nbs/430_train.engines.ipynb #96da4e40
 def flat_piece(
     tensor,  # a slice of a safetensors file, or a tensor
@@ -222,35 +263,27 @@ def flat_piece(
 
 # %% ../../nbs/430_train.engines.ipynb #432766fc
 def _compiled_adam(groups: list, recipe: Recipe, gpu: bool):
-    """Make the optimizer, with the operators that DeepSpeed compiles for it and for messages between CPU ranks."""
-    from deepspeed.comm.torch import build_shm_op
+    """Make the optimizer, with the operator that DeepSpeed compiles for it on a GPU."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    kind = DeepSpeedCPUAdam if gpu else torch.optim.AdamW
-    with one_compiler("cpu_adam" if gpu else "deepspeed_shm_comm"):
-        build_shm_op()
-        return kind(groups, betas=recipe.betas, weight_decay=recipe.weight_decay)
-
-def _start_one_rank(gpu: bool) -> None:
-    """Give a single process what ZeRO-3 expects from torchrun."""
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it in every step
+    settings = dict(betas=recipe.betas, weight_decay=recipe.weight_decay)
+    if not gpu:
+        return torch.optim.AdamW(groups, **settings)
+    with one_compiler("cpu_adam"):
+        return DeepSpeedCPUAdam(groups, **settings)
 
 class ZeRO3:
     """DeepSpeed's ZeRO-3: each rank has a part of weights, gradients and optimizer state, in host memory."""
     replicated = False
 
     def __init__(self, loss, groups: list, recipe: Recipe, ranks: Ranks):
-        self.deepspeed = load_deepspeed(ranks.device)
+        deepspeed = start_deepspeed(ranks.device)
         self.loss = loss
         self.recipe = recipe
         self.ranks = ranks
-        gpu = ranks.device.type == "cuda"
-        _start_one_rank(gpu)
-        with redirect_stdout(io.StringIO()):  # each rank would print that the operator was built
-            optimizer = _compiled_adam(groups, recipe, gpu)
-            self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
+        with redirect_stdout(io.StringIO()):  # each rank would print that an operator was built
+            optimizer = _compiled_adam(groups, recipe, ranks.device.type == "cuda")
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=loss, optimizer=optimizer, config=deepspeed_config(recipe, ranks))
 
     def forward(self, batch: dict, normalizer: float) -> torch.Tensor:  # this rank's part of the loss

@@ -9,6 +9,7 @@ __all__ = ['PRESETS', 'Preset', 'check_reach', 'start_config', 'extended_config'
 # %% ../../nbs/450_train.extend.ipynb #fa4b6d40
 import inspect
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ..context.rope import extend_rope, rope_settings
 from ..context.support import layer_window
 from ..model.open import LANGUAGE, open_config, open_model, open_tokenizer
 from .data import Corpus, CorpusError, prepare_corpus
+from .engines import sharded
 from .loop import train
 from .parts import save_trained
 from .presets import find_preset
@@ -238,13 +240,15 @@ def extend(
     tokenizer = open_tokenizer(name)
     samples = open_corpus(text, tokenizer, out / "corpus", preset.length, recipe, ranks, corpus)
     samples.check(tokenizer, config.get_text_config().vocab_size)
-    model = _open_start(preset, config)
+    # a model that is tried on skipped positions must be whole
+    with nullcontext() if preset.skip_positions else sharded(recipe, ranks):
+        model = ranks.run(lambda: _open_start(preset, config))
     identity = {
         "theta": preset.theta,
         "length": preset.length,
         "corpus": samples.name,
         "weighed": weigh is not None,
-        "starting weights": ranks.first(lambda: weights_hash(model)),
+        "starting weights": weights_hash(model, ranks),
     }
     if preset.skip_positions:
         identity["skipped positions"] = preset.skip_positions

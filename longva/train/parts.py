@@ -8,7 +8,6 @@ __all__ = ['PARTS', 'part_of', 'check_parts', 'unused_tower_weights', 'choose_pa
 
 # %% ../../nbs/447_train.parts.ipynb #2b3b3464
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from ..context.rope_files import write_both_spellings
 from ..files import whole_folder
 from ..model.config import LongVAConfig
 from ..model.modeling import LongVA
-from .engines import decay_groups, trained
+from .engines import decay_groups, gathered, trained
 from .ranks import Ranks
 from .recipe import TrainError
 from .run import RECORD, checkpoints, trained_weights
@@ -104,18 +103,10 @@ def frozen_weights(
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             continue
-        with _gathered(weight):
+        with gathered(weight):
             if keep:
                 weights[name] = weight.detach().cpu().clone()
     return weights
-
-def _gathered(weight):
-    """Make a context in which a weight is whole on each rank."""
-    if not hasattr(weight, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([weight])
 
 # %% ../../nbs/447_train.parts.ipynb #6c53e5aa
 def save_model(
@@ -125,7 +116,11 @@ def save_model(
     out: Path,  # folder; it appears when it is complete
     frozen: dict,  # from `frozen_weights`
 ) -> Path:  # `out`
-    """Save a trained model in the precision that it was loaded in, and the record of its training; raise TrainError."""
+    """Save a trained model in the precision that it was loaded in, and the record of its training; raise TrainError.
+
+    Weights that are saved in float32 stay in the checkpoint's files until they are written; in bfloat16, this process
+    holds them once.
+    """
     dtype = next(model.parameters()).dtype
     weights = frozen | {name: weight.to(dtype) for name, weight in trained_weights(checkpoint).items()}
     if model.config.get_text_config().tie_word_embeddings:

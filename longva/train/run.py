@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..files import check_log, open_log, versions, write_whole
-from .engines import shape_of, trained
+from .engines import gathered, shape_of, trained
 from .ranks import Ranks
 from .recipe import Decisions, Recipe, TrainError
 
@@ -319,14 +319,18 @@ def model_facts(
     return known | rope | dict(tensors=len(shapes), shapes=short)
 
 def weights_hash(
-    module: torch.nn.Module,  # whole on this process
+    module: torch.nn.Module,
+    ranks: Ranks | None = None,  # those that hold it together, or each the same; all take part
 ) -> str:  # 16 hexadecimal digits
-    """Hash every number of every weight. bfloat16 and the same numbers in float32 have the same hash."""
+    """Hash every number of every weight, on the first rank. bfloat16 and the same numbers in float32 hash the same."""
+    ranks = ranks or Ranks()
     digest = hashlib.sha256()
     for name, p in module.named_parameters():
-        digest.update(f"{name} {list(p.shape)}".encode())
-        digest.update(p.detach().float().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+        with gathered(p):
+            if ranks.rank == 0:
+                digest.update(f"{name} {shape_of(p)}".encode())
+                digest.update(p.detach().float().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return ranks.first(lambda: digest.hexdigest()[:16])
 
 # %% ../../nbs/435_train.run.ipynb #eb53549b
 @dataclass

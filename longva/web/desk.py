@@ -20,7 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from ..mini import caution
+from ..mini import note
 from ..model.chat import Chat, ChatError, Stopped, TooLarge, UnknownWord
 from ..model.prefill import measure_speed, say_bytes, say_seconds
 from ..vision.image import data_url, is_picture, open_image
@@ -218,7 +218,6 @@ class Talk:
     read: set = field(default_factory=set)  # examples that were read
     takes: str = ""  # what the last turn takes, as HTML
     seen: str = ""  # what it showed, as HTML
-    pictures: int = 0  # grids that the conversation has so far
     weighed: tuple = ((), "")  # ((files, settings, lines), HTML) of the last estimate of the box
     idle: threading.Event = field(default_factory=threading.Event)  # set while nothing is being answered
 
@@ -382,9 +381,8 @@ def _generate(self: Desk, talk: Talk, question: Question, files: list):
     question.line["content"] = text or "(nothing)"
     if question.late:
         question.line["note"] = f"It was ended after {self.patience:g} seconds, as other visitors wait."
-    elif self.hint:
-        question.line["note"] = caution(text, talk.chat.sure, talk.pictures + turn.grids)
-    talk.pictures += turn.grids
+    elif self.hint and talk.chat.turns:  # none if the conversation was ended meanwhile
+        question.line["note"] = note(talk.chat)
 
 @patch
 def _reply(self: Desk, talk: Talk, question: Question):
