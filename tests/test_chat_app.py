@@ -473,3 +473,22 @@ def test_long_questions_are_refused_by_the_server(page):
     page.evaluate("document.querySelector('#box textarea').removeAttribute('maxlength')")
     say(page, "heart " * 4000)
     page.wait_for_selector("#history [role=alert] >> text=24,000 characters, and 20,000 are the most")
+
+
+def test_the_page_listens_on_when_an_answer_to_its_listening_is_lost(page):
+    """The event that fetches what was left behind may itself be left behind. Here the second one is, for ever; the next
+    ones come all the same."""
+    sent = []
+
+    def join(route):
+        sent.append(route.request.post_data_json["fn_index"])
+        if len(sent) == 2:
+            route.fulfill(json=dict(event_id="lost"))
+        else:
+            route.continue_()
+
+    page.route("**/queue/join*", join)
+    end = time.time() + patience
+    while len(sent) < 4 and time.time() < end:
+        page.wait_for_timeout(500)
+    assert len(set(sent)) == 1 and len(sent) == 4, sent

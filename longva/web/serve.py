@@ -194,7 +194,7 @@ def keep_listening(
     """Send an empty event now and then, which fetches an answer that was left behind; call it inside of a page."""
     timer = gr.Timer(seconds)
     quiet = dict(show_progress="hidden", api_visibility="private", concurrency_limit=None)
-    timer.tick(lambda: None, None, None, **quiet)
+    timer.tick(lambda: None, None, None, trigger_mode="multiple", **quiet)
 
 # %% ../../nbs/760_web.serve.ipynb #49b4d62d
 @contextmanager
