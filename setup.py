@@ -28,7 +28,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     zip_safe=False,
-    package_data={"longva": ["mini/weights/**", "study/*.json"]},
+    package_data={"longva": ["py.typed", "mini/weights/**", "study/*.json"]},
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,
     entry_points={

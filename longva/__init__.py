@@ -1,8 +1,16 @@
 """Long context transfer from language to vision.
 
-The one module written by hand: a version, and names that are imported only when first asked for,
-so that `import longva` needs neither torch nor transformers and takes well under a second.
+    from longva import LongVA, LongVAProcessor      # the model, as in transformers
+    from longva import mini                         # miniatures: mini.load("mini-longva")
+    from longva import extend_rope, rope_report     # RoPE
+    from longva import read_frames, iter_frames     # videos
+
+`dir(longva)` lists all names, `help(longva.LongVA)` describes one.
 """
+
+# The one module written by hand: a version, and names that are imported only when first asked for, so that
+# `import longva` needs neither torch nor transformers and takes well under a second. There is no __all__, for with it
+# `help(longva)` would print the documentation that each class has from transformers.
 
 from importlib import import_module
 
@@ -24,10 +32,11 @@ _homes = {
     "read_frames": "longva.vision.video",
     "VideoError": "longva.vision.video",
 }
-__all__ = ["__version__", *_homes]
 
 
 def __getattr__(name):
+    if name == "mini":  # a subpackage; importing it binds it here
+        return import_module("longva.mini")
     if name not in _homes:
         raise AttributeError(f"module 'longva' has no attribute {name!r}")
     value = getattr(import_module(_homes[name]), name)
@@ -36,4 +45,5 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    hidden = {"import_module", "_homes"}
+    return sorted({*globals(), *_homes, "mini"} - hidden)

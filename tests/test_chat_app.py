@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from app_toy import flags, free_port, patience, root, start, wait_for
+from app_toy import PALE, flags, free_port, patience, root, start, wait_for
 from PIL import Image
 
 from longva import mini
@@ -492,3 +492,24 @@ def test_the_page_listens_on_when_an_answer_to_its_listening_is_lost(page):
     while len(sent) < 4 and time.time() < end:
         page.wait_for_timeout(500)
     assert len(set(sent)) == 1 and len(sent) == 4, sent
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_can_be_read_and_buttons_touched(visit, address, theme):
+    "On the page as it comes, and with an answer, a refusal and all settings."
+    page = visit(f"{address}/?__theme={theme}")
+    assert page.evaluate("document.body.classList.contains('dark')") == (theme == "dark")
+    assert page.evaluate(PALE) == []
+    page.click("#example-0")
+    hears_two_words(page, 0)
+    say(page, "who is the wizard")
+    page.wait_for_selector("#history [role=alert]")
+    page.click("text=What it knows")
+    page.click("text=Settings")
+    page.wait_for_selector("#way")
+    assert page.evaluate(PALE) == []
+    low = page.evaluate(
+        "[...document.querySelectorAll('main button, main summary, main input[type=number]')].map(e => [e.innerText"
+        " || e.ariaLabel, e.getBoundingClientRect()]).filter(([, box]) => box.height && box.height < 24).map(x => x[0])"
+    )
+    assert low == [], "too low to touch"

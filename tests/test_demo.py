@@ -14,7 +14,7 @@ import pytest
 
 from longva.files import FolderError
 from longva.needle.trials import NeedleError, key, read_trials
-from longva.study.demo import PANELS, TASKS, demo
+from longva.study.demo import BEST, PANELS, TASKS, DemoPlan, demo, task_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(frames=(8, 16), depths=(0, 1), needles=2, control=10, progress=False)
@@ -22,7 +22,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def logs(folder):
-    return {task: read_trials(folder / task / "trials.jsonl") for task in TASKS}
+    return {task: read_trials(task_folder(DemoPlan(folder), task) / "trials.jsonl") for task in TASKS}
 
 
 def decisions(folder):
@@ -142,8 +142,43 @@ def test_two_processes_decide_as_one(finished, tmp_path):
 def test_an_error_in_a_worker_is_raised_here(finished, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for task in TASKS[:2]:
-        file = tmp_path / task / "settings.json"
+        where = task_folder(DemoPlan(tmp_path), task)
+        file = where / "settings.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"weights": "others"}))
-        (tmp_path / task / "heatmap.png").unlink()
+        (where / "heatmap.png").unlink()
     with pytest.raises(NeedleError, match="different: weights"):
         demo(tmp_path, workers=2, **SMALL)
+
+
+def test_folders_have_no_blanks_and_old_ones_are_read(finished, tmp_path):
+    assert {p.name for p in finished.iterdir() if p.is_dir()} == {"mini-short-best-base", "needles", *TASKS} - {BEST}
+    old = Path(shutil.copytree(finished, tmp_path / "old"))
+    (old / "mini-short-best-base").rename(old / BEST)
+    assert demo(old, **SMALL)["panels"][BEST]["log"] == f"{BEST}/trials.jsonl"
+    assert not (old / "mini-short-best-base").exists()
+
+
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (820, "dark"), (390, "light")])
+def test_the_page_of_figure_4(finished, tmp_path, chromium, width, scheme):
+    """A title and a caption; no sideways scrolling, no panel over another; a cell's trials hide no other cell."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    page = finished / "figure4.html"
+    assert page.stat().st_size < 200_000
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        tab.goto(page.as_uri())
+        assert tab.title() == "The paper's Figure 4 in miniature"
+        assert "dotted line" in tab.inner_text("body") and "Best base: mini-short" in tab.inner_text("body")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        boxes = [section.bounding_box() for section in tab.locator("section").all()]
+        for i, a in enumerate(boxes):
+            for b in boxes[:i]:
+                beside = b["x"] + b["width"] <= a["x"] or a["x"] + a["width"] <= b["x"]
+                assert beside or b["y"] + b["height"] <= a["y"]
+        ink = tab.evaluate("getComputedStyle(document.body).color")
+        assert (ink == "rgb(238, 238, 238)") == (scheme == "dark")
+        tab.locator("td").first.focus()
+        assert "2 right, interval" in tab.inner_text("#cell") and "margin" in tab.inner_text("#cell")
+        assert "http" not in page.read_text()
+        browser.close()

@@ -360,3 +360,17 @@ def test_make_without_a_python(pristine, tmp_path):
             done.returncode == 2 and "longva needs Python 3.11 or newer" in done.stdout and sentence in done.stdout
         ), done.stdout
         assert not (pristine / ".venv").exists()
+
+
+def test_names_in_python():
+    """`longva.mini` is there without an import, `dir` lists what is meant to be used, `help` is a page."""
+    code = (
+        "import longva, pydoc; print(longva.mini.NAMES[0], len(pydoc.render_doc(longva)), *dir(longva)); "
+        "import sys; sys.modules['ipywidgets'] = None; import longva.workbench.widgets"
+    )
+    done = run(sys.executable, "-c", code, cwd=root)
+    name, length, *names = done.stdout.split()
+    assert name == "mini-longva" and int(length) < 5000
+    assert {"mini", "LongVA"} <= set(names) and not {"_homes", "import_module"} & set(names)
+    assert done.stderr.strip().splitlines()[-1].endswith('The explorers need more packages: pip install "longva[lab]".')
+    assert (root / "longva" / "py.typed").exists()

@@ -54,6 +54,7 @@ CSS = """
 #history .top-panel {display: none}  /* a second New conversation, which would forget the page's lines only */
 .about h1 {font-size: 1.4rem; margin: 0 0 .1rem}
 .about p {margin: 0 0 .2rem; line-height: 1.4} .about summary {cursor: pointer}
+.about summary, .gradio-container .label-wrap, .gradio-container input[type=number] {min-height: 24px}
 .takes {color: var(--body-text-color); line-height: 1.4; font-size: 14px}
 .takes table {border-collapse: collapse}
 .takes .wide {overflow-x: auto}

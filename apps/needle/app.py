@@ -449,7 +449,7 @@ def build(gr, first, shared):
         connect_map(gr, c, shared)
         connect_uploads(gr, c, view, shared)
         keep_listening(gr)
-    return page.queue(max_size=64)
+    return page.queue(max_size=1000)  # so that one visitor with many events does not shut the others out
 
 
 def options():

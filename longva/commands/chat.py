@@ -9,12 +9,13 @@ __all__ = ['Question', 'Videos', 'Images', 'ModelName', 'FrameCount', 'MaxNewTok
 
 # %% ../../nbs/820_commands.chat.ipynb #a3366755
 import sys
+from contextlib import suppress
 from typing import Annotated, Optional
 
 import typer
 
 from .base import Usage, app, check_exists, check_fps, check_one_of, echo_error, given, one_sentence
-from .models import is_miniature, load_model, model_folder
+from .models import complete_model, is_miniature, load_model, model_folder
 from .options import DeviceMap, Fps, FrameFit
 from .renamed import Renamed
 
@@ -89,6 +90,8 @@ def questions():
     """Yield lines from the terminal, or from a pipe."""
     on_terminal = sys.stdin.isatty()
     if on_terminal:
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401, arrow up brings back earlier lines
         echo_error("Ask; an empty line or ctrl-d ends the conversation, ctrl-c an answer.")
     while True:
         if on_terminal:
@@ -173,6 +176,7 @@ Question = Annotated[Optional[str], typer.Argument(
 Videos = Annotated[Optional[list[str]], typer.Option(help="A video file; may be given several times.")]
 Images = Annotated[Optional[list[str]], typer.Option(help="An image file; may be given several times.")]
 ModelName = Annotated[str, typer.Option(
+    autocompletion=complete_model,
     help="mini-longva, mini-anyres, mini-short, a folder, or a name on the Hugging Face hub.",
 )]
 FrameCount = Annotated[Optional[int], typer.Option(

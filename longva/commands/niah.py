@@ -9,12 +9,24 @@ __all__ = ['Book', 'Lengths', 'BookDepths', 'DistractorCounts', 'NumbersToFind',
 # %% ../../nbs/810_commands.niah.ipynb #a1f7d63c
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from .base import Usage, app, check_base, grid, numbers, one_sentence, show_rows
+from longva.commands.base import (
+    JsonFile,
+    Usage,
+    app,
+    check_base,
+    grid,
+    json_writer,
+    numbers,
+    one_sentence,
+    rows_as_json,
+    show_rows,
+)
 from .models import mini_wording, resolve_name, set_rope_base
 from .options import ModelTitle, Repeat, RopeBase, path_option
 from ..files import write_whole
@@ -89,7 +101,6 @@ def show_perplexity(
     out: Path,  # the results folder
 ):
     """Print the table and keep it as JSON."""
-    from dataclasses import asdict
     typer.echo(f"\n{'tokens':>6}  perplexity")
     for row in rows:
         typer.echo(f"{row.length:>6}  {row.perplexity:>10.3f}")
@@ -149,11 +160,12 @@ def niah_command(
     repeat: Repeat = False,
     perplexity: MeasurePerplexity = False,
     name: ModelTitle = None,
+    json_file: JsonFile = None,
 ):
     """Hide numbers in a book and ask for them (the paper's text needle test)."""
     name = name or default_name(model, rope_base)
     out = out or Path("runs") / "niah" / f"{name}_{haystack.stem if haystack else 'book'}"
-    with one_sentence(out):
+    with one_sentence(out), json_writer(json_file) as write_json:
         counts = numbers(distractors, int, "--distractors")
         if min(counts) < 0:
             raise Usage(f"--distractors must be whole numbers from 0, and not {min(counts)}.")
@@ -179,10 +191,16 @@ def niah_command(
             typer.echo(f"Wording: the miniature's own, {mini['digits']} digits of {mini['wording'].city}.")
         if not haystack:
             typer.echo(f"Haystack: a book of the miniature's world, written to {book}.")
+        found = []
         for test in tests:
             where = out / f"distractors_{test.distractors}"
             trials = niah.run(reader, test, columns, rows, where, train_length)
             typer.echo(f"\n{test.distractors} distractors")
             show_rows(trials, where, "tokens")
+            found.append(dict(distractors=test.distractors) | rows_as_json(trials, where, "tokens"))
+        result = dict(model=name, tests=found)
         if perplexity:
-            show_perplexity(measure_perplexity(reader, book, columns), out)
+            measured = measure_perplexity(reader, book, columns)
+            show_perplexity(measured, out)
+            result["perplexity"] = [asdict(row) for row in measured]
+        write_json(result)

@@ -14,8 +14,21 @@ from typing import Annotated, Optional
 
 import typer
 
-from .base import Usage, app, check_base, check_fps, grid, numbers, one_sentence, path, show_rows
-from .models import is_miniature, load_model, model_folder, set_rope_base
+from longva.commands.base import (
+    JsonFile,
+    Usage,
+    app,
+    check_base,
+    check_fps,
+    grid,
+    json_writer,
+    numbers,
+    one_sentence,
+    path,
+    rows_as_json,
+    show_rows,
+)
+from .models import complete_model, is_miniature, load_model, model_folder, set_rope_base
 from .options import ModelTitle, Needles, Place, Repeat, RopeBase, Variant, path_option
 from .renamed import Renamed
 from ..needle.names import NOTHING
@@ -169,7 +182,7 @@ def chance(
     return f"{prefix} has an accuracy of {share:.2f}."
 
 # %% ../../nbs/805_commands.vniah.ipynb #09216ab7
-Model = Annotated[str, typer.Option(help=(
+Model = Annotated[str, typer.Option(autocompletion=complete_model, help=(
     "mini-longva, mini-anyres, mini-short, or a LongVA: a folder (ours or the original's) or a name on the "
     "Hugging Face hub. Or a LLaVA-OneVision, LLaVA-NeXT-Video, Qwen2-VL, Qwen2.5-VL or Qwen3-VL in the format of "
     "transformers, named in the same way."
@@ -230,6 +243,7 @@ def vniah_command(
     half_width: HalfWidth = None,
     repeat: Repeat = False,
     features: Features = None,
+    json_file: JsonFile = None,
 ):
     """Hide pictures in a video and ask for them (the paper's V-NIAH)."""
     with one_sentence("."):
@@ -238,7 +252,7 @@ def vniah_command(
     variant = variant.value
     plain = variant == "vniah" and half_width is None
     out = out or results_folder(name, haystack_name, variant, half_width is not None)
-    with one_sentence(out):
+    with one_sentence(out), json_writer(json_file) as write_json:
         if not plain and (generate or workers > 1 or kv == Place.HOST):
             raise Usage("--variant and --half-width can't be combined with --generate, --workers or --kv.")
         check_variant(variant, distractors, half_width, depths)
@@ -264,5 +278,6 @@ def vniah_command(
         if chosen.drawn:
             keep_needles(chosen.needles, out / "needles")
         show_rows(trials, out, counted="said so" if variant == "absent" else "right")
+        write_json(dict(model=name, variant=variant) | rows_as_json(trials, out))
         if sentence := chance(variant, trials):
             typer.echo(sentence)

@@ -13,9 +13,7 @@ __all__ = ['SHORT_BASE', 'LONG_BASE', 'SHORT_CONTEXT', 'LONG_CONTEXT', 'MEAN', '
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +27,7 @@ from ..files import whole_folder, write_whole
 from ..model.config import mini_config
 from ..model.modeling import LongVA, pool_patches
 from ..model.processing import LongVAProcessor
+from ..processes import in_processes
 from ..train.batch import TokenLoss
 from ..train.loop import train
 from ..train.parts import unused_tower_weights
@@ -452,9 +451,9 @@ def align_miniature(
         model.requires_grad_(True).save_pretrained(out)
 
 # %% ../../nbs/605_mini.recipe.ipynb #98df9243
-def _run_on_one_thread(job, *args):
-    """Run a job in a worker process, with one thread."""
-    torch.set_num_threads(1)
+def _run_job(task: tuple):
+    """Run a job, in this process or in a worker."""
+    job, *args = task
     job(*args)
 
 def _run_jobs(
@@ -463,20 +462,14 @@ def _run_jobs(
 ) -> None:
     """Run jobs in worker processes; with one worker, in this process."""
     if workers == 1:
-        for job, *args in jobs:
-            job(*args)
+        for task in jobs:
+            _run_job(task)
         return
     # glibc's malloc otherwise gives pages back after every step and faults them in again; that took a fifth of the time
     settings = dict(OMP_NUM_THREADS=1, MALLOC_MMAP_THRESHOLD_=10**9, MALLOC_TRIM_THRESHOLD_=4 * 10**9)
     for name, value in settings.items():
         os.environ.setdefault(name, str(value))
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        futures = [pool.submit(_run_on_one_thread, *job) for job in jobs]
-        for future in futures:
-            future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    in_processes(_run_job, jobs, workers)
 
 def _seconds_so_far(
     record: Path,  # chain.json

@@ -52,7 +52,7 @@ _NOT_WRITTEN = {
 
 # %% ../../nbs/340_model.checkpoint.ipynb #12c3073d
 def _usual_settings(config: LongVAConfig) -> dict:
-    """Give what the original's code writes, and a checkpoint may say otherwise."""
+    """Give the settings that the original's code writes; a checkpoint may have others."""
     return {
         "mm_resampler_type": None,
         "mm_use_im_start_end": False,

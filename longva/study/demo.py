@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BEST', 'PANELS', 'TRAIN_FRAMES', 'NEEDLES', 'SEED', 'CALIBRATION_SEED', 'BASES', 'GUESS', 'TASKS', 'REPORT',
-           'DemoPlan', 'prepare_demo', 'try_bases', 'choose_base', 'control_needles', 'run_task', 'count_trials',
-           'trials_of', 'is_finished', 'difference', 'summarise', 'save_summary', 'demo', 'summary_table', 'report']
+           'DemoPlan', 'prepare_demo', 'try_bases', 'choose_base', 'control_needles', 'task_folder', 'run_task',
+           'count_trials', 'trials_of', 'is_finished', 'difference', 'summarise', 'caption', 'save_summary', 'demo',
+           'summary_table', 'report']
 
 # %% ../../nbs/700_study.demo.ipynb #5ef0faac
 import json
@@ -25,7 +26,8 @@ from ..files import check_folder, file_hash, versions, write_whole
 from ..mini import TEXT_FRAMES, load, world
 from ..mini import folder as weights_folder
 from ..needle.bench import DEPTHS, FRAMES
-from ..needle.heatmap import figure4, mean_score, save_figure4, save_html
+from ..needle.figure_page import save_page
+from ..needle.heatmap import mean_score, save_figure4
 from ..needle.needles import Needle, keep_needles
 from ..needle.reader import Reader
 from ..needle.statistics import newcombe
@@ -171,6 +173,13 @@ def control_needles(
 # %% ../../nbs/700_study.demo.ipynb #90aa2de8
 TASKS = ("mini-longva", BEST, "mini-anyres", "mini-short", "control")
 
+def task_folder(plan: DemoPlan, task: str) -> Path:
+    """Give the folder of a task; a demo of an earlier version is resumed in its folder, whose name has blanks."""
+    earlier = plan.out / task
+    if earlier.exists():
+        return earlier
+    return plan.out / task.replace(", ", "-").replace(" ", "-")
+
 def run_task(
     plan: DemoPlan,
     task: str,  # one of `TASKS`
@@ -180,7 +189,7 @@ def run_task(
     model, processor = load(PANELS.get(task, "mini-longva"))
     if task == BEST:
         extend_rope(model, theta=choose_base(plan, model, processor))
-    out = plan.out / task
+    out = task_folder(plan, task)
     reader = Reader(model, processor, name=task)
     shared = dict(seed=plan.seed, progress=False, on_trial=on_trial, train_length=TRAIN_FRAMES.get(task))
     if task == "control":
@@ -203,7 +212,7 @@ def trials_of(
     task: str,
 ) -> list:  # of Trial
     """Read the trials of this plan that are decided."""
-    trials = read_trials(plan.out / task / "trials.jsonl")
+    trials = read_trials(task_folder(plan, task) / "trials.jsonl")
     if task == "control":
         return [t for t in trials if t.frames == plan.middle]
     return [t for t in trials if t.frames in plan.frames and t.depth in plan.depths]
@@ -211,7 +220,7 @@ def trials_of(
 def is_finished(plan: DemoPlan, task: str) -> bool:
     """Say whether a task has all its trials and its picture."""
     decided = len(trials_of(plan, task))
-    return decided == count_trials(plan, task) and (plan.out / task / "heatmap.png").exists()
+    return decided == count_trials(plan, task) and (task_folder(plan, task) / "heatmap.png").exists()
 
 # %% ../../nbs/700_study.demo.ipynb #ff664dcf
 def difference(
@@ -251,7 +260,7 @@ def summarise(
     logs = {task: trials_of(plan, task) for task in TASKS}
     panels = {}
     for name in PANELS:
-        where = dict(log=f"{name}/trials.jsonl", text_frames=TRAIN_FRAMES[name])
+        where = dict(log=f"{task_folder(plan, name).name}/trials.jsonl", text_frames=TRAIN_FRAMES[name])
         panels[name] = _panel_summary(logs[name]) | where
     a = logs["mini-longva"]
     b = logs["mini-anyres"]
@@ -273,7 +282,7 @@ def summarise(
 # %% ../../nbs/700_study.demo.ipynb #3593e528
 def _run_tasks(plan, tasks, workers, progress):
     """Do the tasks under one progress bar."""
-    logs = [plan.out / task / "trials.jsonl" for task in tasks]
+    logs = [task_folder(plan, task) / "trials.jsonl" for task in tasks]
 
     def logged():
         return sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
@@ -288,13 +297,27 @@ def _run_tasks(plan, tasks, workers, progress):
         for task in tasks:
             run_task(plan, task, on_trial=lambda _: bar.update())
 
+def caption(
+    summary: dict,  # from `summarise`
+) -> list:  # of sentences
+    """Say how the figure is read."""
+    theta = summary["best_base"]["theta"]
+    return [
+        f"A cell is {summary['needles']} trials: a picture is hidden in a video of that many frames, at that depth "
+        "(0% is the first frame), and both words of the model's answer must be right.",
+        "The dotted line is the length of the longest text that the model was trained on, in frames; without a line, "
+        "all columns are within it.",
+        f"Best base: mini-short without training, its RoPE base raised to {theta:g}, the best of those that were "
+        "tried on another video.",
+    ]
+
 def save_summary(
     plan: DemoPlan,
     summary: dict,
 ):
     """Write figure4.html, figure4.png and summary.json."""
     panels = {name: trials_of(plan, name) for name in PANELS}
-    save_html(figure4(panels, TRAIN_FRAMES), plan.out / "figure4.html")
+    save_page(panels, plan.out / "figure4.html", "The paper's Figure 4 in miniature", caption(summary), TRAIN_FRAMES)
     save_figure4(panels, plan.out / "figure4.png", TRAIN_FRAMES)
     write_whole(plan.out / "summary.json", json.dumps(summary, indent=2))
 

@@ -140,7 +140,7 @@ def dpo(
     folder = Path(reference or out / "reference")
     ranks = find_ranks(preset.recipe)
     config = open_longva_config(preset.model)
-    if config:  # how long the pairs are is known later, and asked again
+    if config:  # the pairs' length is known later; then memory is asked again
         check_memory(outline(config, preset.parts), 1, preset.recipe, ranks)
     pairs, bad = ranks.run(lambda: read_pairs(data, media, preset.recipe.seed))
     rows = len(pairs) + len(bad)

@@ -10,13 +10,18 @@ import html
 from contextlib import contextmanager
 from functools import lru_cache
 
-import anywidget
-import ipywidgets as ipw
 import plotly.graph_objects as go
-from IPython import get_ipython
-from IPython.display import display
 from plotly.offline import get_plotlyjs
 from traitlets import Bytes, Dict, Unicode
+
+# %% ../../nbs/735_workbench.explorer.ipynb #b57fbc73
+try:
+    import anywidget
+    import ipywidgets as ipw
+    from IPython import get_ipython
+    from IPython.display import display
+except ModuleNotFoundError:
+    raise ModuleNotFoundError('The explorers need more packages: pip install "longva[lab]".') from None
 
 # %% ../../nbs/735_workbench.explorer.ipynb #42009947
 DRAW = """

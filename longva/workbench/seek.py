@@ -13,7 +13,6 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-import ipywidgets as ipw
 import plotly.graph_objects as go
 
 from ..context.rope import extend_rope
@@ -22,7 +21,7 @@ from ..mini import NAMES, TEXT_FRAMES
 from ..mini.bench import mini_bench
 from ..needle.bench import DEPTHS, FRAMES, NeedleBench, fill, strip
 from ..needle.heatmap import heat_map, hover_text
-from .explorer import Explorer, slider
+from .explorer import Explorer, ipw, slider
 from .plots import attention_figure
 
 # %% ../../nbs/740_workbench.seek.ipynb #57022f61

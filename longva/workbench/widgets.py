@@ -11,7 +11,6 @@ import html
 from copy import deepcopy
 from pathlib import Path
 
-import ipywidgets as ipw
 from transformers import AutoConfig
 
 from ..context.parallel import KINDS, Context, bytes_sent
@@ -22,7 +21,7 @@ from ..model.modeling import longva_7b
 from ..model.open import open_config
 from ..vision.image import open_image
 from . import plots
-from .explorer import Explorer, slider
+from .explorer import Explorer, ipw, slider
 from .seek import ROPES, NeedleExplorer
 
 # %% ../../nbs/745_workbench.widgets.ipynb #25dacd7a
