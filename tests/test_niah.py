@@ -199,7 +199,7 @@ def test_sentences_end_before_the_needle():
     essays = WHOLE.parent / "data" / "essays"
     story = PARITY / "text_niah" / "haystack.txt"
     tokenizer = byte_tokenizer()
-    haystack = read_haystack(essays if essays.is_dir() else story, tokenizer, 20_000)
+    haystack = read_haystack(essays if essays.is_dir() else story, tokenizer, 20_000, repeat=True)
     pieces = make_pieces(tokenizer, *draw_numbers(2, 5))
     for depth in np.linspace(0.1, 0.9, 9):
         spot = TextSpot(1, 20_000, float(depth))
