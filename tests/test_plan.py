@@ -131,6 +131,18 @@ def test_the_plan_is_within_a_tenth_of_what_was_measured(name):
     assert abs(planned / MEASURED["cases"][name]["measured"] - 1) < 0.1
 
 
+def test_ranks_that_each_open_the_whole_model():
+    """Eight ranks with Qwen2-7B in bfloat16 take 122 GB of the host before the first step, whatever its step takes."""
+    p = plan("qwen2-7b", 8000, gpus=8, gpu_gib=80, host_gib=128, copies=8)
+    assert (p.start, p.checkpoint) == (8 * 2 * 7_615_616_512, 12 * 7_615_616_512)
+    assert p.fits and replace(p, host_gib=100, copies=0).fits
+    small = replace(p, host_gib=100)
+    assert small.over == "start" and longest(small) == 0
+    assert small.limit.startswith(
+        "The start does not fit: the host has 107.4 GB and would need 121.8 GB, for 8 ranks that each hold the whole "
+    )
+
+
 def test_rows_are_computed_together():
     one, four = (plan("qwen2-0.5b", 1000, gpus=2, rows=rows, gpu_gib=80) for rows in (1, 4))
     for part in ("layer", "KV", "checkpoints"):

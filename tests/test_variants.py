@@ -138,7 +138,7 @@ def test_adaptive_runs_are_compared(inside, tmp_path):
     a, b = (read_trials(tmp_path / model / "trials.jsonl") for model in ("mini-longva", "mini-short"))
     both = {key(t) for t in a} & {key(t) for t in b}
     assert (
-        len(both) < max(len(a), len(b)) and "in a share each of them weighs the same" in done.output
+        len(both) < max(len(a), len(b)) and "in each accuracy all cells weigh the same" in done.output
     )  # the poor model was asked unequally
     shares = {
         n: [

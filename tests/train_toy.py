@@ -20,6 +20,13 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["preloaded"])
 
 
+def tell_server():
+    """Name the folders in which the server that forks ranks looks for what it imports."""
+    path = os.environ.get("PYTHONPATH", "")
+    if str(folder) not in path.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), str(folder.parent), path]))
+
+
 def start(out, world=1, **settings):
     """Start all ranks.
 
@@ -30,9 +37,7 @@ def start(out, world=1, **settings):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    path = os.environ.get("PYTHONPATH", "")
-    if str(folder) not in path.split(os.pathsep):  # the server looks there for what it imports
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), str(folder.parent), path]))
+    tell_server()
     env = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -247,6 +247,7 @@ class Plan:
     trained: int | None = None  # parameters; None: all
     others: int = 0  # parameters beside the decoder
     cpu: bool = False  # the ranks are processes without a GPU
+    copies: int = 0  # of the whole model in host memory before the engine takes it over
 
     @property
     def ranks(self) -> int:  # GPUs that share the sequence
@@ -261,11 +262,21 @@ class Plan:
         return _parts(self)
 
     @cached_property
-    def over(self) -> str | None:  # the memory that is too small: "GPU", "host" or None
+    def over(self) -> str | None:  # the memory that is too small: "GPU", "host", the host at the "start", or None
         gpu, host = self.parts
         if sum(gpu.values()) > self.gpu_gib * 2**30:
             return "GPU"
-        return "host" if sum(host.values()) > self.host_gib * 2**30 else None
+        if sum(host.values()) > self.host_gib * 2**30:
+            return "host"
+        return "start" if self.host_gib and self.start > self.host_gib * 2**30 else None
+
+    @property
+    def start(self) -> int:  # bytes of host memory, before the engine takes the model over
+        return self.copies * (4 if self.mixed else self.b) * (self.model.parameters + self.others)
+
+    @property
+    def checkpoint(self) -> int:  # bytes of one on the disk: weights and both moments of AdamW in float32
+        return 12 * (self.model.parameters + self.others if self.trained is None else self.trained)
 
     @property
     def fits(self) -> bool:
@@ -473,6 +484,11 @@ def _gb(x):
 
 def _limit(p) -> str:
     "What limits, as a sentence."
+    if p.over == "start":
+        return (
+            f"The start does not fit: the host has {_gb(p.host_gib * 2**30)} and would need {_gb(p.start)}, for "
+            f"{p.copies} ranks that each hold the whole model. With the engine deepspeed, a model that extend or align "
+            "opens from a folder is divided among the ranks at once.")
     most = longest(p)
     if p.fits:
         over = "" if p.cpu else replace(p, length=most + 1).over + " "

@@ -6,8 +6,9 @@
 __all__ = ['SHORT_BASE', 'LONG_BASE', 'SHORT_CONTEXT', 'LONG_CONTEXT', 'MEAN', 'STD', 'REPEATS_FIRST', 'NEEDLES_FIRST',
            'NEEDLES_ONLY', 'LAYOUTS', 'TOKENS', 'QUESTIONS', 'REPLAY', 'ANSWER_WEIGHTS', 'MODELS', 'blank',
            'processor_of', 'look_back', 'Phase', 'ChainRecipe', 'DrawnLoss', 'train_stage', 'text_loss', 'draw_text',
-           'TextLoss', 'learn_text', 'features', 'captions', 'draw_frames', 'CaptionLoss', 'learn_to_see', 'FramePool',
-           'draw_images', 'ImageLoss', 'load_text', 'align_miniature', 'train_chain']
+           'TextLoss', 'language_weights', 'train_only', 'learn_text', 'features', 'captions', 'draw_frames',
+           'CaptionLoss', 'learn_to_see', 'FramePool', 'draw_images', 'ImageLoss', 'load_text', 'load_stage',
+           'align_miniature', 'run_jobs', 'train_chain']
 
 # %% ../../nbs/605_mini.recipe.ipynb #9b950dca
 import json
@@ -184,10 +185,10 @@ REPEATS_FIRST = (0.5, 0.3, 0.2)  # shares of repeats, facts, needles
 NEEDLES_FIRST = (0.2, 0.2, 0.6)
 NEEDLES_ONLY = (0.1, 0.1, 0.8)
 
-def _language(model: LongVA) -> list:
+def language_weights(model: LongVA) -> list:
     return [*model.model.layers.parameters(), model.model.embed_tokens.weight, model.model.norm.weight]
 
-def _train_only(model: LongVA, weights: list) -> None:
+def train_only(model: LongVA, weights: list) -> None:
     """Let these weights require a gradient, and no others."""
     model.requires_grad_(False)
     for weight in weights:
@@ -200,7 +201,7 @@ def learn_text(
 ) -> None:
     """Train the text stages: first-text, short-text and long-text."""
     model = look_back(blank(seed))
-    _train_only(model, _language(model))
+    train_only(model, language_weights(model))
     loss = TextLoss(model)
 
     def stage(name, lr, phases, mix):
@@ -251,7 +252,7 @@ def learn_to_see(
     model = blank(seed)
     loss = CaptionLoss(model)
     unused = {id(weight) for weight in unused_tower_weights(model)}
-    _train_only(model, [weight for weight in model.tower.parameters() if id(weight) not in unused])
+    train_only(model, [weight for weight in model.tower.parameters() if id(weight) not in unused])
     bank = W.FrameBank(1000 + seed, recipe.variants)
     train_stage(folder / "tower", loss, 8e-3, recipe.tower, lambda size, rng: draw_frames(size, bank, rng), seed)
 
@@ -411,9 +412,9 @@ def load_text(
     model = blank(seed, encoding)
     if stage == "long-text":
         extend_rope(model, method="base", theta=LONG_BASE)
-    return _load_stage(model, folder / stage)
+    return load_stage(model, folder / stage)
 
-def _load_stage(model: LongVA, folder: Path) -> LongVA:
+def load_stage(model: LongVA, folder: Path) -> LongVA:
     """Put the weights that a stage has trained into a model."""
     weights = trained_weights(checkpoints(folder)[-1])
     known = {name: weight for name, weight in weights.items() if not name.startswith("head.")}
@@ -430,7 +431,7 @@ def align_miniature(
     if (folder / name / "model.safetensors").exists():
         return
     text, encoding = MODELS[name]
-    model = _load_stage(load_text(folder, text, seed, encoding), folder / "tower")
+    model = load_stage(load_text(folder, text, seed, encoding), folder / "tower")
     pool = FramePool(model, seed, recipe.copies, recipe.variants)
     loss = ImageLoss(model, pool)
     length = LONG_CONTEXT if text == "long-text" else SHORT_CONTEXT
@@ -442,9 +443,9 @@ def align_miniature(
         train_stage(folder / f"{name} {number}", loss, lr, phases, draw, seed)
 
     projector = list(model.model.mm_projector.parameters())
-    _train_only(model, projector)
+    train_only(model, projector)
     stage(1, 2e-3, recipe.stage_1, None)
-    _train_only(model, projector + _language(model))
+    train_only(model, projector + language_weights(model))
     stage(2, 3e-3, recipe.stage_2, length)
     with whole_folder(folder / name) as out:
         processor_of(model).save_pretrained(out)
@@ -456,7 +457,7 @@ def _run_job(task: tuple):
     job, *args = task
     job(*args)
 
-def _run_jobs(
+def run_jobs(
     jobs: list,  # of (function, argument, ...)
     workers: int,  # processes
 ) -> None:
@@ -505,8 +506,8 @@ def train_chain(
     spent = _seconds_so_far(record, chain)
     start = time.time()
     try:
-        _run_jobs([(learn_text, out, seed, recipe), (learn_to_see, out, seed, recipe)], workers)
-        _run_jobs([(align_miniature, out, name, seed, recipe) for name in MODELS], workers)
+        run_jobs([(learn_text, out, seed, recipe), (learn_to_see, out, seed, recipe)], workers)
+        run_jobs([(align_miniature, out, name, seed, recipe) for name in MODELS], workers)
     finally:
         seconds = round(spent + time.time() - start)
         write_whole(record, json.dumps(chain | {"seconds": seconds}, indent=1))

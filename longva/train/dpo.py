@@ -123,7 +123,8 @@ def describe_preferences(
     pairs, _ = ranks.run(lambda: read_pairs(data, media, preset.recipe.seed))
     preset = replace(preset, recipe=recipe_for(preset, len(pairs)))
     config = open_longva_config(preset.model)
-    planned = plan_step(outline(config, preset.parts), preset.length, preset.recipe, ranks) if config else None
+    shapes = outline(config, preset.parts) if config else None
+    planned = plan_step(shapes, preset.length, preset.recipe, ranks, whole=True) if config else None
     return describe_run(planned, preset), planned
 
 def dpo(
@@ -141,7 +142,8 @@ def dpo(
     ranks = find_ranks(preset.recipe)
     config = open_longva_config(preset.model)
     if config:  # the pairs' length is known later; then memory is asked again
-        check_memory(outline(config, preset.parts), 1, preset.recipe, ranks)
+        # each rank opens the whole model, for the reference
+        check_memory(outline(config, preset.parts), 1, preset.recipe, ranks, whole=True)
     pairs, bad = ranks.run(lambda: read_pairs(data, media, preset.recipe.seed))
     rows = len(pairs) + len(bad)
     check_bad_rows(bad, rows, preset.bad_share)

@@ -213,7 +213,8 @@ def describe_extension(
     """Say what `extend` would hold and do; nothing is read but the configuration."""
     preset = _chosen(preset, dict(model=model, theta=theta, length=length), changes)
     check_reach(start_config(preset.model), preset)
-    planned = plan_step(_memory_model(preset.model), preset.length, preset.recipe, find_ranks(preset.recipe))
+    whole = bool(preset.skip_positions)
+    planned = plan_step(_memory_model(preset.model), preset.length, preset.recipe, find_ranks(preset.recipe), whole)
     name = getattr(preset.model, "name_or_path", preset.model) or type(preset.model).__name__
     return describe_run(planned, replace(preset, model=name)), planned
 
@@ -235,7 +236,7 @@ def extend(
     name = getattr(preset.model, "name_or_path", None) or str(preset.model)
     check_reach(start_config(preset.model), preset)
     ranks = find_ranks(recipe)
-    check_memory(_memory_model(preset.model), preset.length, recipe, ranks)
+    check_memory(_memory_model(preset.model), preset.length, recipe, ranks, whole=bool(preset.skip_positions))
     config = extended_config(preset.model, preset.theta, preset.reach)
     tokenizer = open_tokenizer(name)
     samples = open_corpus(text, tokenizer, out / "corpus", preset.length, recipe, ranks, corpus)

@@ -51,11 +51,25 @@ def _parameters(model, config) -> dict:
     beside = sum(n for n, _ in every) - sizes(config).parameters
     return dict(trained=sum(n for n, needed in every if needed), others=max(beside, 0))
 
+def _copies(model, recipe: Recipe, ranks: Ranks, whole: bool) -> int:
+    """Count the ranks that will hold a whole model of their own before the engine does.
+
+    A file whose numbers need no conversion is not copied: the ranks of a machine share its pages.
+    """
+    live = isinstance(model, torch.nn.Module) and next(model.parameters()).device.type != "meta"
+    if live or not (whole or recipe.engine == "plain"):
+        return 0
+    half = recipe.engine == "deepspeed" and recipe.precision == "bf16"
+    opened = torch.bfloat16 if half else torch.float32
+    saved = getattr(getattr(model, "config", model), "dtype", None)
+    return 0 if saved == opened else ranks.world
+
 def plan_step(
     model,  # a model, which may be on the device meta, or its configuration
     length: int,  # tokens of the longest sequence
     recipe: Recipe,
     ranks: Ranks,
+    whole: bool = False,  # whether each rank will open the whole model, also where the engine divides it
 ) -> Plan | None:  # None for an architecture that the planner doesn't know
     """Plan the memory of a training step, as the recipe's engine holds it."""
     config = getattr(model, "config", model)
@@ -64,6 +78,7 @@ def plan_step(
     mine = recipe.rows // ranks.dp
     settings = _device_settings(recipe, ranks) | _engine_settings(recipe, gpu, half)
     settings |= dict(gpus=ranks.world, context=ranks.cp, kind=recipe.kind if ranks.cp > 1 else None)
+    settings |= dict(copies=_copies(model, recipe, ranks, whole))
     settings |= dict(rows=min(recipe.micro, mine) or 1, accumulates=mine > recipe.micro, checkpoints="none")
     if recipe.checkpointing:
         settings["checkpoints"] = "host" if recipe.offload and gpu else "gpu"
@@ -77,9 +92,10 @@ def check_memory(
     length: int,  # tokens of the longest sequence
     recipe: Recipe,
     ranks: Ranks,
+    whole: bool = False,  # as for `plan_step`
 ) -> None:
-    """Raise PlanError if a step cannot fit in memory. Architectures that the planner doesn't know pass."""
-    planned = plan_step(model, length, recipe, ranks)
+    """Raise PlanError if start or step cannot fit in memory. Architectures that the planner doesn't know pass."""
+    planned = plan_step(model, length, recipe, ranks, whole)
     if planned:
         check(planned)
 
