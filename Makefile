@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Many processes are started: where this is set, each would compile torch anew, ten seconds long.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env demo test app chat lab export notebooks readme map docs clean
+.PHONY: help env demo test audit app chat lab export notebooks readme map docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ test: $(STAMP)  ## tree, notebooks, tests, lint: what CI runs
 	$(BIN)/python tools/check_tree.py
 	$(BIN)/ruff check
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+audit: $(STAMP)  ## known vulnerabilities of the versions in constraints.txt; needs PyPI
+	@$(BIN)/python tools/audit.py
 
 app: $(STAMP)  ## the needle app on 127.0.0.1; ARGS="--port 7870" and the like, here and for the others
 	$(BIN)/python apps/needle/app.py $(ARGS)

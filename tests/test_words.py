@@ -151,3 +151,16 @@ def test_words_with_the_tokenizers_of_others():
         assert tokens_of_words(ours, as_words(text)) == plain(text)["input_ids"] != ours(text)["input_ids"]
         bare = plain(text, add_special_tokens=False)["input_ids"]
         assert tokens_of_words(ours, as_words(text), add_special_tokens=False) == bare
+
+
+@pytest.mark.parametrize("tag", ["<image>", "<video>"])
+def test_a_needle_may_ask_for_a_tag(parts, tag):
+    from longva.needle.needles import Needle
+    from longva.needle.reader import make_prompt
+
+    processor = parts[1]
+    needle = Needle("x", Image.new("RGB", (28, 28), "red"), f"what is the {tag} tag", f"1 {tag}")
+    prompt = make_prompt(processor, needle)
+    assert tag in processor.tokenizer.decode(prompt.after) and processor.tokenizer.decode(prompt.answer) == f"1 {tag}"
+    ids = {*prompt.before, *prompt.after, *prompt.answer}
+    assert not ids & {processor.image_token_id, processor.video_token_id}

@@ -100,12 +100,13 @@ def path(
 def check_exists(
     option,  # as "--video"
     *names,  # files or folders
+    advice="check the name and the folder",  # for the error message
 ):
     """Refuse names that don't exist, before anything slow begins; raise MissingInput."""
     for name in names:
         is_address = "://" in str(name)  # the reader of the file takes file:// and has a sentence for others
         if not is_address and not Path(name).exists():
-            raise MissingInput(f"There is no file {name} ({option}): check the name and the folder.")
+            raise MissingInput(f"There is no file {name} ({option}): {advice}.")
 
 def check_folders(
     option,  # as "--media"

@@ -32,6 +32,7 @@ from .config import LongVAConfig
 from .modeling import LongVA
 from .original import CheckpointError, read_json
 from .processing import LongVAProcessor
+from .prompt import check_template
 from ..names import FAMILIES, is_original
 
 # %% ../../nbs/345_model.open.ipynb #0bc34e00
@@ -143,6 +144,7 @@ def _plain_processor(where) -> PlainProcessor:
             f"{where} has no chat template, so it is not known how this model is asked: "
             "save its processor beside the model."
         )
+    check_template(tokenizer.chat_template)
     images = AutoImageProcessor.from_pretrained(where, **local)
     return PlainProcessor(tokenizer, images, tokenizer.convert_ids_to_tokens(config.video_token_id))
 

@@ -31,6 +31,7 @@ from longva.model.prompt import (
     CHATML,
     MARK,
     as_words,
+    check_template,
     expand_placeholders,
     flatten_pictures,
     frames_text,
@@ -308,6 +309,8 @@ class LongVAProcessor(ProcessorMixin):
                     f"A LongVAProcessor needs an image_processor and a tokenizer, and there is no {part}: "
                     "LongVAProcessor.from_config makes it from a model's configuration and a tokenizer."
                 )
+        check_template(chat_template)
+        check_template(tokenizer.chat_template)
         if not chat_template:
             chat_template = tokenizer.chat_template if shows_pictures(tokenizer.chat_template) else CHATML
         super().__init__(image_processor, tokenizer, chat_template=chat_template)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
 
-from ..files import check_folder, write_whole
+from ..files import FolderError, check_folder, check_log, open_log, write_whole
 
 # %% ../../nbs/500_needle.trials.ipynb #d492a58a
 try:
@@ -147,11 +147,11 @@ class TrialLog:
     ):
         self.path = Path(path)
         check_folder(self.path.parent).mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+b", buffering=0)  # a line is written or refused, never left in a buffer
+        self.file = open_log(self.path)  # a line is written or refused, never left in a buffer
         try:
             self._lock()
             self.trials = self._recover()
-        except NeedleError:
+        except (NeedleError, FolderError):
             self.close()
             raise
 
@@ -170,6 +170,7 @@ class TrialLog:
         """Read the trials, and cut off half a line at the end."""
         self.file.seek(0)
         data = self.file.read()
+        check_log(data, b'{"model": ', self.path)
         trials, good = parse_trials(data, self.path)
         if good < len(data):
             self.file.truncate(good)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
-from ..files import write_whole
+from ..files import check_log, open_log, write_whole
 from .clips import Clips, autocast, content_key
 from .dpo_loss import DPOLoss
 from .pair_batch import collate_pairs, render
@@ -68,14 +68,14 @@ def append_lines(
 ):  # a function that appends a row
     """Open a file for rows of JSON, each flushed at once; raise TrainError if it can't be written."""
     try:
-        with open(path, "ab+") as file:
+        with open_log(path) as file:
             file.seek(0)
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
+            file.truncate(check_log(file.read(), b'{"pair": ', path))
 
             def write(row):
-                file.write(json.dumps(row).encode() + b"\n")
-                file.flush()
+                line = json.dumps(row).encode() + b"\n"
+                while line:
+                    line = line[file.write(line) :]
 
             yield write
     except OSError as e:
@@ -87,8 +87,13 @@ def read_reference(folder: Path) -> dict:  # pair's number -> its line
     found = {}
     for file in sorted(Path(folder).glob("rank-*.jsonl")):
         for line in file.read_bytes().split(b"\n")[:-1]:  # what follows the last line break is torn
-            row = json.loads(line)
-            found[row["pair"]] = row
+            try:
+                row = json.loads(line)
+                found[row["pair"]] = row
+            except (ValueError, TypeError, KeyError):
+                raise TrainError(
+                    f"{file} holds a line that is not of this program: move it away, or take another folder."
+                ) from None
     return found
 
 # %% ../../nbs/469_train.reference.ipynb #a2a4a2fa

@@ -102,11 +102,12 @@ def sample_rows(
 def open_data(
     data,  # .json, .jsonl, a brace list of them, or a .yaml mixture
     seed: int = 0,  # of random samples
+    inside: tuple = (),  # mixtures that are being read: none of them may name itself
 ) -> list:  # of Row
     """Read all rows of a data set; raise DataError if there are none."""
     name = str(data)
     if name.endswith((".yaml", ".yml")):
-        rows = _mixed_rows(Path(name), seed)
+        rows = _mixed_rows(Path(name), seed, inside)
     elif braces := re.fullmatch(r"(.*)\{([^{}]*)\}(.*)", name):
         start, parts, end = braces.groups()
         rows = []
@@ -120,14 +121,17 @@ def open_data(
         raise DataError(f"{name} has no rows.")
     return rows
 
-def _mixed_rows(file, seed):
+def _mixed_rows(file, seed, inside):
     """Read a mixture; names in it start from the working folder, or else from the file's own."""
+    if file.resolve() in inside:
+        raise DataError(f"The mixture {file} names itself, directly or through another one: take that line out.")
     rows = []
     for number, part in enumerate(_read_mixture(file), 1):
         path = Path(str(part["json_path"]))
         if not path.is_absolute() and not path.exists():
             path = file.parent / path
-        rows += sample_rows(open_data(path, seed), part.get("sampling_strategy", "all"), seed + number)
+        part_rows = open_data(path, seed, (*inside, file.resolve()))
+        rows += sample_rows(part_rows, part.get("sampling_strategy", "all"), seed + number)
     return rows
 
 def _read_mixture(file):
@@ -136,7 +140,7 @@ def _read_mixture(file):
         parts = yaml.safe_load(file.read_text())["datasets"]
     except OSError as e:
         raise DataError(f"The data {file} cannot be read ({e.strerror}).") from None
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError, RecursionError):
         parts = None
     if not isinstance(parts, list):
         raise DataError(f"{file} must be YAML with a list `datasets`.")

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..files import versions, write_whole
+from ..files import check_log, open_log, versions, write_whole
 from .engines import gathered, shape_of, trained
 from .ranks import Ranks
 from .recipe import Decisions, Recipe, TrainError
@@ -503,7 +503,9 @@ class Log:
 
     def _keep(self, done: int) -> None:
         """Keep the lines of the steps up to `done`, and read their losses."""
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        content = self.path.read_bytes() if self.path.exists() else b""
+        check_log(content, b'{"step": ', self.path)
+        lines = content.decode(errors="replace").splitlines()
         kept = {_step_of(line): line for line in lines}
         kept = {step: kept[step] for step in sorted(kept) if 1 <= step <= done}
         if len(kept) < done:
@@ -619,7 +621,7 @@ class Run:
 def _lock(self: Run) -> None:
     """Lock the folder until the run is left; raise TrainError if another process has the lock."""
     self.out.mkdir(parents=True, exist_ok=True)
-    file = self._stack.enter_context(open(self.out / ".lock", "a"))
+    file = self._stack.enter_context(open_log(self.out / ".lock"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
