@@ -239,9 +239,12 @@ class LongVAPreTrainedModel(Qwen2PreTrainedModel):
         if tokenizer is None:
             tokenizer = read_tokenizer(language.folder)
         image_id, video_id = placeholder_ids(tokenizer)
-        if dtype is None:
-            dtype = language.dtype or next(iter(language.state.values())).dtype
-            dtype = torch.bfloat16 if dtype == torch.float16 else dtype
+        wanted = dtype or language.dtype or next(iter(language.state.values())).dtype
+        if isinstance(wanted, str):
+            wanted = getattr(torch, wanted)
+        if dtype is None and wanted == torch.float16:
+            wanted = torch.bfloat16
+        dtype = wanted
         fields = {
             "text_config": language.config,
             **language.rope,

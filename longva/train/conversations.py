@@ -75,7 +75,8 @@ def parse_row(
     turns = data.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise BadRow("it has no conversations")
-    messages = [_message(turn, bool(images), bool(videos)) for turn in turns]
+    empty = any(data.get(key) in ("", []) for key in ("image", "images"))  # a picture was meant, and got lost
+    messages = [_message(turn, bool(images) or (empty and not videos), bool(videos)) for turn in turns]
     speakers = [message["role"] for message in messages if message["role"] != "system"]
     if not speakers or speakers != ["user", "assistant"] * (len(speakers) // 2):
         raise BadRow(
@@ -85,7 +86,11 @@ def parse_row(
     check_placeholders(conversation)
     return conversation
 
-def _message(turn, images: bool, videos: bool):
+def _message(
+    turn,
+    images: bool,  # <image> stands for a picture; otherwise it is a word
+    videos: bool,
+):
     """Check one turn, and turn it into a message."""
     texts = isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("from", "value"))
     if not texts or turn["from"] not in ROLES:
