@@ -19,6 +19,7 @@ from ..mini.arm_tests import caption_tokens, find_cards, picture_tokens
 from ..mini.arms import ARMS, Arm, ArmRecipe, align_arm, learn_pairs, learn_texts, load_reader
 from ..mini.recipe import run_jobs
 from ..model.modeling import LongVA
+from ..model.open import open_model
 from ..needle.clusters import clustered_accuracy, clusters, object_of, student
 from ..needle.trials import Trial
 
@@ -43,7 +44,7 @@ def load_arm(
 ) -> LongVA:
     """Load one model of the study."""
     if seen:
-        return LongVA.from_pretrained(study / f"seed-{seed}" / arm.name)
+        return open_model(study / f"seed-{seed}" / arm.name, device="cpu")
     return load_reader(study, seed, arm)
 
 def stretch(
