@@ -24,7 +24,7 @@ def __getattr__(name):
     return load_app()
 
 def main():
-    """Run the command line; ctrl-c is one line at any moment."""
+    """Run the command line; answer ctrl-c with one line at any moment."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, end_at_once)
     load_app()()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 # %% ../nbs/103_ctrl_c.ipynb #c5b6e81f
 def end_at_once(*_):
-    """Answer SIGINT before and after the work: say so, and exit."""
+    """Answer SIGINT before and after the work: print one line, and exit with code 130."""
     os.write(2, b"Stopped.\n")
     os._exit(130)
 
@@ -25,7 +25,7 @@ def _is_importing(frame) -> bool:
     return False
 
 def stop_work(_, frame):
-    """Answer SIGINT during the work: raise KeyboardInterrupt; but an import may swallow that, so end there at once."""
+    """Answer SIGINT during the work: raise KeyboardInterrupt, or exit during an import, which may swallow it."""
     if _is_importing(frame):
         end_at_once()
     raise KeyboardInterrupt

@@ -80,10 +80,10 @@ def open_log(
 
 def check_log(
     content: bytes,  # of the file
-    begin: bytes,  # with which each line of such a log begins
+    begin: bytes,  # what each line of such a log begins with
     path,
 ) -> int:  # bytes of whole lines; what follows is half a line
-    """Find where the whole lines of a log end; raise FolderError if the file holds no such line, nor half of one."""
+    """Find where the whole lines of a log end; raise FolderError if the content has no log line, nor half of one."""
     whole = content.rfind(b"\n") + 1
     torn = content[whole:]
     is_half = begin.startswith(torn[: len(begin)])

@@ -11,6 +11,6 @@ FAMILIES = ("llava_onevision", "llava_next_video", "qwen2_vl", "qwen2_5_vl", "qw
 def is_original(
     raw: dict,  # a config.json
 ) -> bool:
-    """Decide whether the original's code wrote a configuration; in some of its files model_type is qwen2."""
+    """Decide whether the original LongVA's code wrote a configuration; some of these say model_type qwen2."""
     kinds = [raw.get("model_type"), *(raw.get("architectures") or ())]
     return "llava_qwen" in kinds or "LlavaQwenForCausalLM" in kinds

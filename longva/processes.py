@@ -67,7 +67,7 @@ def in_processes(
     workers: int,  # processes
     tick=None,  # called several times a second
 ):
-    """Let several processes do the tasks; their first error is raised here."""
+    """Let several processes do the tasks; raise the first error of a worker."""
     context = get_context("spawn")
     queue = context.SimpleQueue()
     errors = context.SimpleQueue()

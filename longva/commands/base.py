@@ -104,7 +104,7 @@ def check_exists(
 ):
     """Refuse names that don't exist, before anything slow begins; raise MissingInput."""
     for name in names:
-        is_address = "://" in str(name)  # the reader of the file takes file:// and has a sentence for others
+        is_address = "://" in str(name)  # the file's reader takes file:// and refuses other addresses
         if not is_address and not Path(name).exists():
             raise MissingInput(f"There is no file {name} ({option}): {advice}.")
 

@@ -120,7 +120,7 @@ def find_rows(
     row,  # as "Figure 4", "figure4" or "4"; None for all
     ids: list,
 ) -> list:  # of ids
-    """Find a table or figure by its name; a number alone finds all that have it. Raise Usage."""
+    """Find a table or figure by its name; a number alone finds all with that number. Raise Usage if there is none."""
     if row is None:
         return ids
     asked = row.lower().replace(" ", "")

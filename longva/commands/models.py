@@ -108,13 +108,13 @@ def set_rope_base(model, theta: float):
 def complete_model(
     incomplete: str,  # what was typed
 ) -> list:
-    """Give the miniatures whose names begin like this."""
+    """List the miniatures whose names begin with what was typed."""
     from longva.mini import NAMES
     return [name for name in NAMES if name.startswith(incomplete)]
 
 # %% ../../nbs/803_commands.models.ipynb #c2079476
 def _is_path(name) -> bool:
-    """Say whether a name can only be a path, and not one of the hub."""
+    """Say whether a name can only be a path, and not the name of a model on the hub."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
 
 def resolve_name(
@@ -144,8 +144,8 @@ def is_miniature(tokenizer) -> bool:
 # %% ../../nbs/803_commands.models.ipynb #785d4bef
 def mini_wording(
     tokenizer,
-) -> dict:  # wording and digits, for `longva.needle.niah.run`
-    """Give the wording of the text test for a miniature, and nothing for any other tokenizer."""
+) -> dict:  # wording and digits, for `longva.needle.book.TextTest`
+    """Give the wording of the text test for a miniature, and an empty dict for any other tokenizer."""
     if not is_miniature(tokenizer):
         return {}
     from longva.mini.reader import DIGITS, WORDING

@@ -127,14 +127,14 @@ def default_name(
     model: str,  # as on the command line
     rope_base,
 ) -> str:
-    """Name a model after its folder; `longva extend` writes NAME/model."""
+    """Name a model after its folder; for NAME/model, which `longva extend` writes, give NAME."""
     folder = Path(model).resolve()
     if folder.name == "model":
         folder = folder.parent
     return folder.name + (f" base {rope_base:g}" if rope_base else "")
 
 def parse_grid(
-    lengths,  # as on the command line; None depends on the model
+    lengths,  # as on the command line; if None, the model decides
     depths: str,
     perplexity: bool,  # whether perplexity is measured, too
 ) -> tuple:  # (lengths, depths), sorted

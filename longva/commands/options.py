@@ -84,7 +84,7 @@ Variant = StrEnum("Variant", {name.upper().replace("-", "_"): name for name in V
 def path_option(
     help: str,
 ):
-    """Make the type of an option that takes a file or folder, or nothing."""
+    """Make the type of an option that takes a file or folder, and is None if it is not given."""
     return Annotated[Optional[Path], typer.Option(parser=path, help=help)]
 
 Needles = path_option(

@@ -14,7 +14,7 @@ NEW_NAMES = {"--film": "--video", "--front-end": "--frame-fit", "--look-alikes":
 def new_spelling(
     words: list,  # of a command line
 ) -> list:
-    """Replace the earlier names of options, up to a `--`."""
+    """Replace the earlier names of options by the new ones, up to a `--`."""
     end = words.index("--") if "--" in words else len(words)
     changed = []
     for word in words[:end]:

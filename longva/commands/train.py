@@ -57,7 +57,7 @@ def plan_as_json(
     model: str,  # as on the command line
     plan,  # a `longva.context.plan.Plan`
 ) -> dict:
-    """Give a plan for --json: bytes, seconds, and what limits."""
+    """Give what --json holds of a plan: bytes, operations, seconds, the limit, and the options that help."""
     gpu, host = plan.parts
     return dict(
         model=model, length=plan.length, gpus=plan.gpus, fits=plan.fits, limit=plan.limit,
@@ -108,10 +108,10 @@ def plan_command(
 
 # %% ../../nbs/815_commands.train.ipynb #1c35908d
 def show_plan(
-    text: str,  # of a run: its plan and settings
+    text: str,  # the plan and the settings of a run
     planned,  # a `longva.context.plan.Plan`, or None
 ):
-    """Print what a run would hold and do; exit with 1 if it doesn't fit."""
+    """Print the plan and the settings of a run; exit with 1 if it doesn't fit into memory."""
     if os.environ.get("RANK", "0") == "0":
         typer.echo(text)
     if planned and not planned.fits:
@@ -198,7 +198,7 @@ NO_ROWS = "check the name and the folder, or write a small sample with: longva m
 def check_data(
     data,  # of --data; several files as {a,b}.json
 ):
-    """Refuse data that isn't there, or isn't a kind of file that is read."""
+    """Refuse files that don't exist, or whose type can't be read; raise MissingInput or Usage."""
     before, brace, rest = str(data).partition("{")
     inside, _, after = rest.partition("}")
     for name in inside.split(","):

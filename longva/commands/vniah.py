@@ -44,7 +44,7 @@ def check_paths(
 
 def parse_haystack(
     words: list,  # of --haystack
-) -> tuple:  # (a word for scenery, a path, or a list of paths; its name in the results folder)
+) -> tuple:  # (a word for scenery, a path or a list of paths; the haystack's name, for the results folder)
     """Resolve --haystack; raise Usage."""
     scenery = [word for word in words if word.partition(":")[0] == "scenery"]
     if scenery and len(words) > 1:
@@ -64,7 +64,7 @@ def check_inputs(
     fps,
     repeat: bool = False,
 ) -> tuple:  # (Haystack, frames, depths), the grid as lists
-    """Check lists and the length of the haystack, before a model is loaded."""
+    """Check the frames, the depths and the length of the haystack, before a model is loaded."""
     from longva.needle.haystack import Haystack
     lengths, places = grid(numbers(frames, int, "--frames"), numbers(depths, float, "--depths"), "frames")
     check_fps(fps)
@@ -75,7 +75,7 @@ def check_inputs(
 def check_needles(
     *folders,  # of --needles and --distractors; None if not given
 ):
-    """Read the needles that are on this disk, so that a wrong folder is refused before a model is loaded."""
+    """Read the needles that are on this disk, so that a faulty folder is refused before a model is loaded."""
     from longva.needle.needles import load_needles, on_hub
     for folder in folders:
         if folder is not None and not on_hub(folder):
@@ -102,11 +102,14 @@ def check_variant(
 def show_forecast(
     reader,
     asks: dict,  # {(needle, length, depth): Ask}
-    out: Path,  # the results folder, whose trials are not counted again
+    out: Path,  # the results folder; trials in its log are left out
     half_width=None,  # of an adaptive run
     **reading,  # fields of `needle.vniah.Reading`
 ):
-    """Print what the run, or the rest of it, will take; of an adaptive run, the least and the most, and its bias."""
+    """Print what the run, or the rest of it, will cost.
+
+    For an adaptive run, print the least and the greatest cost, and the bias of its accuracy.
+    """
     from longva.needle.forecast import forecast
     from longva.needle.statistics import adaptive_bias
     from longva.needle.trials import read_trials
@@ -130,12 +133,12 @@ def show_forecast(
 def load_reader(
     model: str,  # as on the command line
     where,  # from `model_folder`
-    name: str,  # what it is called in the results
+    name: str,  # of the model, in the results
     rope_base,
-    plain: bool,  # the paper's test, and not adaptive
+    plain: bool,  # whether this is the paper's test, neither a variant nor adaptive
     features,
 ):  # a Reader
-    """Load the model; refuse what another family can't do."""
+    """Load the model; refuse options that work with a LongVA only."""
     from longva.needle.adapters import reader_for
     net, processor = load_model(where, families=True)
     kind = net.config.model_type
@@ -171,8 +174,8 @@ def choose_variant(
 def chance(
     variant: str,
     trials: list,
-) -> str:  # a sentence, or nothing
-    """Say what the accuracy is to be compared with, where that isn't 0."""
+) -> str:  # a sentence, or nothing for the other variants
+    """Say what to compare the accuracy of absent, choice and blind with."""
     if variant == "absent":
         return "Nothing was hidden: here an accuracy of 0 is best, for each answer was made up."
     if variant not in ("choice", "blind"):

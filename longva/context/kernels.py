@@ -87,7 +87,7 @@ class Kernel:
     forward: Callable  # (q, k, v, causal, scale) -> (out, lse)
     backward: Callable  # (dout, q, k, v, out, lse, causal, scale) -> (dq, dk, dv)
     bottom_right: bool = True  # causal lets the last query see all keys, also with more keys than queries
-    packed_forward: Callable = None  # the same for packed documents, with cu_q and cu_k at the end: one call for all
+    packed_forward: Callable = None  # all packed documents in one call; cu_q, cu_k and the longest at the end
     packed_backward: Callable = None
 
 plain = Kernel("plain", _plain_forward, _plain_backward)
@@ -281,7 +281,7 @@ def _packed_backward(kernel, dout, q, k, v, out, lse, scale, cu_q, cu_k) -> tupl
 
 # %% ../../nbs/210_context.kernels.ipynb #1bda137d
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-LONG = 256  # queries from which on cuDNN's planning for each shape is worth its time
+LONG = 256  # from this many queries on, cuDNN's planning for each shape pays off
 
 
 def _both(kernel, dout, q, k, v, cu_q, cu_k) -> tuple:
@@ -316,8 +316,8 @@ def kernel_error(
 def _order(device, long) -> tuple:  # of Kernel
     """List the kernels to try, the fastest first.
 
-    cuDNN plans for each new shape (50 ms on an H200), too long for single queries; many queries at once it computes
-    nearly twice as fast as torch's flash.
+    cuDNN plans for each new shape (50 ms on an H200), which is too long for single queries. With many queries at once
+    it is nearly twice as fast as torch's flash.
     """
     if device == "cpu":
         return cpu_flash, plain
@@ -428,7 +428,7 @@ def block_attention_backward(
     cu_q: tuple = None,
     cu_k: tuple = None,
 ) -> tuple:  # (dq [B,L,H,E], dk [B,S,K,E], dv [B,S,K,E]): what this block adds to the gradients
-    """Compute the gradients of one block; over all blocks of a query or a key they add up."""
+    """Compute the gradients of one block; summed over all blocks, they are those of the whole attention."""
     _check(q, k, v, cu_q, cu_k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     saved = dout, q, k, v, out, lse

@@ -37,7 +37,7 @@ def _product(a, b, out):
 
 @dataclass(frozen=True)
 class Head:
-    """An output layer: logits z = scale * (hidden @ weight.T + bias), with a cap cap * tanh(z / cap)."""
+    """An output layer: logits z = scale * (hidden @ weight.T + bias), or with a cap: cap * tanh(z / cap)."""
     weight: torch.Tensor  # [V,D]; under ZeRO-3 it must be gathered
     bias: torch.Tensor | None = None  # [V]
     scale: float = 1.0
@@ -117,7 +117,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, labels, weights, keep, chunk):
-        """head: holds weight and bias, too; keep: the numbers of the tokens that count, or None for all."""
+        """head: holds weight and bias, too; keep: the indices of the tokens that count, or None for all."""
         new = dict(dtype=working_dtype(hidden), device=hidden.device)
         head = head.prepared(hidden)
         wants_h, wants_w, wants_b = ctx.needs_input_grad[:3]
@@ -218,7 +218,7 @@ def _check_settings(chunk, kernel, normalizer, weights, head):
         raise ValueError(wrong)
 
 def _counting(labels, weights, ignore_index, vocabulary) -> torch.Tensor:
-    "The numbers of the tokens that count; a ValueError if one of their labels isn't in the vocabulary."
+    "The indices of the tokens that count; a ValueError if one of their labels isn't in the vocabulary."
     counts = labels != ignore_index
     if weights is not None:
         counts &= weights != 0

@@ -266,7 +266,7 @@ PADDING = dict(labels=-100)  # what padding holds, by the name of the tensor; ev
 
 
 def _checksum(t) -> int:
-    "Of all ids, or of some thousand numbers of an embedding; order counts."
+    "Checksum of all ids, or of some thousand numbers of an embedding; order counts."
     t = t.detach().flatten()
     if t.is_floating_point():
         t = t[:: max(1, t.numel() >> 16)].double().view(torch.int64)
@@ -299,7 +299,7 @@ def _batch_shape(batch) -> tuple:
     return max(rows), *lengths
 
 def _check_mask(mask):
-    "Refuse a mask that attention would have to read: only [B,L] of 0 and 1, padded on the right, needs no attention."
+    "Refuse a mask that attention would have to read: one [B,L] of 0 and 1, padded on the right, can be left unread."
     if mask.ndim != 2:
         return
     if mask.dtype != torch.bool and mask.numel() and mask.max() > 1:
@@ -807,7 +807,7 @@ def longva_cp(
     is_causal: bool = None,
     **options,  # what transformers passes along; position_ids and cu_seq_lens_q are used
 ) -> tuple:  # ([B,s,H,E], None)
-    """Compute context parallel attention as transformers calls it; what is not causal (a vision tower) is torch's."""
+    """Compute context parallel attention as transformers calls it; leave attention that isn't causal to torch."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if not is_causal:
@@ -822,7 +822,7 @@ def longva_cp(
     if q.shape[1] != k.shape[1]:
         _check_cache(module, context, key, options)
         return block_attention(q, k, v, True, scaling)[0], None
-    # shards of one document jump, too: on several ranks the probe of two documents decides
+    # on several ranks a shard of one document jumps, too; there the probe of two documents decides
     is_packed = context.ranks == 1 and attention_mask is not None and attention_mask.stride(-1) == 0
     documents, context = _documents(module, options, len(q), context, is_packed)
     device = query.device.type
@@ -909,7 +909,7 @@ def _eager_attention(model):
             config._attn_implementation_internal = "longva_cp"
 
 def _answers(model, given, ids, positions=None) -> Tensor:  # [1,L,...], logits or hidden states
-    "What a model says to a few tokens, read as `given`, the arguments of the call that it is checked for."
+    "Run a model on a few tokens, passed in the same form as `given`, the arguments of the call that is checked."
     device = next(value.device for value in given.values() if isinstance(value, Tensor))
     batch = dict(input_ids=ids.to(device))
     if positions is not None:

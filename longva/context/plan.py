@@ -358,7 +358,7 @@ def _layer(p) -> dict:
             "MLP": 0 if p.tiled_mlp else s * (each["mlp"] + each["norm before the mlp"]),
         }
     whole = s * layer_bytes(p.model, p.b, p.mixed)
-    if p.checkpoints == "none":  # all that autograd keeps is counted already, and the loss has gone
+    if p.checkpoints == "none":  # what autograd keeps is counted already, and the loss is freed by then
         saved = saved_bytes(replace(p.model, N=1), s, False, p.b, p.mixed)
         whole -= saved["norms"] + saved["attention"] + saved["mlp"]
         return {"layer": max(whole, 0)}

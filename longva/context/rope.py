@@ -35,7 +35,8 @@ def yarn_frequencies(
 ) -> torch.Tensor:  # [E/2]
     """Compute YaRN's "by parts": between `beta_fast` and `beta_slow` turns in training, a ramp from f to f/s.
 
-    The ramp runs over the index of the pair, as in the paper's code and in transformers; in its text, over turns.
+    The ramp runs over the index of the pair, as in the paper's code and in transformers.
+    In the paper's text it runs over turns.
     """
     width = 2 * len(plain)
     original = p.get("original_max_position_embeddings") or positions
@@ -149,13 +150,13 @@ def unseen_pairs(
     trained: int,  # positions in training
     context: int,  # positions in use
 ) -> torch.Tensor:  # [E/2] bool
-    """Find the pairs that reach angles not seen in training: less than a turn then, and more now."""
+    """Find the pairs that reach unseen angles: they made less than a turn in training, and go further now."""
     seen = trained * inverse_frequencies(before, dtype=torch.float64)
     asked = context * inverse_frequencies(after, length=context, dtype=torch.float64)
     return (seen < 2 * pi) & (asked > seen * (1 + 1e-9))
 
 def _wavelength_panel(axis, title, before, config, trained, context):
-    "Draw one configuration; before is that of the training."
+    "Draw the pairs of `config`; `before` is the configuration as trained."
     wave = 2 * pi / inverse_frequencies(config, length=context, dtype=torch.float64)
     unfinished = trained * inverse_frequencies(before, dtype=torch.float64) < 2 * pi
     unseen = unseen_pairs(before, config, trained, context)
@@ -241,7 +242,7 @@ class ExactRotary(torch.nn.Module):
         self.reset()
 
     def reset(self):
-        """Read the rotary module's settings again; a ValueError if its live frequencies differ from them."""
+        """Read the rotary module's settings again; a ValueError if its live frequencies don't follow from them."""
         self.settings = deepcopy(self.rotary.config)
         table = deepcopy(self.rotary)
         kinds = live_frequencies(table)
@@ -278,7 +279,7 @@ class ExactRotary(torch.nn.Module):
 def rotary_modules(
     model,  # a live model
 ) -> list:  # of (name of the module that the model calls, rotary module of transformers)
-    """Find the rotary modules built from the text configuration, or else those built from one of the same class."""
+    """Find the rotary modules built from the text configuration, or else from another of its class."""
     text = text_config(model)
     found = []
     for name, module in model.named_modules():
@@ -408,7 +409,7 @@ def _write(text, parameters, positions):
     text.max_position_embeddings = positions
     name = "original_max_position_embeddings"
     if getattr(text, name, None) and name in parameters:
-        setattr(text, name, parameters[name])  # transformers prefers it, so they must agree
+        setattr(text, name, parameters[name])  # transformers prefers the attribute, so both must agree
 
 def _take_over(rotary, new, text):
     "Copy the content of the module `new` into a live rotary module."
@@ -444,7 +445,7 @@ def set_rope(
 def extend_rope(
     config_or_model,  # a configuration, or a live model
     method: str = "base",  # "base", "ntk", "dynamic", "linear", "yarn" or "longrope"
-    theta: float | None = None,  # the new base ("base"), or the base to start from; by default the one that is set
+    theta: float | None = None,  # "base": the new base; others: the base to start from, by default the one that is set
     factor: float | None = None,  # how many times longer the context becomes (all but "base")
     layer_type: str | None = None,  # as in `rope_settings`: by default the layers that see the whole context
     exact: bool = False,  # angles in float64 (a live model only; see `exact_rope`)

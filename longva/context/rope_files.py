@@ -55,7 +55,7 @@ def check_rope(
     settings: dict,  # type or rope_type, rope_theta, and what the type reads
     where: str,  # for the message, such as "rope_scaling of config.json"
 ) -> dict:  # in transformers 5's spelling, without what is None
-    """Check settings of a rotary embedding; raise ValueError for what would be wrong or not read."""
+    """Check settings of a rotary embedding; raise ValueError for a wrong value or a key that would not be read."""
     settings = {key: value for key, value in settings.items() if value is not None}
     kind = settings.get("rope_type", settings.get("type", "default"))
     if settings.pop("type", kind) != kind:
@@ -82,7 +82,7 @@ SPELLINGS = ("rope_parameters", "rope_scaling")
 ROPE_NAMES = (*SPELLINGS, "rope_theta")
 
 def _spelled(places) -> tuple:  # (where -> settings without the base, where -> base)
-    """Collect what is said in all places, checked."""
+    """Collect what all places say, and check it."""
     kinds = {}
     bases = {}
     for place, raw in places.items():
@@ -125,7 +125,7 @@ def with_rope(
     text: dict,  # fields of a language model's configuration, in any spelling
     given: dict,  # what to change: any of ROPE_NAMES
 ) -> dict:  # the fields, with rope_parameters if there are settings
-    """Put settings into a configuration's fields; raise ValueError for what would be wrong or not read."""
+    """Put settings into a configuration's fields; raise ValueError for a wrong value or a key that isn't read."""
     old = read_rope({"text_config": text})
     new = read_rope({"the given settings": given})
     if any(given.get(name) for name in SPELLINGS):
@@ -173,7 +173,7 @@ def old_spelling(
 def write_both_spellings(
     folder,  # of a saved language model; its config.json is rewritten
 ):
-    """Add transformers 4's spelling to a config.json, unless transformers 5 would then read it otherwise."""
+    """Add transformers 4's spelling to a config.json, unless that would change what transformers 5 reads."""
     file = Path(folder) / "config.json"
     raw = json.loads(file.read_text(encoding="utf-8"))
     both = raw | old_spelling(raw.get("rope_parameters") or {})

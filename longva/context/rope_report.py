@@ -85,7 +85,7 @@ def logits_moved(
     length: int | None = None,  # positions are spread over this length; by default what the configuration allows
     ids: torch.Tensor | None = None,  # token ids [1, L]; by default 32 at random
 ) -> float:  # largest difference of a logit
-    """Compare the live model's logits with those of the same weights with another rotary embedding."""
+    """Compare the live model's logits with those that the same weights give under another rotary embedding."""
     text = model.config.get_text_config()
     length = length or text.max_position_embeddings
     ids = _random_ids(model.config, text) if ids is None else ids
@@ -122,7 +122,7 @@ class NotedDict(dict):
         return self
 
     def unread(self, before=""):
-        """Yield the name, with those of the dicts around it, and the value of every setting that was not looked up."""
+        """Yield (name, value) of every setting that was not looked up; the names of outer dicts come first."""
         for key, value in self.items():
             if key not in self.read:
                 yield before + key, value
@@ -219,7 +219,7 @@ def stray_settings(
     """Find attributes that look like RoPE settings, in places that transformers doesn't read."""
     faults = []
     for place in [text] if config is text else [config, text]:
-        # some classes still declare rope_theta, and read it only when they are made
+        # some classes still declare rope_theta, and read it only when an instance is made
         declared = {f.name for f in fields(place)} - {"rope_theta"} | {"ignore_keys_at_rope_validation"}
         home = "rope_parameters" if place is text else "text_config.rope_parameters"
         for name, value in vars(place).items():
@@ -452,7 +452,7 @@ def _faults(model, asked, theta, kind) -> tuple:
     survives = None
     try:
         faults = live_faults(model)
-    except Exception as e:  # no model can be built from them; the live one is of older settings
+    except Exception as e:  # no model can be built from these settings; the live one has older ones
         wish = ", ".join(f"{k} = {v}" for k, v in p.items() if not isinstance(v, list)) or text.rope_parameters
         faults = [f"rope_parameters ({wish}) is not in force, and no model can be built from it ({_reason(e)})."]
     else:

@@ -132,9 +132,9 @@ def relative_distance(
     found: torch.Tensor,  # [1,L,...], what was computed in another way
     right: torch.Tensor,  # [1,L,...]
 ) -> float:
-    """Measure how far answers are apart, token by token, relative to the answers: the worst token's distance.
+    """Measure how far two answers are apart: the worst token's distance, relative to the right answer.
 
-    In half precision it is the median token's, because rounding can send single tokens to another expert.
+    In half precision take the median token's distance, because rounding can send single tokens to another expert.
     """
     distance = (found.double() - right.double()).flatten(2).norm(dim=2)
     each = distance / right.double().flatten(2).norm(dim=2).clamp_min(1e-30)

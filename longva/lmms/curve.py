@@ -119,7 +119,7 @@ def check_curve(
     include_path=None,
     processes: int = 1,
 ):
-    """Check all that can be checked before lmms-eval is started, which takes half a minute; raise LmmsError."""
+    """Check what can be checked before lmms-eval, which takes half a minute to start; raise LmmsError."""
     if not frames or any(type(n) is not int or n < 1 for n in frames):
         given = ",".join(map(str, frames)) or "empty"
         raise LmmsError(f"frames is {given}, and must be whole numbers from 1, as 8,16,32.")

@@ -39,7 +39,7 @@ def generation_settings(
     if sample:
         sampling = {name: asked[name] for name in names if asked.get(name) is not None}
     else:
-        sampling = dict.fromkeys(names)  # None, for a checkpoint's own would draw a warning
+        sampling = dict.fromkeys(names)  # None, because a checkpoint's own values would draw a warning
     most = asked.get("max_new_tokens") or asked.get("max_gen_toks") or 1024
     return dict(do_sample=sample, num_beams=asked.get("num_beams") or 1, max_new_tokens=most, **sampling)
 
@@ -97,7 +97,7 @@ def positive(
 # %% ../../nbs/782_lmms.model.ipynb #bad26b12
 def load_model(
     pretrained: str,  # a miniature's name, a folder, or a name on the hub
-    device,  # where to; with a device map, None
+    device,  # where to load the model; None with a device map
     device_map=None,  # "auto" spreads one model over the GPUs
     attn_implementation: str = None,  # "sdpa", "flash_attention_2", ...; None lets transformers choose
 ) -> tuple:  # (LongVA in evaluation mode, LongVAProcessor)
@@ -117,7 +117,7 @@ class Answerer:
         pretrained: str = "lmms-lab/LongVA-7B-DPO",  # a miniature's name, a folder, or a name on the hub
         frames: int = None,  # of each video: 32 without `fps`; with `fps`, at most so many
         fps: float = None,  # frames per second of video
-        frames_fit: str = None,  # "crop" (the original's chat), "pad" (its needle test), "resize"; None: its own
+        frames_fit: str = None,  # "crop" (the original's chat), "pad" (its needle test), "resize"; None: the model's
         device_map=None,
         attn_implementation: str = None,
         device: str = None,
@@ -425,7 +425,7 @@ def model_class(
         is_simple = simple
 
         def loglikelihood(self, requests):
-            # the evaluator of 0.7.3 makes text of every answer but a GenerationResult's, of a pair of numbers, too
+            # the evaluator of 0.7.3 turns every answer into text, even a pair of numbers, except in a GenerationResult
             return [GenerationResult(text=pair) for pair in super(LongVAEval, self).loglikelihood(requests)]
 
     LongVAEval.__name__ = "LongVASimple" if simple else "LongVAChat"

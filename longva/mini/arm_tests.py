@@ -25,7 +25,7 @@ from ..needle.trie import decide_paths
 def caption_tokens(
     model: LongVA,
     cards: np.ndarray,  # [N,4]
-    seed: int,  # has no meaning here
+    seed: int,  # not used: captions are not drawn
 ) -> torch.Tensor:  # [N,4,D]
     """Write cards as the embeddings of their words."""
     return model.model.embed_tokens(torch.from_numpy(C.card_ids(cards)))
@@ -38,7 +38,7 @@ def card_pictures(
     cards: np.ndarray,  # [N,4]
     seed: int,
 ) -> torch.Tensor:  # [N,28,28,3] uint8
-    """Draw cards from a bank that no training has."""
+    """Draw cards from a bank that no training uses."""
     return _bank()(torch.from_numpy(cards), seed)
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def card_path(
     depth: float,
     question: list,  # token ids
 ) -> tuple:  # pieces, as `needle.reader` takes them
-    """Put a needle into the haystack, and the question behind."""
+    """Put a needle into the haystack, and the question after it."""
     insert = int(depth * frames)
     pieces = [("hay", 0, insert), ("needle", needle), ("hay", insert, frames), ("ids", tuple(question))]
     return tuple(piece for piece in pieces if piece[0] != "hay" or piece[1] < piece[2])

@@ -36,7 +36,7 @@ from ..model.modeling import LongVA
 from ..train.parts import unused_tower_weights
 
 # %% ../../nbs/624_mini.arms.ipynb #4eeaf7c2
-def base_name(base: float) -> str:  # of a folder
+def base_name(base: float) -> str:  # the name of its folder
     """Name a RoPE base, such as base-1e9."""
     return f"base-{base:.0e}".replace("e+0", "e")
 
@@ -56,7 +56,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmRecipe:
-    """The phases of all stages: (tokens, rows) of text, (pictures, 1), (fewest, most grids)."""
+    """The phases of all stages. Sizes: (tokens, rows) of text; (pictures, 1); (fewest, most) grids of an image."""
     first: tuple = (Phase((64, 32), 350),)
     start: tuple = (Phase((96, 21), 50), Phase((128, 16), 110))
     short: tuple = (Phase((128, 32), 130),)
@@ -98,7 +98,7 @@ def learn_texts(
     base: float,
     recipe: ArmRecipe = ArmRecipe(),
 ) -> None:
-    """Train the beginning that short and long share, and from it both; or resume."""
+    """Train the beginning that short and long text share, and then each of them from it; or resume."""
     folder = text_folder(study, seed, base)
     model = look_back(blank_arm(seed, base), (0, 1, 2, 3))
     train_only(model, language_weights(model))
@@ -114,10 +114,10 @@ def learn_texts(
         stage(text, 1.5e-3, phases, NEEDLES_ONLY, C.NO_TEXT)
 
 def load_reader(
-    study: Path,  # whose texts have been learned
+    study: Path,  # folder of a study whose texts have been learned
     seed: int,
     arm: Arm,
-) -> LongVA:  # tower and projector have their first weights
+) -> LongVA:  # tower and projector are untrained
     """Load the language model of an arm."""
     return load_stage(blank_arm(seed, arm.base), text_folder(study, seed, arm.base) / arm.text)
 
@@ -126,7 +126,7 @@ def near_cards(
     n: int,
     rng: np.random.Generator,
 ) -> np.ndarray:  # [n,4]
-    """Draw different cards of few colours, grounds and rims, without the keys that pictures leave out."""
+    """Draw distinct cards of few colours, grounds and rims; leave out the keys that no training picture shows."""
     while True:
         few = [rng.permutation(8)[: rng.integers(1, 9)] for _ in range(3)]
         every = np.stack(np.meshgrid(np.arange(32), *few, indexing="ij"), -1).reshape(-1, 4)
@@ -135,7 +135,7 @@ def near_cards(
             return every[rng.permutation(len(every))[:n]]
 
 def draw_pairs(size: tuple, bank, rng: np.random.Generator) -> dict:  # a batch
-    """Draw pictures and their captions; `size` is the number of pairs and 1."""
+    """Draw pictures and their captions; `size` is (number of pairs, 1)."""
     cards = near_cards(size[0], rng)
     frames = bank(torch.from_numpy(cards), int(rng.integers(2**31)))
     return {"frames": frames, "input_ids": torch.from_numpy(C.card_ids(cards))}
@@ -174,7 +174,7 @@ def learn_pairs(
 
 # %% ../../nbs/624_mini.arms.ipynb #f1cf93c8
 class CardPool:
-    """Every card with a picture some times over, with its features, to build images from."""
+    """Several pictures of every card, with their features, to build images from."""
     def __init__(self, model: LongVA, seed: int, copies: int, variants: int):
         self.config = model.config
         self.copies = copies
@@ -193,7 +193,7 @@ class CardPool:
         number = ((cards[:, 0] * 8 + cards[:, 1]) * 8 + cards[:, 2]) * 8 + cards[:, 3]
         return number * self.copies + rng.integers(self.copies, size=len(cards))
 
-QUESTIONS = 5  # the most about one image
+QUESTIONS = 5  # at most so many about one image
 
 def draw_sheet(
     size: tuple,  # fewest and most grids
@@ -237,7 +237,7 @@ def draw_sheets(size: tuple, pool: CardPool, rng: np.random.Generator) -> dict: 
 # %% ../../nbs/624_mini.arms.ipynb #284b6521
 @lru_cache(maxsize=1)
 def _pool(study, recipe):
-    """All arms see the same pictures through the same tower, so one pool serves them all."""
+    """Make the pool once: all arms see the same pictures through the same tower."""
     return CardPool(load_stage(blank_arm(0, 1e9), study / "tower0"), 0, recipe.copies, recipe.variants)
 
 def align_arm(
@@ -245,7 +245,7 @@ def align_arm(
     seed: int,
     arm: Arm,
     recipe: ArmRecipe = ArmRecipe(),
-) -> Path:  # the folder of the model
+) -> Path:  # the folder of the saved model
     """Align an arm with pictures and save the model; or resume."""
     out = study / f"seed-{seed}" / arm.name
     if (out / "model.safetensors").exists():

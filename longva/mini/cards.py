@@ -184,7 +184,7 @@ DRAWN = 8 * len(W.OBJECTS)  # keys with a picture
 def needle_keys(
     seed: int,  # of the video
     n: int = 4,  # of each kind
-) -> np.ndarray:  # [3n]: n in all training, n in no picture, n in no text of the arms
+) -> np.ndarray:  # [3n]: n in all training, n in no picture, n in no text in which the arms differ
     """Choose the keys that a video never shows."""
     keys = np.random.default_rng((seed, 5)).permutation(DRAWN)
     groups = group(keys)

@@ -107,7 +107,7 @@ def short_reader(
     return folder
 
 # %% ../../nbs/615_mini.reader.ipynb #9bcf717f
-# of the stage before: the reader learns about cities at its own length
+# of the short stage, which comes first: the reader learns about cities at its own length
 SHORT = Preset(
     None, SHORT_BASE, SHORT_CONTEXT, replace(PRESETS["mini"].recipe, steps=160, rows=16, micro=4, lr=1e-3),
 )
@@ -126,7 +126,7 @@ def describe_reader(
     length: int | None = None,
     **changes,
 ) -> tuple:  # (the plan and all settings as text, the Plan) of the long stage
-    """Say what `extend_reader` would hold and do."""
+    """Describe the plan and the settings of `extend_reader`."""
     longva = load("mini-short")[0]
     model = Qwen2ForCausalLM(longva.config.text_config)
     return describe_extension("mini", model=model, theta=theta, length=length, **changes)

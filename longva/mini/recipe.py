@@ -308,7 +308,7 @@ class FramePool:
         return grid.transpose(1, 2).flatten(2, 3).flatten(0, 1).numpy()
 
     def thumbnail(self, picked, columns: int, rows: int) -> np.ndarray:  # [28,28,3] uint8
-        """Give an image as the small one that AnyRes puts first."""
+        """Give the thumbnail of an image, which AnyRes puts first."""
         sheet = Image.fromarray(self.sheet(picked, columns, rows))
         return tile_image(sheet, 28, self.config.max_grids, thumbnail=True).pixels[0]
 

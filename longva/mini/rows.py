@@ -69,7 +69,7 @@ def write_rows(
     return _write_all(folder, files)
 
 def _write_all(folder: Path, files: dict) -> Path:
-    """Write files, but over no other ones."""
+    """Write files; raise FolderError rather than overwrite a file of other content."""
     for name, content in files.items():
         if (folder / name).exists() and (folder / name).read_bytes() != content:
             raise FolderError(f"{folder / name} is there already and is another file: choose another folder.")

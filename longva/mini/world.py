@@ -439,7 +439,7 @@ def write_mini_video(
 def video_seed(
     path: str | Path,  # a video
 ) -> int | None:  # None if the video has no such comment
-    """Read the seed of a video by `write_mini_video`, even if the file was renamed."""
+    """Read the seed of a video that `write_mini_video` wrote, even if the file was renamed."""
     with open_video(path) as (video, _):
         mark, _, seed = video.metadata.get("comment", "").rpartition(" ")
     is_ours = f"{mark} " == MARK and seed.isascii() and seed.isdigit()

@@ -96,7 +96,7 @@ class LongVAConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Make a configuration of a file's fields; RoPE settings given as arguments take precedence."""
+        """Make a configuration from a file's fields; RoPE settings given as arguments take precedence."""
         given = {name: kwargs.pop(name) for name in TEXT_SETTINGS if name in kwargs}
         if isinstance(kwargs.get("text_config"), dict):
             given |= {name: value for name, value in kwargs["text_config"].items() if name in TEXT_SETTINGS}
@@ -237,7 +237,7 @@ def mini_config(
 ) -> LongVAConfig:
     """Give the miniature: the same classes, tied embeddings, 28-pixel grids of 4 visual tokens.
 
-    About a million parameters as it stands here; the trained ones are smaller, 585,792.
+    It has about a million parameters with these defaults; the trained miniatures have only 585,792.
     """
     ends = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": rope_theta}}

@@ -165,7 +165,7 @@ def join_pieces(
     model,  # LongVA, or any model with token embeddings
     pieces,  # ids (a list or tensor [l]) and visual tokens [...,D], from left to right
 ) -> torch.Tensor:  # [L,D]
-    """Embed text, and put visual tokens between it."""
+    """Embed the pieces of text, and put the visual tokens between them."""
     words = model.get_input_embeddings()
     parts = []
     for piece in pieces:
@@ -198,7 +198,7 @@ class LongVAPreTrainedModel(Qwen2PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """Load as Hugging Face does; raise CheckpointError if tensors are missing, extra or misshapen."""
-        if pretrained_model_name_or_path is None or kwargs.get("gguf_file"):  # there is a state_dict, or other names
+        if pretrained_model_name_or_path is None or kwargs.get("gguf_file"):  # given a state_dict, or names of GGUF
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         folder = local_folder(pretrained_model_name_or_path, **pop_hub_options(kwargs))
         raw = read_json(folder / "config.json")
@@ -445,7 +445,7 @@ class LongVA(LongVAPreTrainedModel, GenerationMixin):
 
     def embed(
         self,
-        input_ids: torch.Tensor | None,  # [B,L], one placeholder id per visual token, also one that no word has
+        input_ids: torch.Tensor | None,  # [B,L], one placeholder id per visual token; it needs no embedding
         pixel_values: torch.Tensor | None = None,  # grids of all images [sum G,3,S,S]
         image_layouts: torch.Tensor | None = None,  # [number of images, 2]: columns, rows
         pixel_values_videos: torch.Tensor | None = None,  # frames of all videos [sum N,3,S,S]
@@ -485,7 +485,7 @@ class LongVA(LongVAPreTrainedModel, GenerationMixin):
         pixel_values_videos: torch.Tensor | None = None,  # frames of all videos [sum N,3,S,S]
         video_frames: torch.Tensor | None = None,  # frames per video [number of videos]
         labels: torch.Tensor | None = None,  # [B,L], -100 where there is nothing to learn
-        shift_labels: torch.Tensor | None = None,  # the same one place to the left, instead of `labels`
+        shift_labels: torch.Tensor | None = None,  # instead of `labels`: the same, shifted one place to the left
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,  # see `pick_positions`
         num_items_in_batch: int | None = None,  # the trainer's count of labels, for gradient accumulation
@@ -564,7 +564,7 @@ class LongVA(LongVAPreTrainedModel, GenerationMixin):
         )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
-        """Repeat the rows of the batch for beams, after the pictures have become rows."""
+        """Repeat the rows of the batch for beams, after the pictures have become embeddings."""
         pixels = {name: kwargs.pop(name) for name in _VISUAL if expand_size > 1 and name in kwargs}
         if any(value is not None for value in pixels.values()):
             kwargs["inputs_embeds"] = self.embed(input_ids, **pixels, inputs_embeds=kwargs.get("inputs_embeds"))

@@ -130,7 +130,7 @@ VIDEO_TOKEN = "<video>"
 def placeholder_ids(
     tokenizer=None,
 ) -> tuple[int, int]:  # of `<image>` and `<video>`
-    """Give the tokenizer's own ids, or the next free ones."""
+    """Give the tokenizer's own ids, or the next free ones; without a tokenizer -200 and -201."""
     if tokenizer is None:
         return -200, -201
     known = tokenizer.get_vocab()
@@ -142,7 +142,7 @@ def placeholder_ids(
 def read_tokenizer(
     folder,  # or a hub id
 ):  # the tokenizer, or None if the folder has none
-    """Read a tokenizer in the class that its settings name, and without a name as Qwen2's."""
+    """Read a tokenizer in the class that its settings name, or as Qwen2's if they name none."""
     if folder is None:
         return None
     named = True

@@ -17,7 +17,7 @@ class _Tower:
 
     def _initialize_weights(self, module, is_custom_code=False):
         # transformers doesn't initialise modules with submodules for classes outside its package;
-        # CLIP needs it: it sets the scale of its attention and MLP there
+        # CLIP needs it: its own initialisation sets the scale of attention and MLP
         super()._initialize_weights(module)
 
     def features(

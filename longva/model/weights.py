@@ -27,7 +27,7 @@ HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only"
 def pop_hub_options(
     options: dict,  # of a `from_pretrained`; those of the hub are taken out
 ) -> dict:  # for `local_folder`
-    """Take the options that say where on the hub a checkpoint is."""
+    """Take out the options that say where on the hub a checkpoint is."""
     found = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
     return {name: value for name, value in found.items() if value is not None or name == "token"}
 
@@ -126,7 +126,7 @@ def read_tensors(
 def tensor_shapes(
     file,  # .safetensors or .bin
 ) -> dict:  # name -> shape
-    """Give the shapes of the tensors in a file; of safetensors only the head is read."""
+    """Give the shapes of the tensors in a file; of safetensors only the header is read."""
     file = Path(file)
     if not os.access(file, os.R_OK):  # safetensors would say that the file is not there
         raise CheckpointError(f"{file} cannot be read (permission denied): ask its owner, or copy it.")
@@ -205,7 +205,7 @@ def read_language(
     generation = getattr(part, "generation_config", None)
     if folder and (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
-    spelled = read_json(folder / "config.json") if folder else config.to_dict()  # AutoConfig loses one of two bases
+    spelled = read_json(folder / "config.json") if folder else config.to_dict()  # of two bases AutoConfig keeps one
     rope = {name: spelled[name] for name in ROPE_NAMES if name in spelled}
     return Part(_fields(config, "architectures", *ROPE_NAMES), state, rope, config.dtype, generation, folder)
 

@@ -20,7 +20,7 @@ from ..vision.unires import fit_frames, normalize
 # %% ../../nbs/552_needle.adapters.ipynb #4500006
 class Adapter(Reader):
     """A reader for one of transformers' models. This class suits LLaVA-NeXT-Video; others derive from it."""
-    layers = None  # the model type whose layers the plan should count, where the model's own is unknown to it
+    layers = None  # the model type whose layers the plan should count, where the plan doesn't know the model's own type
     frames_at_once = 16
 
     @property
@@ -69,7 +69,7 @@ class Adapter(Reader):
         return self.model.get_video_features(pixels[None]).pooler_output[0].unflatten(0, (len(pixels), -1))
 
 class LlavaNextVideo(Adapter):
-    """Frames side by side, positions counted."""
+    """Nothing between the frames; positions go up by one."""
 
 # %% ../../nbs/552_needle.adapters.ipynb #f0ccce0b
 class LlavaOnevision(Adapter):
@@ -177,7 +177,7 @@ class Qwen3VL(Qwen2VL):
         parts = [seen.pooler_output[0], *(layer[0] for layer in seen.deepstack_features)]
         return torch.cat([p.to(parts[0]) for p in parts], -1).unflatten(0, (len(pixels), -1))
 
-    @lru_cache(maxsize=None)  # noqa: B019, it lives as long as the adapter
+    @lru_cache(maxsize=None)  # noqa: B019, the cache keeps the adapter, too
     def stamp(self, k: int) -> tuple:  # ids before the tokens of frame k
         text = f"<{self.seconds * (k + 0.25):.1f} seconds>"
         ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -205,7 +205,7 @@ class Qwen3VL(Qwen2VL):
 # %% ../../nbs/552_needle.adapters.ipynb #4500016
 @patch
 def words(self: Qwen3VL, ids, at) -> tuple:  # (embeddings [l,D], positions [3,l], False)
-    """Give a part of text that begins at a position."""
+    """Give embeddings and positions of some text that begins at a position."""
     embed = self.model.get_input_embeddings()
     return embed(torch.tensor(ids, device=place_of(embed))), torch.arange(at, at + len(ids)).expand(3, -1), False
 

@@ -96,7 +96,7 @@ class NeedleBench:
         name: str = "model",  # what the model is called in the results
         seed: int = 0,  # that video and needles were made with; only recorded
         fit: str = "pad",  # how frames become square, see `needle.haystack`
-        shown: np.ndarray = None,  # the haystack for people to look at, where `video` is small for the model
+        shown: np.ndarray = None,  # the haystack for people to look at, where `video` was made small for the model
     ):
         self.model = model
         self.processor = processor
@@ -122,7 +122,7 @@ class NeedleBench:
         return len(self.needles) - 1
 
     def spot(self, needle: int, frames: int, depth: float) -> Spot:
-        """Give a place that exists; raise NeedleError if it doesn't."""
+        """Give the spot of a needle, a length and a depth; raise NeedleError if the bench has no such spot."""
         (frames,), (depth,) = check_grid([frames], [depth])
         if frames > len(self.video):
             raise NeedleError(f"The video holds {len(self.video)} frames, and {frames} are wanted: ask for fewer.")

@@ -317,7 +317,7 @@ def trial_draw(
     seed: int,
     spot: TextSpot,
 ):  # n -> 0..n-1
-    """Make a trial's own stream of places."""
+    """Make a trial's own random stream, for the distractors' places."""
     return np.random.default_rng((seed, spot.number, spot.length, round(spot.depth * 1e9))).integers
 
 # %% ../../nbs/530_needle.book.ipynb #af4748ae

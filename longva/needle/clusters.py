@@ -79,7 +79,7 @@ def clustered(
     groups: list,  # of lists of 0 and 1, one for each cluster
     weights: list = None,  # of each trial; None: all alike
 ) -> tuple:  # (accuracy, low, high)
-    """Compute an accuracy with a 95% interval that knows its clusters."""
+    """Compute an accuracy with a 95% interval that takes account of the clusters."""
     n = sum(map(len, groups))
     if n == 0:
         return math.nan, 0.0, 1.0

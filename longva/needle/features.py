@@ -51,7 +51,7 @@ def pictures_key(
 
 # %% ../../nbs/545_needle.features.ipynb #19991df6
 def _entry(file, key, n):
-    """Read the first n frames' tokens [n,T,D], or say why they are not there."""
+    """Read the first n frames' tokens [n,T,D], or say why they can't be used."""
     try:
         with safe_open(file, "pt") as f:
             written = f.metadata()

@@ -145,7 +145,7 @@ class Counted:
     """What some walks read."""
     cost: Cost  # as they are read
     plain: Cost  # with one full pass for each trial
-    busy: float = 0.0  # operations one after the other, over all processes
+    busy: float = 0.0  # operations that one process alone would do in the time that all take
     copied: int = 0  # tokens copied from the host, if keys and values lie there
 
 def _parts(counter, paths, answers, reading):
@@ -274,7 +274,7 @@ def rounds(
     half_width: float,  # at which a cell is settled; None asks everything once
     right,  # number of a needle -> whether its answer is taken as right
 ):  # yields lists of Ask
-    """Say what a run asks, walk by walk, if its answers come out like this."""
+    """Say what a run asks, walk by walk, if its answers come out as `right` says."""
     done = [trial for trial in trials if key(trial) in asks]
     if half_width is None:
         have = {key(trial) for trial in done}

@@ -347,7 +347,7 @@ class _BlindReader:
         self.offered = Counter()
         self.pairs = Counter()
         for n in needles:
-            self.offered.update(n.choices)  # a choice that is often offered is often right: divided out
+            self.offered.update(n.choices)  # a choice that is often offered is often right: `score` divides by it
             self.pairs.update((w, n.answer) for w in _words(n))
 
     def score(self, words, choice):

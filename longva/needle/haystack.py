@@ -51,7 +51,7 @@ def _count(path, fps):
             f"{path} shows {info.fps:.4g} frames per second, and {fps:.4g} are wanted: "
             f"ask for at most {info.fps:.4g}, because above it frames would come twice."
         )
-    rate = min(fps, info.fps)  # a little above it, one frame would come twice
+    rate = min(fps, info.fps)  # at a rate a little above the video's, one frame would come twice
     return FrameRequest(fps=rate).count(info), rate
 
 def _read(path, n, rate, shrink):

@@ -85,7 +85,7 @@ def _counts(results) -> dict:
 def scores(
     results,  # list of Trial, {(length, depth): (right, all)}, or the rows of an all_accuracies.json
 ) -> dict:  # {(length, depth): share}
-    """Compute or read the share of each cell."""
+    """Compute or read the share of right answers in each cell."""
     counts = _counts(results)
     if counts or not results:
         return {cell: k / n for cell, (k, n) in counts.items()}
@@ -145,7 +145,7 @@ def place_in_map(
     length: int,
     depth: float,
 ) -> tuple:  # (x in columns, y in rows)
-    """Find the place of a trial; between two columns it stands between them, by the logarithm of its length."""
+    """Find the place of a trial; a length between two columns is placed by its logarithm."""
     x = np.interp(math.log(length), np.log(lengths), range(len(lengths)))
     y = np.interp(depth, depths, range(len(depths)))
     return float(x), float(y)
@@ -272,12 +272,12 @@ def _draw_ring(figure, x, y):
 def heat_map(
     results,  # as in `scores`
     title: str = "",  # what stands above it; empty: the model's name
-    train_frames: int = None,  # text-training length in frames: a dotted line is drawn behind it
+    train_frames: int = None,  # text-training length in frames: a dotted line marks where it ends
     palette: str = "field",  # or "cividis"
     unit: str = "frames",  # or "tokens" for a haystack of text
     intervals: bool = False,  # print each cell's interval
     grid=((), ()),  # lengths and depths of cells that are still to come
-    spot=None,  # (length, depth) of the needle now: a ring is drawn around its place
+    spot=None,  # (length, depth) of the current needle: a ring is drawn around its place
 ) -> go.Figure:
     """Draw the heat map of one model."""
     figure = figure4(_panel(results, title), train_frames, palette, unit, intervals, grid)
@@ -373,7 +373,7 @@ def save_png(
     results,  # as in `scores`
     path,  # the PNG to write
     title: str = "",  # what stands above it; empty: the model's name
-    train_frames: int = None,  # text-training length in frames: a dotted line is drawn behind it
+    train_frames: int = None,  # text-training length in frames: a dotted line marks where it ends
     palette: str = "field",  # or "cividis"
     unit: str = "frames",  # or "tokens" for a haystack of text
     intervals: bool = False,  # print each cell's interval

@@ -52,7 +52,7 @@ def check_choices(
     needle: Needle,
     where: str,  # how the error names the needle
 ):
-    """Raise NeedleError unless the choices, if there are any, hold the answer and each choice once."""
+    """Raise NeedleError if there are choices, and the answer is not among them or one of them is there twice."""
     if not needle.choices:
         return
     names = ", ".join(needle.choices)
@@ -248,7 +248,7 @@ def keep_needles(
     needles: list,
     folder,  # made if it isn't there, left as it is if it is
 ) -> Path:  # the folder
-    """Write needles as a folder unless it is there; it appears when it is complete."""
+    """Write needles as a folder unless it is there; give it its name only when it is complete."""
     folder = Path(folder)
     if not (folder / "needles.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

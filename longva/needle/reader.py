@@ -319,7 +319,7 @@ def _read_whole(self: Reader, given) -> torch.Tensor:  # [1,L,D]
 
 @patch
 def head(self: Reader, hidden) -> torch.Tensor:  # [S,V], float32 or float64
-    """Make logits of hidden states."""
+    """Turn hidden states into logits."""
     logits = self.model.get_output_embeddings()(hidden)
     return logits if logits.dtype == torch.float64 else logits.float()
 

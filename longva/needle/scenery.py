@@ -34,7 +34,7 @@ def waves(
     cell: int,  # width of a hill
     *parts,
 ) -> np.ndarray:  # int64, 0..255
-    """Draw a smooth line of hills."""
+    """Compute the heights of a smooth line of hills."""
     k = x // cell
     left, right = ((mix(k + side, *parts) & np.uint64(255)).astype(np.int64) for side in (0, 1))
     f = x % cell

@@ -108,7 +108,7 @@ def _mean_accuracy(groups, side):
     return sum(sum(pair[side] for pair in group) / len(group) for group in groups) / len(groups)
 
 def _by_object(asked, difference, low, high):
-    """Stretch an interval of independent pairs by what their objects have in common."""
+    """Stretch an interval for independent pairs by the design effect of their objects."""
     names = [name for cell in asked for _, _, name in cell]
     gains = [int(x) - int(y) for cell in asked for x, y, _ in cell]
     weights = [1 / len(cell) for cell in asked for _ in cell]
@@ -152,7 +152,7 @@ def compare(
     a: list,  # of Trial, as `read_trials` gives them
     b: list,
     names: tuple = ("the first run", "the second run"),  # of the runs, for error messages
-    adaptive: bool = False,  # one of them stopped where its cells were settled: the trials that both hold are compared
+    adaptive: bool = False,  # a run stopped where its cells were settled: compare the trials that both hold
 ) -> list:  # of Gap: one for each length, and all together at the end
     """Compute how much more often a is right than b on the same trials; each cell weighs the same."""
     _check_grids(a, b, names, adaptive)

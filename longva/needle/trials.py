@@ -97,7 +97,7 @@ def _short(settings, name):
 def different(
     old: dict,  # settings of the trials that are there
     new: dict,  # settings of those that are wanted
-) -> str:  # names, and where it is short both values; empty if nothing differs
+) -> str:  # names, and both values where they are short; empty if nothing differs
     """Name the settings in which two tests differ; the half-width of an adaptive run doesn't count."""
     old = {"variant": "vniah"} | old
     new = {"variant": "vniah"} | new
@@ -139,7 +139,7 @@ def read_trials(
 
 # %% ../../nbs/500_needle.trials.ipynb #9f8cea43
 class TrialLog:
-    """An append-only file of trials that may be killed at any byte."""
+    """An append-only file of trials; the process that writes it may be killed at any byte."""
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ def by_frames(
 ) -> dict:  # {frames: (right, all)}, sorted
     """Count each length, over all depths and needles.
 
-    Where cells hold unequal numbers, take accuracies from `longva.needle.statistics.mean_of_cells`.
+    Where cells hold unequal numbers of trials, take accuracies from `longva.needle.statistics.mean_of_cells`.
     """
     return _count(trials, lambda t: t.frames)
 

@@ -102,7 +102,7 @@ class Several(Variant):
         return super().settings(scene) | dict(locate=[needle.locate for needle in scene.needles])
 
 class Absent(Control):
-    """The question about a needle that isn't hidden: correct means that the model gives its answer all the same."""
+    """A question about a needle that isn't hidden: correct means that the model gives the needle's answer anyway."""
     name = "absent"
 
 class Shuffled(Variant):
@@ -298,7 +298,7 @@ class Choice(Variant):
         return super().settings(scene) | dict(choices=[list(needle.choices) for needle in scene.needles])
 
 class Blind(Choice):
-    """The same, and nothing is hidden."""
+    """The control to `choice`: nothing is hidden."""
     name = "blind"
     with_needle = False
 

@@ -28,7 +28,7 @@ from .trie import decide_with_workers
 # %% ../../nbs/555_needle.vniah.ipynb #bdd2cab7
 def hide(
     n: int,  # haystack frames
-    pictures: list,  # (before this haystack frame, picture number) each; of two at one place the first stands first
+    pictures: list,  # of (haystack frame that it stands before, picture number); pictures at one place keep their order
     order: list = None,  # haystack frames in another order
 ) -> tuple:  # (pieces, the pictures' frame numbers in the order given)
     """Hide pictures in the haystack."""
@@ -152,11 +152,11 @@ class Scene:
     reader: Reader
     needles: list
     fps: float = 1.0  # frames per second of what the model sees, for clock times
-    seed: int = 0  # decides coins and random places
+    seed: int = 0  # of the variants' random draws
     prompts: dict = field(default_factory=dict, repr=False)  # made so far: {(needle, question, answer): Prompt}
 
     def coin(self, *what) -> random.Random:  # the same on every machine
-        """Make a source of chance for one trial."""
+        """Make the random generator of one trial."""
         return random.Random(f"{self.seed} {what}")
 
     def prompt(self, j, question=None, answer=None) -> Prompt:
@@ -187,7 +187,7 @@ class Variant:
     name = "vniah"
     with_needle = True  # False: nothing is hidden, so that every depth is the same trial
     generate = False  # True: the model writes its answer
-    pictures = ()  # hidden beside the needles, numbered behind them: of Needle
+    pictures = ()  # of Needle: further pictures to hide; their numbers follow those of the needles
 
     def ask(self, scene: Scene, spot: Spot) -> Ask:
         """Make the trial of one spot."""
@@ -223,7 +223,7 @@ class Reading:
     """How trials are read."""
     naive: bool = False  # one full pass for each trial, instead of reading once what they share
     generate: bool = False  # let the model write its answer, instead of showing it the right one
-    workers: int = 1  # processes, each with a model of its own; on GPUs, each on the next
+    workers: int = 1  # processes, each with a model of its own; where there are GPUs, each process takes the next one
     kv: str = "device"  # where keys and values lie: "device" or "host"
     batch_tokens: int = CHUNK  # tokens read at a time; more fills a GPU better and takes more memory
     features: object = None  # a folder where visual tokens are kept, see `needle.features`; None keeps none
@@ -334,7 +334,7 @@ def run(
     out,  # the results folder; made when missing, resumed when not
     variant: Variant = Variant(),
     reading: Reading = Reading(),
-    seed: int = 0,  # of a variant's coins; recorded as the seed that haystack and needles were made with
+    seed: int = 0,  # of a variant's random draws; also recorded as the seed that haystack and needles were made with
     half_width: float = None,  # of each cell's interval, at which it is settled; None asks every needle in every cell
     **shown,  # train_length, progress, on_trial: see `needle.sweep.Shown`
 ) -> list:  # of Trial: those of this grid, by length, depth and needle

@@ -163,7 +163,7 @@ def read_plan(
         raise NeedleError(f"{file} is not readable: choose another folder, or delete this one.") from None
 
 def _plain(setting):
-    """Give a setting as JSON has it; files by their names, as folders may move (the test looks into them)."""
+    """Give a setting as JSON has it, files by name only: folders may move, and the test compares the contents."""
     short = {name: Path(value).name for name, value in setting.items() if name in ("haystack", "needles")}
     return json.loads(json.dumps(setting | short, default=str))
 
@@ -338,7 +338,7 @@ def _logged(plan) -> int:
     return sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
 
 def _run_all(plan, todo, workers, progress, watch):
-    """Do the runs under one bar."""
+    """Do the runs under one progress bar."""
     total = sum(map(count_trials, plan.runs.values()))
     with tqdm(total=total, initial=_logged(plan), desc="ablation", unit="trial", disable=not progress) as bar:
         state = _Progress(plan, todo, bar, watch)
@@ -366,7 +366,7 @@ def ablate(
     prepare_ablation(plan)
     todo = [name for name in plan.runs if not _is_finished(plan, name)]
     for name in todo:
-        (plan.out / name / "result.json").unlink(missing_ok=True)  # of a smaller grid
+        (plan.out / name / "result.json").unlink(missing_ok=True)  # it is that of a smaller grid
     try:
         if todo:
             _run_all(plan, todo, min(workers, len(todo)), progress, watch)

@@ -161,7 +161,7 @@ def control_needles(
     seed: int,  # the video's
     n: int,
 ) -> list:  # of Needle; their images are never shown
-    """Ask about the video's missing objects, with answers drawn evenly."""
+    """Make needles that ask for objects the video doesn't show, with answers drawn evenly."""
     blank = Image.new("RGB", (28, 28))
     scenes = world.random_scenes(n, np.random.default_rng((seed, 9)), world.needle_objects(seed))
     needles = []
@@ -201,7 +201,7 @@ def run_task(
 def count_trials(
     plan: DemoPlan,
     task: str,
-) -> int:  # when the task is finished
+) -> int:  # trials of the finished task
     """Count the trials of a task."""
     if task == "control":
         return plan.control

@@ -136,7 +136,7 @@ def difference(
 def by_length(
     trials: list,  # of Trial
 ) -> dict:  # {"by_frames", "intervals"}
-    """Compute accuracies of each length with intervals that know objects and videos."""
+    """Compute the accuracy at each length, with intervals that take objects and videos as clusters."""
     shares = {}
     intervals = {}
     for n in sorted({trial.frames for trial in trials}):
@@ -153,7 +153,7 @@ def arm_result(
     recipe: ArmRecipe = ArmRecipe(),
     frames: tuple = FRAMES,
 ) -> dict:  # a value of "arms"
-    """Ask one arm of all seeds everything, and put it into numbers."""
+    """Ask one arm, with all seeds, at all lengths, and summarise its answers."""
     every = {seed: sum((ask(study, seed, arm, seen, n) for n in frames), []) for seed in seeds}
     phases = recipe.long if arm.long else recipe.short
     beginning = recipe.first + recipe.start
@@ -173,7 +173,7 @@ def effect_result(
     seeds: tuple,
     seen: bool,
     frames: int,
-) -> dict:  # "text_effect"
+) -> dict:  # the value of "text_effect"
     """Compare long with short text at one base and length."""
     pairs = []
     for seed in seeds:
@@ -197,7 +197,7 @@ def untrained_result(
     seen: bool,
     frames: tuple,  # the two longest decide which setting is best
 ) -> dict:  # {method: {"setting", "by_frames", "intervals"}}
-    """Choose the setting of each method, and ask what it reaches."""
+    """Choose the setting of each method, and measure its accuracy."""
     found = {}
     for method in METHODS:
         setting = choose(study, arm, method, seen, frames[-2:], seeds[0])
@@ -230,7 +230,7 @@ def study_length(
     recipe: ArmRecipe = ArmRecipe(),
     seen: bool = True,  # otherwise only text is trained and read
     frames: tuple = FRAMES,
-    decides: int = 1024,  # the length of the stated effect, that of the long text
+    decides: int = 1024,  # frames at which the effect is stated: the length of the long text
 ) -> dict:  # what study.json holds
     """Train and ask all arms, or resume; write study.json."""
     study = Path(out)

@@ -61,7 +61,7 @@ TEXT = 60  # tokens of system prompt, question and answer: a round number
 def _forward(
     length,  # tokens
 ) -> int:  # FLOPs
-    """Count Qwen2-7B's layers and the lower half of attention."""
+    """Count the FLOPs of Qwen2-7B's layers and of the lower half of attention."""
     m = sizes("qwen2-7b")
     return 2 * m.N * m.products * length + 2 * m.H * m.E * m.N * length**2
 
@@ -84,7 +84,7 @@ def reading(
 def training(
     length: int,  # tokens of a sequence
     sequences: float,
-    more: float = 1.0,  # times the cost of a step; 4/3 for DPO, whose reference model adds a forward pass
+    more: float = 1.0,  # factor on the cost of a step; 4/3 for DPO, whose reference model adds a forward pass
 ) -> Cost:
     """Count training steps of Qwen2-7B."""
     return Cost(length * sequences, operations("qwen2-7b", length)["model"] * sequences * more)
@@ -300,7 +300,7 @@ def _order():
     in_place = {}
     for encoding in ("unires", "anyres"):
         order = token_order(2, 2, side, encoding)
-        order = order - order.min()  # AnyRes has the tokens of its small whole image before
+        order = order - order.min()  # in AnyRes the tokens of the small whole image come first
         grids = order.reshape(2, side, 2, side).swapaxes(1, 2).reshape(4, side * side)
         in_place[encoding] = sum(
             grid.tolist() == list(range(n * side * side, (n + 1) * side * side)) for n, grid in enumerate(grids)
@@ -371,7 +371,7 @@ class PaperRow:
 
 # %% ../../nbs/715_study.paper.ipynb #d1c43898
 def _counted(tokens, flops, seen):
-    """Give the cost that `longva.needle.trie` counted, which this module does not import; and the tower's."""
+    """Add the tower's cost to one that `longva.needle.trie` counted (this module doesn't import it)."""
     return Cost(tokens, flops + seen * _tower())
 
 

@@ -30,8 +30,8 @@ from .throughput import check_memory, describe_run, plan_step
 class Preset:
     """A stage of alignment."""
     rates: dict  # part ("tower", "projector", "language") -> its learning rate; other parts stay as they are
-    recipe: Recipe  # steps and warmup of 0 follow from epochs and warm_up
-    language_model: str | None = None  # with vision_tower, at the hub or folders: what a model is made of
+    recipe: Recipe  # where steps or warmup is 0, it follows from epochs or warm_up
+    language_model: str | None = None  # to make a model with vision_tower: each a name at the hub or a folder
     vision_tower: str | None = None  # None: a model must be given
     length: int = 32768  # most tokens of a row
     layout: str = "chat"  # or "plain"
@@ -86,7 +86,7 @@ def choose_preset(
     preset,  # one of PRESETS, or a Preset
     changes: dict,  # fields of the Preset or of its Recipe
 ) -> Preset:
-    """Change a preset; the recipe's lr, which the log shows, is the highest of the parts' rates."""
+    """Change a preset, and set the recipe's lr, which the log shows, to the highest of the parts' rates."""
     if "lr" in changes:
         raise TrainError(
             "Each part of the model has a learning rate of its own: change the preset's rates, and not lr."
@@ -98,7 +98,7 @@ def choose_preset(
 HOW_READ = ("length", "layout", "answers_only", "fps", "most_frames")  # fields of Preset and of Reading
 
 def _chosen(preset, model, changes: dict) -> Preset:
-    """Choose the preset; it must be clear which model to start from."""
+    """Choose the preset; raise TrainError unless it is clear which model to start from."""
     if model is not None and (changes.get("language_model") or changes.get("vision_tower")):
         raise TrainError(
             "There is a model, and a language model or a vision tower to make another from: name one or the other."
@@ -117,7 +117,7 @@ def describe_alignment(
     model=None,
     **changes,
 ) -> tuple:  # (the plan and all settings as text, the Plan or None)
-    """Say what `align` would hold and do; nothing is read but rows and configurations."""
+    """Say what `align` would do and how much memory it would need; read nothing but rows and configurations."""
     preset = _chosen(preset, model, changes)
     ranks = find_ranks(preset.recipe)
     rows = ranks.run(lambda: open_data(data, preset.recipe.seed))

@@ -29,7 +29,7 @@ from ..vision.video import FrameRequest, read_frames, video_info
 def _hash(
     path: Path,
     size: int,
-    changed: int,  # with size, from `stat`: a file is read again when these change
+    changed: int,  # when the file was changed; from `stat`, as size: if either differs, the file is hashed again
 ):
     return bytes.fromhex(file_hash(path))
 
@@ -66,7 +66,7 @@ class FeatureCache:
         """Load the features of a clip."""
         try:
             return load_file(self.file(kind, path))
-        except (OSError, SafetensorError):  # not there yet, or the disk was full
+        except (OSError, SafetensorError):  # not there yet, or cut short by a full disk
             return None
 
     def save(self, kind: str, path, tensors: dict):
@@ -91,13 +91,13 @@ def autocast(
     device,
     on: bool,
 ):  # a context
-    """Compute products in bfloat16, or as they are."""
+    """Give a context in which products are computed in bfloat16, or one that changes nothing."""
     return torch.autocast(torch.device(device).type, torch.bfloat16) if on else nullcontext()
 
 def tower_features(
     model,  # a LongVA
     pixels: torch.Tensor,  # [n,3,S,S]
-    precision: str = "fp32",  # "bf16": under autocast, and kept in bfloat16, to which the projector would round
+    precision: str = "fp32",  # "bf16": under autocast, and kept in bfloat16, to which the projector rounds anyway
     chunk: int = 64,  # frames at a time
 ) -> torch.Tensor:  # [n,P*P,E]
     """Compute the tower's features as the projector takes them, without gradients."""
@@ -113,7 +113,7 @@ class Clips:
     """Prepare images and videos: as pixels, or, with a folder, as features of a frozen tower."""
     def __init__(
         self,
-        model,  # a LongVA; with a folder it computes what is not there
+        model,  # a LongVA; with a folder, it computes the features that are not there
         processor,
         frames: int | None = 10,  # frames of a video, equally spaced
         fps: float | None = None,  # frames per second, instead of `frames`
@@ -124,7 +124,7 @@ class Clips:
         self.processor = processor
         self.request = FrameRequest(n=None if fps else frames, fps=fps, repeat=True)
         self.precision = precision
-        self.cache_only = False  # compute nothing more: the model is about to be scattered over ranks
+        self.cache_only = False  # if true, compute no features: the model is scattered over ranks
         self.preprocessing = preprocessing(model.config, processor)
         self.settings = dict(frames=frames, fps=fps, precision=precision, dtype=str(model.dtype), **self.preprocessing)
         self.settings["tower"] = weights_hash(model.model.vision_tower) if folder else None

@@ -23,7 +23,7 @@ PLACEHOLDER = re.compile("<image>|<video>")
 @dataclass(frozen=True)
 class Conversation:
     """What a row says and shows."""
-    messages: list  # {"role", "content"}; content is text with a placeholder for each file, and `as_words`
+    messages: list  # {"role", "content"}; content: text, a placeholder for each file, other tags `as_words`
     images: list  # file names
     videos: list
 
@@ -65,7 +65,7 @@ def check_placeholders(
 def parse_row(
     data,  # of a Row
 ) -> Conversation:
-    """Check a row of LLaVA's format, and put its placeholders in order."""
+    """Check a row in LLaVA's format, and move the only placeholder of a turn to its start."""
     if isinstance(data, str):
         raise BadRow(data)
     if not isinstance(data, dict):
@@ -75,7 +75,7 @@ def parse_row(
     turns = data.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise BadRow("it has no conversations")
-    empty = any(data.get(key) in ("", []) for key in ("image", "images"))  # a picture was meant, and got lost
+    empty = any(data.get(key) in ("", []) for key in ("image", "images"))  # an image was meant, but its name is empty
     messages = [_message(turn, bool(images) or (empty and not videos), bool(videos)) for turn in turns]
     speakers = [message["role"] for message in messages if message["role"] != "system"]
     if not speakers or speakers != ["user", "assistant"] * (len(speakers) // 2):
@@ -138,7 +138,7 @@ def _write(messages, processor, **options):
     return processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
 
 def _plain_pieces(messages):
-    """Split a caption: the images, then the text."""
+    """Split a row of stage 1: the images, then the caption."""
     asked = "".join(message["content"] for message in messages if message["role"] == "user")
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     placeholders = "".join(PLACEHOLDER.findall(asked))
@@ -153,7 +153,7 @@ def learned_tokens(
     tokenizer,
     answers_only: bool = False,
 ) -> torch.Tensor:  # [L] bool
-    """Mark all of an answer; of other pieces the markers of turns, unless `answers_only`."""
+    """Mark the learned tokens: all of an answer; in other pieces the markers of turns, unless `answers_only`."""
     if answer or answers_only:
         return torch.full_like(ids, answer, dtype=torch.bool)
     vocabulary = tokenizer.get_vocab()

@@ -38,7 +38,7 @@ from .throughput import check_memory, describe_run, plan_step
 class Preset:
     """A way to train on pairs."""
     model: str | None  # a name at the hub or a folder; None: it must be given
-    recipe: Recipe  # steps and warmup of 0 follow from epochs and warm_up
+    recipe: Recipe  # where steps or warmup is 0, it follows from epochs or warm_up
     loss: str = "sigmoid"
     beta: float = 0.1  # KL penalty
     label_smoothing: float = 0.0
@@ -117,7 +117,7 @@ def describe_preferences(
     media=None,
     **changes,
 ) -> tuple:  # (the plan and all settings as text, the Plan or None)
-    """Say what `dpo` would hold and do; nothing is read but pairs and the configuration."""
+    """Say what `dpo` would do and how much memory it would need; read nothing but pairs and the configuration."""
     preset = choose_preset(preset, changes)
     ranks = find_ranks(preset.recipe)
     pairs, _ = ranks.run(lambda: read_pairs(data, media, preset.recipe.seed))
@@ -141,7 +141,7 @@ def dpo(
     folder = Path(reference or out / "reference")
     ranks = find_ranks(preset.recipe)
     config = open_longva_config(preset.model)
-    if config:  # the pairs' length is known later; then memory is asked again
+    if config:  # the pairs' length is known later; then memory is checked again
         # each rank opens the whole model, for the reference
         check_memory(outline(config, preset.parts), 1, preset.recipe, ranks, whole=True)
     pairs, bad = ranks.run(lambda: read_pairs(data, media, preset.recipe.seed))

@@ -61,9 +61,9 @@ def check_reach(
     config,  # as it is before the extension
     preset: Preset,
 ) -> None:
-    """Raise TrainError if extending would lose RoPE settings, or leave layers with a shorter window, unasked.
+    """Raise TrainError if extending would lose RoPE settings or keep a shorter window, unless the preset allows it.
 
-    Also for skipped positions that are no number, or whose sequences are shared by ranks.
+    Also raise it if skip_positions is no whole number from 0, or if ranks would share a sequence that has a gap.
     """
     skipped = preset.skip_positions
     if type(skipped) is not int or skipped < 0:
@@ -113,9 +113,9 @@ def start_config(
 def extended_config(
     model,  # a live transformers model, a folder, or a name at the hub
     theta: float | None,  # the new RoPE base; None: as it is
-    length: int,  # tokens that it shall read
+    length: int,  # tokens that the model shall read
 ):  # the configuration; that of a live model is changed in place
-    """Change what a longer context changes in a model's configuration."""
+    """Set the RoPE base and max_position_embeddings of a model's configuration for a longer context."""
     if theta is not None and not 1 < theta < math.inf:
         raise TrainError(f"A RoPE base must be a number above 1 (the paper takes 1e9), and not {theta}.")
     live = isinstance(model, PreTrainedModel)
@@ -172,7 +172,7 @@ def open_corpus(
 
 # %% ../../nbs/450_train.extend.ipynb #2a9ee5ad
 def _chosen(preset, given: dict, changes: dict) -> Preset:
-    """Take a preset and put in what the caller has given."""
+    """Take a preset, and replace the fields that the caller has given."""
     preset = find_preset(preset, PRESETS)
     of_preset = {"replace_rope", "keep_window", "skip_positions"}
     unknown = sorted(set(changes) - {f.name for f in fields(Recipe)} - of_preset)
@@ -186,7 +186,10 @@ def _chosen(preset, given: dict, changes: dict) -> Preset:
     return preset
 
 def _open_start(preset: Preset, config) -> PreTrainedModel:
-    """Open the model to start from; with DeepSpeed in bfloat16, whose optimizer keeps the weights in float32."""
+    """Open the model to start from, in float32.
+
+    With DeepSpeed and bf16 open it in bfloat16: DeepSpeed's optimizer keeps the weights in float32.
+    """
     model = preset.model
     if not isinstance(model, PreTrainedModel):
         bf16 = preset.recipe.engine == "deepspeed" and preset.recipe.precision == "bf16"
@@ -200,7 +203,7 @@ def _open_start(preset: Preset, config) -> PreTrainedModel:
     return model
 
 def _memory_model(model):
-    """Give what the planner is asked about: a live model, or the configuration of one that is not read yet."""
+    """Give the planner's input: a live model, or the configuration of a model that is not loaded yet."""
     return model if isinstance(model, PreTrainedModel) else start_config(model)
 
 def describe_extension(
@@ -210,7 +213,7 @@ def describe_extension(
     length: int | None = None,
     **changes,
 ) -> tuple:  # (the plan and all settings as text, the Plan or None)
-    """Say what `extend` would hold and do; nothing is read but the configuration."""
+    """Say what `extend` would do and how much memory it would need; read nothing but the configuration."""
     preset = _chosen(preset, dict(model=model, theta=theta, length=length), changes)
     check_reach(start_config(preset.model), preset)
     whole = bool(preset.skip_positions)
@@ -241,7 +244,7 @@ def extend(
     tokenizer = open_tokenizer(name)
     samples = open_corpus(text, tokenizer, out / "corpus", preset.length, recipe, ranks, corpus)
     samples.check(tokenizer, config.get_text_config().vocab_size)
-    # a model that is tried on skipped positions must be whole
+    # check_gaps tries the model on skipped positions, and the model must be whole for that
     with nullcontext() if preset.skip_positions else sharded(recipe, ranks):
         model = ranks.run(lambda: _open_start(preset, config))
     identity = {

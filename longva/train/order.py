@@ -45,7 +45,7 @@ def read_good_row(
     index: int,
     reading: Reading,
 ) -> tuple:  # (sample, lines of bad_rows.jsonl for the bad rows before it)
-    """Read the first good row from `index` on; raise DataError if the next ten are bad."""
+    """Read the first good row from `index` on; raise DataError if ten in succession are bad."""
     bad = []
     for i in range(index, index + 10):
         row = data[i % len(data)]
@@ -151,7 +151,7 @@ class Samples:
         return deal_rows(block, len(self.data), self.recipe, self.tokens, self.block_steps)
 
     def index(self, step: int, place: int) -> int:  # in the data
-        """Find the row of a step."""
+        """Find the row at a place of a step."""
         return self.order(step // self.block_steps)[step % self.block_steps][place]
 
     def __call__(self, step: int, place: int) -> dict:

@@ -46,7 +46,7 @@ def encode_pair(
     clips: Clips,
     length: int = 32768,  # most tokens of a row
 ) -> dict:  # prompt, chosen and rejected ids; pixels or features of the clips, see CLIPS
-    """Open a pair's files and tokenize it; raise BadRow if they can't be used."""
+    """Open the files of a pair and tokenize the pair; raise BadRow if it can't be used."""
     processor = clips.processor
     prompt, chosen, rejected = render(pair, processor)
     sample = {}
@@ -91,7 +91,7 @@ def collate_pairs(
     labels = []
     for prompt, answer in rows:
         ids.append(_padded(torch.cat([prompt, answer]), length, "input_ids"))
-        unlearned = prompt.new_full((len(prompt) - 1,), -100)  # labels are shifted: the prompt's last token has one
+        unlearned = prompt.new_full((len(prompt) - 1,), -100)  # shifted: the prompt's last token has a label
         labels.append(_padded(torch.cat([unlearned, answer]), length, "labels"))
     positions = torch.arange(length).expand(len(rows), length).contiguous()
     batch = dict(input_ids=torch.stack(ids), labels=torch.stack(labels), position_ids=positions)

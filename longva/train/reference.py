@@ -103,7 +103,7 @@ def pair_log_probs(
     i: int,
     device,
 ) -> dict:  # pair, chosen, rejected and tokens; or pair and bad
-    """Compute the log-probabilities of a pair's answers; a bad row is described."""
+    """Compute the log-probabilities of a pair's answers, or say why the row is bad."""
     try:
         batch = collate_pairs([sample(i)])
     except BadRow as e:

@@ -122,7 +122,7 @@ def open_data(
     return rows
 
 def _mixed_rows(file, seed, inside):
-    """Read a mixture; names in it start from the working folder, or else from the file's own."""
+    """Read a mixture; file names in it start from the working folder, or else from the mixture's own folder."""
     if file.resolve() in inside:
         raise DataError(f"The mixture {file} names itself, directly or through another one: take that line out.")
     rows = []

@@ -47,7 +47,7 @@ def preprocessing(
     config: LongVAConfig,
     processor: LongVAProcessor,
 ) -> dict:  # plain values
-    """List the settings that decide how text, images and videos are read; TrainError if the two don't match."""
+    """List the settings for reading text, images and videos; raise TrainError if model and processor don't match."""
     _check_fit(config, processor)
     images = processor.image_processor
     names = (
@@ -190,7 +190,7 @@ def first_words(error: Exception) -> str:
 
 # %% ../../nbs/457_train.samples.ipynb #cadbbb07
 class PieceCounter:
-    """Stand in for a `PieceReader`: one token for each image and each frame; `more` are the visual tokens left out."""
+    """Stand in for a `PieceReader`, with one token for each image and frame; `more` counts the other visual tokens."""
     def __init__(self, row: Row, conversation: Conversation, reading: Reading):
         self.processor = reading.processor
         images = self.processor.image_processor

@@ -57,7 +57,7 @@ def to_rgb(
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 # %% ../../nbs/252_vision.image.ipynb #12a00007
-_FORMATS = (  # which hold pictures; Pillow opens films and programs for printers, too
+_FORMATS = (  # which hold pictures; Pillow opens videos and programs for printers, too
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP",
 )
 
@@ -67,7 +67,7 @@ def _open(file) -> Image.Image:
     return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
 
 def _short(name: str) -> str:
-    "A name for a sentence; of a long one (base64, a deep folder) both ends."
+    "A name shortened for a message; a long one (base64, a deep folder) keeps both ends."
     name = ascii(name)[1:-1]
     return name if len(name) <= 80 else f"{name[:20]}...{name[-57:]}"
 
@@ -77,7 +77,7 @@ def _base64(text: str):  # a file open for reading
     return io.BytesIO(base64.decodebytes(body.encode()))
 
 def _load(file, short: str) -> Image.Image:
-    "The picture of a file (its name, or open); a ValueError that calls it `short`."
+    "Load the picture of a file, given by its name or open; a ValueError calls the file `short`."
     try:
         image = _open(file)
         if image.width * image.height <= MOST_PIXELS:
@@ -111,11 +111,11 @@ def _read(name: str) -> Image.Image:
         raise ValueError(f"There is no file {short} to read as an image: check the name and the folder.") from error
 
 # %% ../../nbs/252_vision.image.ipynb #12a00008
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of so many channels
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # number of channels -> mode of Pillow
 
 def _of_bytes(
     pixels: np.ndarray,  # uint8
-) -> Image.Image:  # of the mode that so many channels have in Pillow; None if they are none
+) -> Image.Image:  # in Pillow's mode for so many channels; None for another shape
     "Pixels [H,W], [H,W,1 to 4] or [3,H,W] as a picture."
     channels_first = pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.shape[2] not in _MODES
     if channels_first:
@@ -170,7 +170,7 @@ def upright_size(
     with _open(path) as image:
         width, height = image.size
         may_be_turned = image.format == "TIFF" or any(name in image.info for name in _TURNED)
-        if may_be_turned and image.getexif().get(0x0112, 1) in _ON_ITS_SIDE:  # else a PNG would be read to its end
+        if may_be_turned and image.getexif().get(0x0112, 1) in _ON_ITS_SIDE:  # getexif alone reads a PNG to its end
             return height, width
     return width, height
 

@@ -34,7 +34,7 @@ def video_errors(
     tried="read as a video",  # what was tried
     advice="copy it again, or re-encode it with ffmpeg",  # what may help
 ):
-    """Turn what FFmpeg or the file system raise into one `VideoError`."""
+    """Turn what FFmpeg or the file system raises into one `VideoError`."""
     try:
         yield
     except VideoError:
@@ -60,7 +60,7 @@ def local_path(
     return plain if os.path.exists(plain) else unquote(plain)
 
 def video_path(path) -> Path:
-    """Make a Path, also of a `file://` address, or raise a `VideoError` about what is none."""
+    """Make a Path, also of a `file://` address, or raise a `VideoError` for what is no path."""
     if isinstance(path, (bytes, bytearray, memoryview)) or hasattr(path, "read"):
         raise VideoError("The path of a video must be a text or a Path, not bytes or an open file: save the video "
                          "under a name, and give that.")
@@ -101,7 +101,7 @@ _FORMATS = (  # whose pictures are in the file itself, by FFmpeg's names
     "jpegxl_pipe,pam_pipe,pbm_pipe,pcx_pipe,pfm_pipe,pgm_pipe,pgmyuv_pipe,pgx_pipe,phm_pipe,photocd_pipe,pictor_pipe,"
     "png_pipe,ppm_pipe,psd_pipe,qdraw_pipe,qoi_pipe,sgi_pipe,sunrast_pipe,tiff_pipe,vbn_pipe,webp_pipe,xbm_pipe,"
     "xpm_pipe,xwd_pipe,"
-    "aac,ac3,aiff,amr,ape,au,caf,dts,eac3,flac,loas,mp3,mpc,mpc8,oma,tta,voc,w64,wav,wv,tty"  # for a better sentence
+    "aac,ac3,aiff,amr,ape,au,caf,dts,eac3,flac,loas,mp3,mpc,mpc8,oma,tta,voc,w64,wav,wv,tty"  # for a better message
 )
 _OPEN = {
     "format_whitelist": _FORMATS,
@@ -156,7 +156,7 @@ def _track_fault(container, stream) -> str:
 @contextmanager
 def open_video(
     path,
-    strict=False,  # whether the decoder shall refuse damaged pictures, where it would else guess them
+    strict=False,  # whether the decoder refuses damaged pictures; otherwise it guesses them
 ):  # yields (container, video stream)
     """Open a file and its video track; what is no video raises `VideoError`."""
     path = video_path(path)
@@ -203,7 +203,7 @@ def begins_anew(
     return False
 
 def _shown_before(pts, keys) -> bool:
-    "Whether a frame is shown before the keyframe that it comes behind."
+    "Whether a frame is shown before the keyframe that it follows in the file."
     last_key = np.maximum.accumulate(np.where(keys, np.arange(len(keys)), 0))
     return bool((pts < pts[last_key]).any())
 
@@ -250,7 +250,7 @@ def read_packets(
     dts = np.frombuffer(dts, np.int64)
     keys, hidden, corrupt = (np.frombuffer(marks, np.uint8) >> bit & 1 == 1 for bit in range(3))
     if container.format.name == "mpegts":
-        # recordings glued together: a gap, but one or two packets later decoding can begin again
+        # a seam of recordings glued together is no damage: decoding can begin again one or two packets later
         corrupt = corrupt & ~np.r_[keys, False][1:] & ~np.r_[keys, False, False][2:]
     torn = _is_torn(container, stream, size, dts, corrupt, ends)
     return Packets(pts, dts, keys, hidden, torn, closed and not _shown_before(pts, keys))
@@ -262,7 +262,7 @@ def mp4_boxes(
     begin: int,  # where the outermost box may begin, in bytes
     end: int,
 ):  # yields (begin, end) of what is in each box of the last name
-    """Find boxes by name; a size that can't be ends the search."""
+    """Find boxes by name; an impossible size ends the search."""
     if not names:
         yield begin, end
         return
@@ -308,7 +308,7 @@ def _mp4_table(file, name, begin, end):
     return None if box is None else mp4_runs(file, *box)
 
 def _mp4_delays(file, size, track):
-    "Ticks from a frame's decoding to (the next one's, its own showing); None if the file doesn't say."
+    "(ticks between decodings, ticks from decoding to showing) of each frame; None if the file doesn't say."
     if next(mp4_boxes(file, [b"moov", b"mvex"], 0, size), None):
         return None  # fragments are not in the table
     for begin, end in mp4_boxes(file, [b"moov", b"trak"], 0, size):
@@ -376,7 +376,7 @@ def mp4_packets(
 class VideoIndex(NamedTuple):
     """Every frame that a file shows, in the order shown."""
     seconds: np.ndarray  # [N] when each frame appears; the first one is 0
-    places: np.ndarray  # [N] by what the decoder's frames are known: the label named below
+    places: np.ndarray  # [N] what each decoded frame is recognised by: its `label`, see below
     keys: np.ndarray  # [K,2] where decoding can begin: the place, and the time of decoding
     fps: float  # frames per second, on average
     label: str  # "pts", "dts" (both allow jumps), "count" (one pass), or "picture" (a folder)
@@ -413,7 +413,7 @@ def _is_label(ticks, packets) -> bool:
     return unique and bool((np.diff(ticks[packets.keys]) > 0).all())
 
 def _label(kind, codec, packets) -> str:
-    "By what frames can be known, as in `VideoIndex`."
+    "What frames can be recognised by, as in `VideoIndex`."
     in_order = (np.diff(packets.dts[packets.dts > _NO_TIME]) >= 0).all()
     if kind != "avi" and in_order and _is_label(packets.pts, packets):
         return "pts"
@@ -474,7 +474,7 @@ def _index_of_state(path, state) -> VideoIndex:
         guess = float(stream.guessed_rate or rate or 25)
         label = _label(kind, stream.codec_context.codec, packets)
         aspect = _pixel_aspect(stream)
-        # broadcast and webcams are sloppy, and fine to look at
+        # broadcasts and webcams have many faults that do not show
         strict = packets.closed and kind != "mpegts" and stream.codec_context.name != "mjpeg"
     places = packets.pts
     if len(places) and label == "count":
@@ -495,7 +495,7 @@ def file_index(path) -> VideoIndex:
     try:
         state = path.stat()
     except (OSError, ValueError):
-        return _index_of_state(path, None)  # this raises, in a sentence
+        return _index_of_state(path, None)  # this raises a VideoError that says why
     return _index_of_state(path, (state.st_ino, state.st_size, state.st_mtime_ns))
 
 # %% ../../nbs/250_vision.index.ipynb #d5c597a0

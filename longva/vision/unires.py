@@ -85,7 +85,7 @@ def _resize(image, size) -> Image.Image:
 
 
 def _rgb(image):
-    "The picture as PIL RGB, or a sentence."
+    "The picture as PIL RGB; a ValueError says what is wrong with it."
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"An image array must be uint8 of shape [H,W,3], and this one is {image.dtype} "
@@ -135,7 +135,7 @@ def tile_image(
     """Choose a grid, fit the picture, and cut the canvas row by row."""
     image = _rgb(image)
     columns, rows = choose_grid(image.width, image.height, grid, max_grids, grids)
-    canvas = np.array(fit_image(image, grid, columns, rows))  # a copy: Pillow lends its own for reading only
+    canvas = np.array(fit_image(image, grid, columns, rows))  # a copy: Pillow lends its memory for reading only
     pixels = canvas.reshape(rows, grid, columns, grid, 3).swapaxes(1, 2).reshape(columns * rows, grid, grid, 3)
     if thumbnail:
         pixels = np.concatenate([np.asarray(_resize(image, (grid, grid)))[None], pixels])
@@ -149,7 +149,7 @@ _THIN = 4  # long side over short side, from which on a picture is cut or shrunk
 
 
 def _crop(image, S):
-    "Short side to S, the other side truncated to whole pixels, the middle cut out."
+    "Short side to S, the other side truncated to whole pixels; only the middle square is kept."
     short = min(image.size)
     w, h = (int(S * side / short) for side in image.size)
     x = (w - S) // 2
@@ -165,7 +165,7 @@ def _crop(image, S):
 
 
 def _pad(image, S):
-    "On the smallest square that holds it, centred, then to S."
+    "Put the picture in the middle of the smallest square that holds it, then resize that to S."
     side = max(image.size)
     whole = (side, side)
     if side >= _THIN * min(image.size):  # along the long side nothing is added, so that one is resized first

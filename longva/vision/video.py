@@ -133,7 +133,7 @@ def pick_frames(
     fps=None,  # instead of n: so many per second; with neither, all
     start=0,  # only frames from here on, in seconds
     end=None,  # only frames before this, in seconds
-    length=None,  # how long the video lasts, for a rate ticks up to its end; by default until the last frame appears
+    length=None,  # of the video; a rate ticks until then. By default until the last frame appears
 ) -> np.ndarray:  # indices of frames, never decreasing; empty if there is none
     """Choose frames; the rules in one place."""
     seconds = np.asarray(seconds, float)
@@ -221,7 +221,7 @@ class FrameRequest:
 
 # %% ../../nbs/255_vision.video.ipynb #229295c3
 def _unnamed(cls, value):
-    "A member for a number that PyAV has no name for (31 is EXIF), or `frame.side_data` raises for the whole frame."
+    "Make a member for a number that PyAV can't name (31 is EXIF); else `frame.side_data` raises for the whole frame."
     if not isinstance(value, int):
         return None
     member = object.__new__(cls)
@@ -486,7 +486,7 @@ def _check_whole(call, name, number):
         raise VideoError(f"{call} cannot take {name}={number!r}: it must be a whole number from 1.")
 
 def _choose(path, index, n, fps, start, end, repeat) -> np.ndarray:
-    "The numbers of the frames that were asked for, or a sentence why they can't be read."
+    "The indices of the frames that were asked for; a VideoError says why they can't be read."
     length = index.seconds[-1] + 1 / index.fps
     here = len(pick_frames(index.seconds, None, None, start, end))
     advice = "or let read_frames repeat some (repeat=True)"
@@ -526,7 +526,7 @@ class Frames:
         return f"Frames({N} of {W} x {H}, {span}, source {self.fps:.4g} fps)"
 
 def _empty(path, *shape) -> np.ndarray:
-    "An array [N,H,W,3] to fill, or a sentence."
+    "An array [N,H,W,3] to fill; a VideoError if it does not fit into memory."
     try:
         if math.prod(shape) > psutil.virtual_memory().available:
             raise MemoryError
@@ -538,7 +538,7 @@ def _empty(path, *shape) -> np.ndarray:
                          "iter_frames.") from error
 
 class _Shelf:
-    "The array to fill, made when the first picture shows its size. Several threads may put."
+    "The array to fill, made when the first picture shows its size. Several threads may put pictures in."
 
     def __init__(self, path, N):
         self.path = path

@@ -29,7 +29,7 @@ from .serve import remove_uploads
 
 # %% ../../nbs/775_web.desk.ipynb #100d63d9
 def is_image(path) -> bool:
-    """Say whether a file is a still picture, or a damaged one by its name; an animation is a video."""
+    """Say whether a file is a still picture, or is named like one but not readable; an animation is a video."""
     named_so = (guess_type(path)[0] or "").startswith("image/")
     return is_picture(path) or (named_so and not _is_video(path))
 
@@ -61,7 +61,7 @@ def thumbnail(
     return f'<img src="{small}" alt="{escape(title)}" title="{escape(title)}">'
 
 class Watch:
-    """Small copies of what a model reads: every image, and of each video up to so many of the frames that are read.
+    """Small copies of what a model reads: every image, and at most `most` of the frames that it reads of each video.
 
     They are taken while the model reads, so that nothing is decoded twice.
     """
@@ -69,7 +69,7 @@ class Watch:
         self,
         turn,  # a `Turn`; its videos are wrapped
         most: int = 96,  # frames of each video
-        check=None,  # called with every part that is read
+        check=None,  # called for each part that is read
     ):
         self.frames = turn.frames
         self.check = check
@@ -152,7 +152,7 @@ def files_html(
     turn,  # a `Turn`
     names: list,  # of its images and then of its videos
 ) -> str:
-    """Name what lies in the box, each with a picture of its beginning."""
+    """List the files in the box, each with a picture of its beginning."""
     rows = []
     content = turn.message["content"]
     parts = [part for part in content if part["type"] != "text"]
@@ -188,7 +188,7 @@ class Trouble(str):
 @dataclass(frozen=True)
 class Settings:
     """What can be chosen for a question; a page may pass empty fields."""
-    frames: int = 64  # of a video: a number of frames, or with a rate the most
+    frames: int = 64  # frames to read of a video; with a rate, at most so many
     way: str = BY_NUMBER
     rate: float = 1.0  # frames per second
     temperature: float = 0.0
@@ -207,7 +207,7 @@ class Question:
 
 @dataclass(eq=False)
 class Talk:
-    """What one visitor's page has."""
+    """The state of one visitor's page."""
     chat: Chat
     lines: list = field(default_factory=list)
     waiting: list = field(default_factory=list)
@@ -215,9 +215,9 @@ class Talk:
     box: list = field(default_factory=list)  # files that lie in the page's box
     held: list = field(default_factory=list)  # files put back, until the page reports them in its box
     returned: dict | None = None  # a question that needs a change, for the box
-    read: set = field(default_factory=set)  # examples that were read
-    takes: str = ""  # what the last turn takes, as HTML
-    seen: str = ""  # what it showed, as HTML
+    read: set = field(default_factory=set)  # the app's example files that the model has read
+    takes: str = ""  # what the last turn costs, as HTML
+    seen: str = ""  # what the last turn showed to the model, as HTML
     weighed: tuple = ((), "")  # ((files, settings, lines), HTML) of the last estimate of the box
     idle: threading.Event = field(default_factory=threading.Event)  # set while nothing is being answered
 
@@ -245,7 +245,7 @@ class Desk:
         most_bytes: float | None = None,  # memory of one conversation, beside the model; None: what is free
         room: int = 24,  # questions that may wait, of all visitors together
         patience: float = 60,  # seconds that a question may take while other visitors wait
-        most_frames: int = 3200,  # tokens of a conversation, counted in frames
+        most_frames: int = 3200,  # most tokens of a conversation, counted in frames
     ):
         self.model = model
         self.processor = processor
@@ -280,14 +280,14 @@ class Desk:
         remove_uploads(*set(files) - needed - self.own)
 
     def prepare(self, talk: Talk, text: str, files: list, settings: Settings):
-        """Make a `Turn`: counted, and not read yet."""
+        """Make a `Turn`: its tokens are counted, its frames are not read yet."""
         talk.chat.num_frames = int(settings.frames or 0)
         talk.chat.most_frames = talk.chat.num_frames
         talk.chat.fps = float(settings.rate or 0) if settings.way == BY_RATE else None
         return talk.chat.prepare(text, *sort_files(files))
 
     def estimate(self, talk: Talk, turn, settings: Settings) -> str:  # HTML
-        """Draw what a turn takes."""
+        """Draw what a turn costs."""
         return estimate_html(talk.chat, turn, self.name, int(settings.most), self.speed)
 
     def sentence(self, error: Exception, files: list) -> str:
@@ -367,7 +367,7 @@ def _generate(self: Desk, talk: Talk, question: Question, files: list):
         question.line["content"] = f"Reading {turn.frames:,} frames …"
     yield
     text = ""
-    due = 0  # a browser that lags behind would be late to hear of anything else
+    due = 0  # not with every word: a browser that lags behind would hear late of all else
     with closing(pieces):
         for piece in pieces:
             self.make_way(talk, question, began)
@@ -386,8 +386,8 @@ def _generate(self: Desk, talk: Talk, question: Question, files: list):
 
 @patch
 def _reply(self: Desk, talk: Talk, question: Question):
-    """Answer one question; what goes wrong becomes its line, and its files are kept if it can be asked again."""
-    files = [file for file in question.files if file not in talk.read]  # an earlier question may have given an example
+    """Answer one question; an error becomes its line, and its files are kept if it can be asked again."""
+    files = [file for file in question.files if file not in talk.read]  # an example is read only once
     question.files = files
     try:
         yield from self._generate(talk, question, files)

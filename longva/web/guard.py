@@ -93,7 +93,7 @@ class Limits:
     upload_bytes: int = 2**31  # of one request
     upload_seconds: float = 900
     folder_bytes: int = 2**33  # of all uploads together
-    file_bytes: int = 2**20  # that each of them counts at least
+    file_bytes: int = 2**20  # the least that each file counts
 
 def folder_size(
     folder: Path,
@@ -146,7 +146,7 @@ class Guard:
         self.uploads = Path(uploads)
         self.limits = limits
         self.under_way = []  # times at which uploads under way began
-        self.filled = 0  # bytes of all uploads, when last counted, and what has come since
+        self.filled = 0  # bytes of all uploads when last counted, plus what has come since
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
@@ -241,7 +241,7 @@ def header(
     return ""
 
 def one_line(
-    what: str,  # failed
+    what: str,  # what failed, such as a path
     error: Exception,
 ) -> str:
     """Write an error as one short line for the terminal; a visitor may have chosen its words."""

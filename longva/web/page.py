@@ -40,7 +40,7 @@ def _square(picture):
     return square
 
 def _stop(here):
-    """Give the tabindex of one of a group: the tab key stops at one only."""
+    """Give the tabindex of a button in a group: the tab key stops at one button only."""
     return 0 if here else -1
 
 def count_frames(n: int) -> str:

@@ -54,7 +54,7 @@ def check_address(
     host: str,
     port: int,
 ):
-    """Exit with a sentence if nothing can be served there."""
+    """Exit with a sentence if nothing can be served at this address."""
     try:
         socket.create_server((host, port)).close()
     except OSError as error:

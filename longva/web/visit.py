@@ -36,7 +36,7 @@ def read_film(
     frames: int = 512,  # at most so many
     side: int = 112,  # side of the pictures on the page, in pixels
     fit: str = "pad",  # how frames become square, as in `needle.vniah.run`
-) -> tuple:  # (film [N,S,S,3], shown [N,side,side,3]), both uint8
+) -> tuple:  # frames for the model [N,S,S,3] and for the page [N,side,side,3], uint8
     """Read frames of a video, equally spaced and small; raise NeedleError."""
     film, shown = [], []
     name = Path(path).name
@@ -180,7 +180,7 @@ class SharedBenches:
 def fork(
     bench: NeedleBench,
 ) -> NeedleBench:
-    """Give the same model, video and needles a log of its own."""
+    """Make a bench with the same model, video and needles, and a log of its own."""
     other = copy(bench)
     other.kept = {}
     return other
@@ -193,7 +193,7 @@ class Visit:
     frames: int = 256
     depth: float = 0.5
     places: int = 21  # pictures in the strip; a narrow page shows fewer
-    film: tuple = None  # (name, film, shown) of an uploaded video, or None for the shipped one
+    film: tuple = None  # an uploaded video: its name, frames for the model, frames for the page; or None
     own: list = field(default_factory=list)  # uploaded Needles
     benches: dict = field(default_factory=dict)  # {model: bench} of the present video
     opened: tuple = None  # (frames, depth) of the cell whose trials are listed
@@ -215,7 +215,7 @@ class Visit:
         return self.benches[self.model]
 
 def look_here(visit: Visit, bench: NeedleBench) -> tuple:  # (Answer, attention [layers,H,frames+1])
-    """Ask where the visitor's needle is; the trial goes into the log."""
+    """Ask with the needle where the visitor put it; the trial goes into the log."""
     answer, seen = bench.look(visit.needle, visit.frames, visit.depth)
     bench.kept.setdefault(key(answer.trial), answer.trial)
     return answer, seen
@@ -249,7 +249,7 @@ def take_needle(visit: Visit, shared, needle: Needle):
 def lengths(
     count: int,  # frames of a video
 ) -> tuple:
-    """List the columns of its heat map: the demo's, as far as the video goes, and the video itself."""
+    """List the columns of its heat map: the demo's lengths, as far as the video goes, and the whole video."""
     if count >= FRAMES[-1]:
         return FRAMES
     return (*(n for n in FRAMES if n < count), count)

@@ -119,7 +119,7 @@ class Explorer:
 
     def __init__(
         self,
-        controls: list,  # the subclass has set them already
+        controls: list,  # made by the subclass before this call
         *more,  # widgets below the controls
     ):
         self.paused = False

@@ -115,7 +115,7 @@ def attention_figure(
     _add_strip(figure, places)
     _add_attention(figure, attention, insert)
     last = len(attention) - 1
-    half = last / max(len(places) - 1, 1) / 2  # of a picture, so that the strip stands above its frames
+    half = last / max(len(places) - 1, 1) / 2  # half a picture's width, so that the strip stands above its frames
     figure.update_xaxes(title="place in the video (frames)", range=[-half, last + half], row=2, col=1)
     facts = (
         f"{attention[insert]:.2f} on the needle, {attention.sum():.2f} on all frames; "
@@ -242,7 +242,7 @@ def _on_canvas(picture, layout, most=300):
     return small
 
 def test_card(width: int, height: int) -> Image.Image:
-    """Draw an image whose distortion shows: circles, a frame, and colours that change along both sides."""
+    """Draw an image on which distortion is easy to see: circles, a frame, and colours that change along both sides."""
     scale = min(1, 320 / max(width, height))
     w = max(1, round(width * scale))
     h = max(1, round(height * scale))
@@ -351,14 +351,14 @@ def steps_of(kind: str, ranks: int) -> int:
 # %% ../../nbs/730_workbench.plots.ipynb #c39c9385
 @dataclass
 class Work:
-    """Which rank computes which pair, up to and with one step."""
+    """Which rank computes which pair, up to and including one step."""
     tokens: int  # S
     owner: np.ndarray  # [S,S] rank; W + rank if earlier; 2W: still to come; nan: not in the causal triangle
     done: np.ndarray  # [W] pairs before this step
     now: np.ndarray  # [W] pairs in this step
 
 def work_at(kind: str, ranks: int, step: int, each: int = 4) -> Work:
-    """Count the work of each rank up to and with a step; a chunk has `each` tokens."""
+    """Count the work of each rank up to and including a step; a chunk has `each` tokens."""
     length = Context(kind, ranks).multiple * each
     owner = np.where(np.tri(length, dtype=bool), 2.0 * ranks, np.nan)
     done = np.zeros(ranks)

@@ -192,7 +192,7 @@ class NeedleExplorer(Explorer):
         self.button.icon = icon
 
     def base_as_trained(self) -> float:
-        """Give the base that this bench's model was trained with; noted when it's first seen."""
+        """Give the base that this bench's model was trained with; note it when the bench is first used."""
         return self.trained.setdefault(id(self.bench), trained_base(self.bench.model))
 
     def place(self) -> tuple:  # (needle, frames, depth)

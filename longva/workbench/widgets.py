@@ -25,7 +25,7 @@ from .explorer import Explorer, ipw, slider
 from .seek import ROPES, NeedleExplorer
 
 # %% ../../nbs/745_workbench.widgets.ipynb #25dacd7a
-_all_ = ["NeedleExplorer"]  # so that all five come from here
+_all_ = ["NeedleExplorer"]  # so that all five explorers can be imported from here
 
 # %% ../../nbs/745_workbench.widgets.ipynb #0e0ce9db
 def read_text_config(
@@ -58,7 +58,7 @@ class RopeExplorer(Explorer):
 
     def __init__(
         self,
-        configs: dict = None,  # more of what `known_configs` has
+        configs: dict = None,  # more entries like those of `known_configs`
     ):
         self.configs = known_configs() | (configs or {})
         self.model = slider(ipw.Dropdown, "rope-model", "model", "Qwen2-7B", options=list(self.configs))
