@@ -160,8 +160,8 @@ class Chat:
         self.reset()
 
     def reset(self):
-        """Forget the conversation and give its memory back; an answer in progress, in another thread too, ends."""
-        self.cache = kv_cache(self.model)  # an answer in progress sees by it that a new conversation has begun
+        """Forget the conversation and give its memory back; end an answer in progress, also one in another thread."""
+        self.cache = kv_cache(self.model)  # a new object tells an answer in progress that its conversation is over
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.turns = []
         self.prompt = ""  # the conversation as the template writes it
@@ -203,7 +203,7 @@ def check_words(
     processor,
     text: str,
 ):
-    """Refuse a text without a word, or with words that the tokenizer can't write; <image> is a word, too."""
+    """Refuse a text without a word, or with words that the tokenizer doesn't know; <image> is a word here."""
     tokenizer = processor.tokenizer
     unknown = tokenizer.unk_token_id
 
@@ -493,7 +493,7 @@ def _left_in_container() -> float:
     try:
         limit, used, parts = ((group / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
         return int(limit) - int(used) + int(re.search(r"inactive_file (\d+)", parts)[1])
-    except (OSError, ValueError, TypeError):  # no container, or "max"
+    except (OSError, ValueError, TypeError):  # no container, or no limit ("max")
         return math.inf
 
 def free_bytes(
@@ -527,7 +527,7 @@ def check_room(
     needed = guess.total - guess.parts["weights"]
     if most_bytes is None:
         free = free_bytes(self.model)
-        for layer in self.cache.layers:  # what is in the cache already need not be found again
+        for layer in self.cache.layers:  # the cache's own memory need not be found again
             free += sum(part.nbytes for part in getattr(layer, "kept", None) or ())
     else:
         free = most_bytes

@@ -40,7 +40,7 @@ def _not_expressible(config: LongVAConfig) -> list:
     return [name for name, there in faults.items() if there]
 
 def _tower_name(config: LongVAConfig) -> str:
-    """Give the hub's name of a known tower, and else that of the folder it is written into."""
+    """Give the hub name of a known tower; for any other, the name of the folder that it is written into."""
     for name, shape in KNOWN_TOWERS.items():
         if all(getattr(config.vision_config, field) == value for field, value in shape.items()):
             return name
@@ -132,7 +132,7 @@ def save_original(
     folder,  # new or empty
     max_shard_size: str = "5GB",
 ) -> Path:  # the folder
-    """Write a model as the original's code would; a folder appears whole or not at all."""
+    """Write a model as the original's code would; the folder appears whole or not at all."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder.name} is not an empty folder: name a new one.")
@@ -151,7 +151,7 @@ def save_original(
 
 def load_original(
     name,  # a folder or hub id that the original's code wrote
-    dtype=None,  # by default the checkpoint's, and bfloat16 for float16
+    dtype=None,  # by default the checkpoint's, but bfloat16 instead of float16
     **kwargs,  # for `LongVA.from_pretrained`: device_map, attn_implementation, pool_stride, ...
 ) -> LongVA:
     """Load a `llava_qwen` checkpoint; raise CheckpointError for any other."""
@@ -167,12 +167,12 @@ def load_original(
 def load_projector(
     model: LongVA,
     file,  # mm_projector.bin, or any .safetensors with a projector in it
-) -> LongVA:  # the same
+) -> LongVA:  # the same model
     """Put a projector that was trained alone into a model."""
     file = Path(file)
     if not file.is_file():
         raise CheckpointError(f"There is no file {file.name} to take a projector from: check the path.")
-    tensor_shapes(file)  # which refuses a broken file
+    tensor_shapes(file)  # refuses a broken file
     found = {}
     for name, value in read_tensors(file).items():
         if "mm_projector." in name:

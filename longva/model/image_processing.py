@@ -39,7 +39,7 @@ def _check_choice(name, value, choices):
         raise ValueError(f"{name} is {value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}.")
 
 def _check_frames(frames):
-    """Refuse what is no video."""
+    """Refuse an array that is not a video."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         raise ValueError(
             f"A video must be uint8 frames of shape [N, H, W, 3], not {frames.dtype} {list(frames.shape)}."
@@ -52,7 +52,7 @@ _IN_FILES = {"image_processor_type", "processor_class", "feature_extractor_type"
 
 # %% ../../nbs/325_model.image_processing.ipynb #ed31efbb
 class LongVAImageProcessor(BaseImageProcessor):
-    """Images into grids, frames into grids, and how many visual tokens that makes."""
+    """Turn images and frames into grids, and count the visual tokens that they make."""
 
     model_input_names = ["pixel_values", "image_layouts"]
 

@@ -83,7 +83,7 @@ def kind_of(
 # %% ../../nbs/345_model.open.ipynb #9bec3ff3
 @contextmanager
 def _opening(name):
-    """Turn what a wrong name or a torn file raises, of many kinds, into an OpenError."""
+    """Turn the many errors that a wrong name or a broken file raises into an OpenError."""
     try:
         yield
     except OpenError:
@@ -120,7 +120,7 @@ def open_tokenizer(
 # %% ../../nbs/345_model.open.ipynb #9112118b
 @dataclass
 class PlainProcessor:
-    """What a needle test needs of another model's processor."""
+    """Hold what a needle test needs of another model's processor."""
     tokenizer: object
     image_processor: object  # has image_mean and image_std
     video_token: str  # stands for the video in a chat
@@ -185,7 +185,7 @@ def open_model(
     kinds: tuple = ("longva",),  # what the caller can use: "longva", any of FAMILIES, LANGUAGE
     device=None,  # None: the GPU if there is one; "cpu"; or a device_map of transformers: "auto", a dictionary
     dtype="auto",  # by default the checkpoint's
-    config=None,  # instead of the one that lies there
+    config=None,  # a configuration instead of the saved one
     attn_implementation: str | None = None,  # "sdpa", "flash_attention_2", ...; None lets transformers choose
 ):  # the model, in evaluation mode; a LongVA is never in float16
     """Open a model; raise OpenError."""
@@ -213,7 +213,7 @@ def open_both(
     return open_model(name, kinds, **options), processor
 
 def open_language(
-    name,  # of a LongVA, too: it is opened whole, and used for text alone
+    name,  # may be a LongVA's: it is opened whole, and used for text alone
     **options,  # of `open_model`
 ) -> tuple:  # (model, tokenizer)
     """Open a language model and its tokenizer; raise OpenError."""
@@ -237,13 +237,13 @@ def open_parts(
     return model, LongVAProcessor.from_config(model.config, tokenizer)
 
 def open_start(
-    model=None,  # a live LongVA, its folder or its name; None: it is joined from `parts`
-    processor=None,  # of a live LongVA; otherwise by default the model's own
+    model=None,  # a loaded LongVA, its folder or its name; None: one is joined from `parts`
+    processor=None,  # needed for a loaded LongVA; for any other, by default the model's own
     parts: tuple = (None, None),  # language model and vision tower, as in `open_parts`
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple:  # (LongVA, LongVAProcessor), on the CPU: the training moves it
-    """Open the model that a training starts from; a live one is given back as it is."""
+    """Open the model that a training starts from; give a loaded one back as it is."""
     if isinstance(model, PreTrainedModel):
         if processor is None:
             raise OpenError("A live model needs its processor beside it.")
@@ -257,7 +257,7 @@ def open_start(
 
 # %% ../../nbs/345_model.open.ipynb #5962e27f
 def open_longva_config(
-    model=None,  # a live LongVA, its folder or its name; None: it is joined from `parts`
+    model=None,  # a loaded LongVA, its folder or its name; None: one is joined from `parts`
     parts: tuple = (None, None),  # language model and vision tower, as in `open_parts`
 ) -> LongVAConfig | None:  # None for what cannot be opened
     """Read the configuration of the model that a training starts from."""

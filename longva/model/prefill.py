@@ -35,7 +35,7 @@ class KVLayer(DynamicLayer):
         super().__init__(**kwargs)
         self.room = room
         self.kept = None  # all of the reserved memory
-        self.shown = None  # the keys that were shown last
+        self.shown = None  # the keys that `update` returned last
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Write new keys and values behind the others, and return all."""
@@ -43,7 +43,7 @@ class KVLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         n = self.get_seq_length()
         m = n + key_states.shape[-2]
-        # where other keys were put here, as beam search does, they are copied first
+        # if something else has replaced the keys, as beam search does, the new ones are copied first
         if self.kept is None or self.keys is not self.shown or m > self.kept[0].shape[-2]:
             self._move(key_states, n, m)
         self.kept[0][:, :, n:m] = key_states
@@ -57,7 +57,7 @@ class KVLayer(DynamicLayer):
         return self.keys, self.values
 
     def _move(self, like, n, m):
-        """Take a larger piece of memory; keys first, then values, so that only one of them exists twice."""
+        """Take a larger piece of memory; keys first, then values, so that only one of the two is ever there twice."""
         room = self.room if self.room >= m else m + 256
         self.kept = None
         self.shown = None
@@ -89,7 +89,7 @@ class KVLayer(DynamicLayer):
 
 # %% ../../nbs/350_model.prefill.ipynb #443c8a11
 def kv_cache(
-    model,  # its text configuration counts
+    model,  # its text configuration gives the number of layers
     room: int = 0,  # tokens to have room for
 ) -> Cache:  # empty
     """Make a cache with a `KVLayer` for each layer of the language model."""
@@ -97,7 +97,7 @@ def kv_cache(
 
 def reserve(
     cache: Cache,
-    room: int,  # tokens in all, those that are there included
+    room: int,  # tokens in all, including those already there
 ):
     """Tell a cache how long it will become; the memory is taken with the next token."""
     for layer in cache.layers:
@@ -107,7 +107,7 @@ def cut_to(
     cache: Cache,
     length: int,  # tokens to keep
 ):
-    """Forget what came later, also where a stop left layers of different lengths."""
+    """Keep the first `length` tokens, also where an interruption left layers of different lengths."""
     for layer in cache.layers:
         layer.crop(min(0, length - layer.get_seq_length()))
 
@@ -116,7 +116,7 @@ class ChatError(ValueError):
     """A conversation that can't continue like this."""
 
 class _Stream:
-    """Visual tokens of one kind, to be taken from the left."""
+    """Hold visual tokens of one kind, to be taken in order."""
 
     def __init__(self, tensors, kind):
         self.tensors = iter(tensors)
@@ -132,7 +132,7 @@ class _Stream:
         return True
 
     def take(self, count):
-        """Yield tensors [1,n,D] of `count` tokens together."""
+        """Yield tensors [1,n,D] with `count` tokens in total."""
         while count:
             if not self.more():
                 raise ChatError(
@@ -150,7 +150,7 @@ def walk(
     images: Iterable = (),  # visual tokens of the images, tensors [n,D] one after the other
     videos: Iterable = (),  # of the videos
 ):  # yields embeddings [1,l,D], from left to right
-    """Embed one row piece by piece, as `LongVA.embed` does at once; visual tokens are made when it is their turn."""
+    """Embed one row piece by piece, as `LongVA.embed` does at once; encode pictures only when it is their turn."""
     kinds = torch.zeros_like(ids)  # 0 text, 1 image, 2 video
     for number, places in enumerate(model.places_of(ids), 1):
         kinds[places] = number
@@ -205,7 +205,7 @@ def _in_chunks(pieces, chunk):
 # %% ../../nbs/350_model.prefill.ipynb #b5d217ff
 CHUNK = 2048
 _ONE = Lock()
-_TURNS = WeakKeyDictionary()  # model -> whose turn it is to set its attention
+_TURNS = WeakKeyDictionary()  # model -> the lock that lets one thread at a time set its attention
 
 def longva_cache(
     module,
@@ -217,7 +217,7 @@ def longva_cache(
     scaling: float | None = None,
     **options,
 ) -> tuple:  # ([B,l,H,E], None)
-    """Run causal attention of one row's newest tokens over a cache, as transformers calls it."""
+    """Run causal attention of one row's newest tokens over a cache, with the signature that transformers calls."""
     window = options.get("sliding_window")
     if window and window < key.shape[2]:
         raise ChatError(
@@ -252,7 +252,7 @@ def maskless(
 
 # %% ../../nbs/350_model.prefill.ipynb #16d52d67
 def _rows_to_keep(hidden, at, keep):
-    """Pick the rows whose logits are wanted of a chunk that begins at position `at`."""
+    """From a chunk that begins at position `at`, pick the rows whose logits are wanted."""
     if isinstance(keep, int):
         return hidden[:, -keep:].clone()
     inside = keep[(keep >= at) & (keep < at + hidden.shape[1])]
@@ -278,7 +278,7 @@ def prefill(
     logits_to_keep: int | torch.Tensor = 1,  # of the last n positions (0: all), or of these [P], counted in `inputs`
     frames: int = 64,  # frames at a time, where `inputs` has pixels
 ) -> tuple:  # (logits [B,P,V], cache)
-    """Read a long input chunk by chunk. Equal to one pass up to rounding."""
+    """Read a long input chunk by chunk; the result equals that of one pass, up to rounding."""
     for name, value in (("chunk", chunk), ("frames", frames)):
         if not isinstance(value, int) or value < 1:
             raise ChatError(f"{name} is {value!r}, and must be a whole number from 1.")
@@ -300,7 +300,7 @@ def prefill(
 
 # %% ../../nbs/350_model.prefill.ipynb #a2ab5bd7
 class LiveBytes(TorchDispatchMode):
-    """While it is entered, counts the bytes of all storages that operations made and that are still alive."""
+    """Count, while it is entered, the bytes of all storages that operations made and that are still alive."""
 
     def __init__(
         self,
@@ -334,7 +334,7 @@ class LiveBytes(TorchDispatchMode):
 def tower_sizes(
     config: LongVAConfig,  # with a CLIP vision tower
 ) -> tuple:  # (parameters of tower and projector, operations for one frame)
-    """Count what tower and projector weigh and what they cost, the layers behind the chosen one left out."""
+    """Count the parameters of tower and projector, and their operations up to the layer whose features are used."""
     v = config.vision_config
     D = config.get_text_config().hidden_size
     C = v.hidden_size
@@ -355,7 +355,7 @@ def chunk_bytes(
     chunk: int = CHUNK,  # tokens at a time
     b: int = 2,  # bytes of a number
 ) -> float:  # bytes
-    """Count what exists for a moment while one layer of a language model reads a chunk."""
+    """Count the temporary memory that one layer of a language model needs to read a chunk."""
     # queries and their rotation; two parts of the result in float32, and their sum
     attention = b * m.E * (3 * m.H + 2 * m.K) + 12 * m.H * m.E
     largest = max(attention, 3 * b * m.F, (8 + b) * m.D)
@@ -367,7 +367,7 @@ def work_bytes(
     frames: int = 64,  # frames at a time
     b: int = 2,  # bytes of a number
 ) -> dict:  # {"tower", "prefill"}: bytes
-    """Count what exists for a moment: a few frames in the tower, a chunk in one layer of the language model."""
+    """Count the temporary memory: a few frames in the tower, a chunk in one layer of the language model."""
     m = sizes(config)
     v = config.vision_config
     P = (v.image_size // v.patch_size) ** 2
@@ -386,7 +386,7 @@ class Estimate:
     flops: dict  # operations of the products: {"tower", "prefill"}
     moved: float  # bytes read for the answer
     tflops: float  # peak of the machine
-    efficiency: float  # share of the peak that is reached
+    efficiency: float  # fraction of the peak that is reached
     bandwidth: float  # of the memory, bytes a second
 
     @property
@@ -424,18 +424,18 @@ def say_seconds(s: float) -> str:
 
 # %% ../../nbs/350_model.prefill.ipynb #f3da207c
 def estimate(
-    model: LongVA | LongVAConfig,  # of a model, its parameters are counted
+    model: LongVA | LongVAConfig,  # for a model, its own parameters are counted
     tokens: int,  # to be read now
     grids: int = 0,  # frames, and grids of images
     new_tokens: int = 256,  # of the answer, at most
     past: int = 0,  # in the cache already
     chunk: int = CHUNK,
     frames: int = 64,
-    b: int = 2,  # bytes of a number; of a model, that of its weights
-    tflops: float = 989,  # an H100's peak in bfloat16,
-    efficiency: float = 0.4,  # the share of it that is reached
-    bandwidth: float = 3.35e12,  # and of its memory
-) -> Estimate:  # print it
+    b: int = 2,  # bytes of a number; for a model, its weights decide
+    tflops: float = 989,  # an H100's peak in bfloat16
+    efficiency: float = 0.4,  # the fraction of the peak that is reached
+    bandwidth: float = 3.35e12,  # of an H100's memory, bytes a second
+) -> Estimate:  # a sentence when it is printed
     """Estimate memory and seconds of one answer, before it is begun."""
     config = model if isinstance(model, LongVAConfig) else model.config
     b = b if config is model else model.dtype.itemsize
@@ -477,7 +477,7 @@ def measure_speed(
     device="cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple:  # (TFLOPS, bytes a second)
-    """Measure what products and copies reach here, in a tenth of a second: the peak for an estimate of this machine."""
+    """Measure matrix products and copies on this machine, in a tenth of a second, as the peak for `estimate`."""
     on_gpu = torch.device(device).type == "cuda"
     n = 4096 if on_gpu else 256
     m = 1 << 28 if on_gpu else 1 << 24

@@ -62,7 +62,7 @@ _NESTED = {
 
 def unnest(
     given: dict,  # settings of a call
-) -> dict:  # the same, each by itself
+) -> dict:  # the same settings, none of them nested
     """Take settings out of `text_kwargs`, `videos_kwargs` and the like; refuse one that is given twice."""
     flat = {name: value for name, value in given.items() if name not in _NESTED}
     for part in given:
@@ -94,7 +94,7 @@ def _tokenizer_settings(given: dict, padding_side, known: set) -> dict:
     kept = {}
     for name, value in given.items():
         unused = name in ("audio", "sanitize_control_tokens") and not value
-        if name != "do_sample_frames" and not unused:  # which apply_chat_template adds
+        if name != "do_sample_frames" and not unused:  # apply_chat_template adds these
             kept[name] = value
     refuse_unknown(kept, {*_TOKENIZER, *known}, "LongVAProcessor, when it is called,")
     return kept | {"padding_side": padding_side}
@@ -127,12 +127,12 @@ def _unknown_words(tokenizer, texts: list[str]) -> list[str]:
         again = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         for text, ids, places in zip(texts, again["input_ids"], again["offset_mapping"]):
             words += [text[start:end] for token, (start, end) in zip(ids, places) if token == unknown]
-    else:  # which do not say where a token stands
+    else:  # slow tokenizers do not say where a token stands
         for word in " ".join(texts).split():
             if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]:
                 words.append(word)
     words = dict.fromkeys(map(without_marks, words))
-    return [word for word in words if word != tokenizer.unk_token]  # it may have been written by hand
+    return [word for word in words if word != tokenizer.unk_token]  # the user may have written the unknown token itself
 
 def warn_of_unknown(
     tokenizer,
@@ -164,8 +164,8 @@ def _stack_frames(pictures) -> np.ndarray:  # [N,H,W,3] uint8
     return np.stack(frames)
 
 def _video_parts(video, num_frames, fps):  # yields uint8 [n,H,W,3], and seconds [n] or None
-    """Read the frames of a video; of a file, some at a time, so that hours of it fit into memory."""
-    if isinstance(video, (str, Path, bytes)) or hasattr(video, "read"):  # the last two are refused there
+    """Read the frames of a video; read a file a few frames at a time, so that hours of video fit into memory."""
+    if isinstance(video, (str, Path, bytes)) or hasattr(video, "read"):  # iter_frames refuses the last two
         for part in iter_frames(video, n=num_frames, fps=fps):
             yield part.array, part.seconds
         return
@@ -186,7 +186,7 @@ def _video_parts(video, num_frames, fps):  # yields uint8 [n,H,W,3], and seconds
     yield frames, seconds
 
 def _join(parts: list) -> torch.Tensor:
-    """Join tensors as `torch.cat` does, but let each part go as soon as it is copied."""
+    """Join tensors as `torch.cat` does, but free each part as soon as it is copied."""
     if len(parts) == 1:
         return parts[0]
     whole = torch.empty(sum(len(part) for part in parts), *parts[0].shape[1:])
@@ -203,7 +203,7 @@ _NO_TOKENIZER = "{} holds no tokenizer: copy tokenizer.json, or vocab.json and m
 def check_processor(
     folder: Path,
 ):
-    """Raise CheckpointError that names the file of a processor which is missing or broken."""
+    """Raise a CheckpointError that names a processor's missing or broken file."""
     names = ("processor_config.json", "preprocessor_config.json")
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
@@ -219,12 +219,12 @@ def check_processor(
 def why_unread(
     name,  # a folder or hub id
     subfolder: str | None,
-    error: Exception,  # what came of reading it
-) -> str | None:  # a sentence, or None if it is not the files
-    """Say why no processor could be read, for transformers says it in many ways."""
+    error: Exception,  # raised while reading it
+) -> str | None:  # a sentence, or None if the files are not the cause
+    """Say in one sentence why no processor could be read, for transformers' own messages vary."""
     folder = Path(str(name)) / (subfolder or "")
     if not Path(str(name)).exists():
-        if type(error) is ValueError:  # a setting, before anything was looked for
+        if type(error) is ValueError:  # a wrong setting, found before any file was looked for
             return None
         if is_path(name):
             return f"There is no folder {folder.name} to load from: check the path."
@@ -324,7 +324,7 @@ class LongVAProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Read what was saved, or make what belongs to an original checkpoint; raise CheckpointError."""
+        """Read a saved processor, or make the one that belongs to an original checkpoint; raise CheckpointError."""
         name = pretrained_model_name_or_path
         hub = {option: kwargs[option] for option in HUB_OPTIONS if kwargs.get(option) is not None}
         try:
@@ -371,7 +371,7 @@ class LongVAProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Everything `__call__` can return that the model takes."""
+        """List everything that `__call__` can return and the model takes."""
         pixels = ["pixel_values", "image_layouts", "pixel_values_videos", "video_frames"]
         return [*self.tokenizer.model_input_names, *pixels]
 
@@ -390,7 +390,7 @@ class LongVAProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",  # "pt", "np", or None: ids as lists, pixels as tensors
         padding_side: str = "left",  # "left" for generation, "right" for training
         **kwargs,  # for the tokenizer: add_special_tokens, truncation, ...; or nested, as `unnest` takes them
-    ) -> BatchFeature:  # input_ids and attention_mask [B,L], and what there is of the model's pixel inputs
+    ) -> BatchFeature:  # input_ids and attention_mask [B,L], and pixel inputs of the pictures given
         """Make ids with one placeholder per visual token, and normalised pixels."""
         spans = kwargs.pop("return_text_replacement_offsets", False)
         known = set(signature(LongVAProcessor.__call__).parameters) - {"self", "kwargs"}
@@ -420,11 +420,11 @@ class LongVAProcessor(ProcessorMixin):
         text: str,  # with tags that `as_words` marked, or without
         add_special_tokens: bool = True,
     ) -> list[int]:
-        """Tokenize one text; a marked tag is a word, and another a placeholder."""
+        """Tokenize one text; a marked tag is a word, an unmarked one a placeholder."""
         return tokens_of_words(self.tokenizer, text, add_special_tokens)
 
     def _encode(self, texts: list[str], padding, return_tensors, settings: dict):
-        """Tokenize and pad; what the tokenizer alone can do is refused where tags are words."""
+        """Tokenize and pad; where tags are words, refuse settings that only the tokenizer's own call supports."""
         if not any(MARK in text for text in texts):
             return self.tokenizer(texts, padding=padding, return_tensors=return_tensors, **settings)
         rows = [self.text_ids(text, settings.get("add_special_tokens", True)) for text in texts]
@@ -481,6 +481,6 @@ class LongVAProcessor(ProcessorMixin):
                     "The chat template does not mark what the assistant says (generation), so there is no mask: "
                     "give one that does, as chat_template."
                 )
-            if kwargs.get("return_tensors", "auto") == "auto":  # which would leave the mask a list
+            if kwargs.get("return_tensors", "auto") == "auto":  # "auto" would leave the mask a list
                 kwargs["return_tensors"] = inner.get("return_tensors", "pt")
         return super().apply_chat_template(conversation, chat_template, processor_kwargs=inner, **kwargs)

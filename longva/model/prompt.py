@@ -65,7 +65,7 @@ def shows_pictures(
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
     try:
         written, _ = render_jinja_template(conversations=[[message]], chat_template=template)
-    except Exception:  # a template for text joins strings, and a list is none
+    except Exception:  # a template for text alone joins strings, and this content is a list
         return False
     return "<image>" in written[0]
 
@@ -75,7 +75,7 @@ STEPS = 1_000_000
 @contextmanager
 def limited(
     steps: int,  # lines of the Python that Jinja makes of a template, as the interpreter counts them
-    error: Exception,  # raised after them
+    error: Exception,  # raised when the steps are used up
 ):
     """Stop a template that does not end."""
     left = steps
@@ -99,7 +99,7 @@ def limited(
 def check_template(
     template: str | dict | None,  # Jinja, or several templates by name
 ):
-    """Raise CheckpointError for a chat template that does not end, or reaches for more than words."""
+    """Raise CheckpointError for a chat template that does not end, or tries to do more than write text."""
     if isinstance(template, dict):
         for each in template.values():
             check_template(each)
@@ -117,7 +117,7 @@ def check_template(
         except SecurityError:
             words = "The chat template reaches for more than words and is not run: give another one."
             raise CheckpointError(words) from None
-        except Exception:  # of many kinds: it is for other conversations, and what it can't write it refuses when asked
+        except Exception:  # of many kinds: it may be for other conversations, and refuses this one again when asked
             continue
 
 # %% ../../nbs/330_model.prompt.ipynb #9a641c25
@@ -153,7 +153,7 @@ TAGS = ("<image>", "<video>")
 def as_words(
     text: str,
     tags: tuple = TAGS,  # those that stand for no picture
-) -> str:  # for `tokens_of_words`; the model reads what was written
+) -> str:  # for `tokens_of_words`, which removes the marks again
     """Mark tags as words."""
     for tag in tags:
         text = text.replace(tag, f"<{MARK}{tag[1:]}")
@@ -169,7 +169,7 @@ def without_marks(
 
 # %% ../../nbs/330_model.prompt.ipynb #57bcd4e3
 def _plain_ids(tokenizer, text: str) -> list[int]:
-    """Tokenize a text that may look like special tokens, none of which it is."""
+    """Tokenize a text as words only, even where it looks like a special token."""
     if not tokenizer.is_fast:
         ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text, split_special_tokens=True))
     else:
@@ -194,7 +194,7 @@ def tokens_of_words(
     text: str,  # with tags that `as_words` marked, or without
     add_special_tokens: bool = True,
 ) -> list[int]:
-    """Tokenize a text in which marked tags are words, and all else is as the tokenizer takes it."""
+    """Tokenize marked tags as words, and everything else as the tokenizer does by itself."""
     if MARK not in text:
         return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
     known = sorted({token.content for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
@@ -224,7 +224,7 @@ def placeholder_spans(
     texts: list[str],
     counts: dict[str, list[int | str]],  # placeholder -> what `expand_placeholders` takes
 ) -> list[list[dict]]:  # for each text and placeholder: "span" in the text, "new_span" in the expanded one
-    """Find where placeholders stand, and where what takes their place will stand, in characters."""
+    """Find the span of each placeholder, and the span of what replaces it in the expanded text, in characters."""
     left = {token: iter(each) for token, each in counts.items()}
     spans = []
     for text in texts:

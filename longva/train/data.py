@@ -114,7 +114,7 @@ class Packer:
     def __init__(self,
         out,  # folder of the shards
         dtype,
-        state: dict | None = None,  # of `state`, to resume
+        state: dict | None = None,  # from `state`, to resume
     ):
         state = state or dict(shards=[], rest=[], starts=[])
         self.out = Path(out)
@@ -146,7 +146,7 @@ class Packer:
         return True
 
     @property
-    def tokens(self) -> int:  # in shards and behind them
+    def tokens(self) -> int:  # in shards, and those that are in no shard yet
         return sum(shard["tokens"] for shard in self.shards) + self.size
 
     def state(self) -> dict:
@@ -197,9 +197,9 @@ def taken_documents(
     source,  # from `open_source`
     tokenizer,
     take: Taker,
-    place: Place,  # where to begin; it moves on
+    place: Place,  # where to begin; it is moved along
 ):  # yields (domain, ids) of the documents that are taken
-    """Go through the rounds."""
+    """Yield the documents that are taken, round by round."""
     domains = {domain for domain, _ in take.rates}
     rounds = max(1, math.ceil(max(take.rates.values()) - 1e-9))
     while place.round < rounds:
@@ -279,7 +279,7 @@ class _Job:
         return self._finish()
 
     def _taker(self) -> Taker:
-        """Set the rates from what was measured; with `measured`, the stream ends when there are enough tokens."""
+        """Set the rates from what was measured; with `measured`, packing ends when there are enough tokens."""
         s = self.settings
         share = None
         if s.tokens is not None and s.measured is None:

@@ -60,7 +60,7 @@ def weight_groups(loss, recipe: Recipe) -> list:  # AdamW's parameter groups
 # %% ../../nbs/430_train.engines.ipynb #21e38dbc
 def recompute_layers(
     model,  # a transformers model
-    offload: bool = False,  # keep the layers' inputs in host memory, where they are anyway without an accelerator
+    offload: bool = False,  # keep the layers' inputs in host memory; without an accelerator they are there anyway
     use_reentrant: bool = False,
 ) -> None:
     """Switch activation checkpointing on."""
@@ -77,7 +77,7 @@ def _local(loss, batch: dict, ranks: Ranks) -> dict:
 class Plain:
     """Weights, gradients and optimizer state whole on every rank.
 
-    Each rank reads the model and a checkpoint; the first one writes, since all hold the same.
+    Each rank reads the model and a checkpoint; the first rank writes checkpoints, since all hold the same.
     """
     replicated = True
 
@@ -135,7 +135,7 @@ class Plain:
 
 # %% ../../nbs/430_train.engines.ipynb #d837ce2a
 def _extensions_folder() -> tuple:  # (folder of compiled operators, is it our own)
-    """Give each environment a folder of its own: torch compiles again where another environment has."""
+    """Give each environment a folder of its own: torch compiles again what another one compiled in it."""
     place = hashlib.sha1(f"{platform.node()} {sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     ours = cache / "longva" / place
@@ -145,7 +145,7 @@ def _extensions_folder() -> tuple:  # (folder of compiled operators, is it our o
 
 def _remove_stale(lock: Path, ours: bool) -> None:
     """Remove the lock of a process that is no longer there; warn of one that may be in use."""
-    with suppress(FileNotFoundError):  # its owner was quicker
+    with suppress(FileNotFoundError):  # its owner has removed it
         if ours or time.time() - lock.stat().st_mtime > 1800:
             lock.unlink()
     if lock.exists():
@@ -209,7 +209,7 @@ def load_deepspeed(device: torch.device):  # the module
 
 # %% ../../nbs/430_train.engines.ipynb #fc724b1f
 def start_deepspeed(device: torch.device):  # the module
-    """Let DeepSpeed know of the ranks, with the operator that it compiles for messages between CPU ranks."""
+    """Start DeepSpeed's communication between ranks; for CPU ranks, let it compile the operator that this needs."""
     deepspeed = load_deepspeed(device)
     gpu = device.type == "cuda"
     if not dist.is_initialized():  # a single process: it gets what ZeRO-3 expects from torchrun
@@ -225,7 +225,7 @@ def sharded(
     recipe: Recipe,
     ranks: Ranks,
 ):
-    """Let transformers build models in pieces, as the recipe's engine holds them; run on CPU ranks, not yet on GPUs."""
+    """Let transformers build models in pieces, as the recipe's engine holds them; tried on CPU ranks, not on GPUs."""
     if recipe.engine != "deepspeed":
         yield
         return
@@ -233,7 +233,7 @@ def sharded(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     start_deepspeed(ranks.device)
-    described = HfDeepSpeedConfig(deepspeed_config(recipe, ranks))  # transformers sees it as long as it lives
+    described = HfDeepSpeedConfig(deepspeed_config(recipe, ranks))  # transformers uses it as long as this object exists
     try:
         yield described
     finally:
@@ -253,7 +253,7 @@ def flat_piece(
     start: int,
     count: int,
 ) -> torch.Tensor:  # [count]
-    """Read a piece of a tensor that is taken as a flat one; behind its end are zeros."""
+    """Read a piece of a flattened tensor; fill up with zeros beyond its end."""
     shape = list(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
     width = math.prod(shape[1:])
     first = min(start // width, shape[0]) if shape else 0
@@ -326,7 +326,7 @@ class ZeRO3:
             safe_set_local_optimizer_state(p, first, "exp_avg")
             safe_set_local_optimizer_state(p, second, "exp_avg_sq")
             p.ds_tensor.copy_(weight)  # the rounded copy that the layers compute with
-            p.partition()  # if it is whole at this moment, it is collected anew
+            p.partition()  # drop a gathered copy of the old weight
 
     def _start_moments(self, step: int) -> None:
         """Give each flat group of weights the optimizer state that the first step would make."""

@@ -73,7 +73,7 @@ def loss_figures(loss, ranks: Ranks) -> dict:  # name -> number
 # %% ../../nbs/440_train.loop.ipynb #4cb9391a
 def train(
     model,  # a transformers model; the weights that require a gradient are trained
-    batches,  # batches(step, row) -> sample, a dictionary for `collate`; its `length`, if any, is that of the longest
+    batches,  # batches(step, row) -> sample, a dictionary for `collate`; its `length`, if any, is the longest one's
     out,  # folder of the run: checkpoints and metrics.jsonl
     steps,  # a Recipe; or the number of steps, with the other settings as keywords
     loss=None,  # a TokenLoss, or a class derived from it, around the model

@@ -15,7 +15,7 @@ import numpy as np
 def taking_rates(
     tokens: dict,  # tokens by (domain, octave of length, long or not)
     weight: float = 5.0,  # how much more often a long document is taken
-    share: float | None = None,  # of the tokens to give; None: the most at which no document is taken twice
+    share: float | None = None,  # f, of each domain's tokens; None: the most at which no document is taken twice
 ) -> dict:  # rate by (domain, long or not)
     """Compute how often documents are taken, so that long ones gain and domains keep their shares."""
     short = Counter()
@@ -44,7 +44,7 @@ class Taker:
         self.rates = rates
         self.min_upsample = min_upsample
         self.seed = seed
-        self.seen = Counter()  # documents so far, by cell
+        self.seen = Counter()  # documents so far, by `cell`
 
     def cell(self, domain: str, length: int) -> tuple:  # (domain, octave of length, long or not)
         return domain, int(length).bit_length(), length > self.min_upsample
@@ -96,7 +96,7 @@ class CorpusReport:
         return compared
 
     def lengths(self) -> dict:  # first length of an octave -> (share of the tokens before, after)
-        """Compare where the tokens are."""
+        """Compare how the tokens are spread over octaves of length."""
         before = _octaves(self.before)
         after = _octaves(self.after)
         return {2 ** (octave - 1): (before[octave], after[octave]) for octave in sorted(before)}

@@ -23,7 +23,7 @@ from .recipe import TrainError
 from .run import RECORD, checkpoints, trained_weights
 
 # %% ../../nbs/447_train.parts.ipynb #d361ff19
-# part -> prefix of its weights' names; what has no other prefix is language
+# part -> prefix of its weights' names; a weight with neither of the first two is language
 PARTS = {"tower": "model.vision_tower.", "projector": "model.mm_projector.", "language": ""}
 
 def part_of(
@@ -87,7 +87,7 @@ def outline(
     config: LongVAConfig,
     parts,  # names of the parts that are trained
 ) -> LongVA:
-    """Build a model without numbers from its configuration."""
+    """Build a model without numbers from its configuration, and choose its trained parts."""
     with torch.device("meta"):
         shapes = LongVA(config)
     choose_parts(shapes, parts)

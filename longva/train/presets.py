@@ -72,6 +72,6 @@ def recipe_for(
     return replace(recipe, steps=steps, warmup=recipe.warmup or math.ceil(preset.warm_up * steps))
 
 def weights_dtype(recipe: Recipe) -> torch.dtype:
-    """Choose how a model is loaded: in bfloat16 for DeepSpeed, whose optimizer keeps the float32 weights."""
+    """Choose how a model is loaded: in bfloat16 for DeepSpeed in bf16, whose optimizer keeps float32 weights."""
     half = recipe.engine == "deepspeed" and recipe.precision == "bf16"
     return torch.bfloat16 if half else torch.float32

@@ -43,7 +43,7 @@ class Ranks:
 def set_deepspeed_device(
     device: torch.device,
 ) -> None:
-    """Tell DeepSpeed which kind of device to use, unless the user has; it must not have been imported yet."""
+    """Tell DeepSpeed which kind of device to use, unless the user has; call this before DeepSpeed is imported."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -79,11 +79,11 @@ def wanted_value(
 @dataclass(frozen=True)
 class Decisions:
     """Settings that decide the result of a training; a resumed run must have the same."""
-    steps: int  # of the optimizer; 0 in a preset whose user sets them
+    steps: int  # of the optimizer; 0 in a preset, until the data is counted or the user sets them
     rows: int = 4  # sequences of one step, over all ranks and micro batches
     lr: float = 1e-5  # the highest learning rate
     schedule: str = "constant"  # after the warmup; "cosine" and "linear" fall to `floor`
-    floor: float = 0.05  # the last learning rate, as a share of the highest
+    floor: float = 0.05  # the last learning rate, as a fraction of the highest
     warmup: int = 0  # steps in which the learning rate rises
     weight_decay: float = 0.1
     betas: tuple = (0.9, 0.95)  # of AdamW
@@ -102,7 +102,7 @@ class Recipe(Decisions):
     offload: bool = False  # with checkpointing: keep the layers' inputs in host memory
     save_every: int = 200  # steps from one checkpoint to the next
     keep: int = 2  # number of checkpoints that are kept
-    spike: float = 2.0  # stop if a loss is so many times the mean of the last 20 steps, and 1 more
+    spike: float = 2.0  # stop if a loss is over so many times the mean of the last 20 steps, and over that mean + 1
     timeout: int = 1800  # seconds to wait for another rank
     trackers: tuple = ()  # names that accelerate knows: "tensorboard", "wandb", ...
 

@@ -64,7 +64,7 @@ def checksum(
         return hashlib.file_digest(bytes_of, "sha256").hexdigest()
 
 class _CheckpointFiles:
-    """Writes the files of one checkpoint that fall to one rank."""
+    """Write one rank's files of a checkpoint."""
     def __init__(self, out: Path, step: int, ranks: Ranks, limit: int):
         self.final = out / f"step-{step:06d}"
         self.part = out / f"step-{step:06d}.part"
@@ -88,7 +88,7 @@ class _CheckpointFiles:
 
     def flush(self) -> None:
         if self.tensors:
-            number = self.ranks.rank + self.ranks.world * len(self.sums)  # no other rank has it
+            number = self.ranks.rank + self.ranks.world * len(self.sums)  # no other rank has this number
             file = self.part / f"part-{number:05d}.safetensors"
             save_file(self.tensors, file)
             _sync(file)
@@ -162,7 +162,7 @@ def save_checkpoint(
     state: dict,  # for state.json, with "step", the number of steps done
     ranks: Ranks,
     keep: int = 2,  # checkpoints
-    limit: int = 2**30,  # bytes of one file, if not a single weight takes more
+    limit: int = 2**30,  # bytes of one file, unless a single weight takes more
 ) -> Path:  # folder of the checkpoint
     """Save weights and moments. All ranks take part."""
     files = _CheckpointFiles(out, state["step"], ranks, limit)
@@ -188,7 +188,7 @@ def _state(folder: Path) -> dict | None:  # None if it is not what was written
     return state if whole else None
 
 def _wrong_file(folder: Path, state: dict, ranks: Ranks) -> str | None:  # None if all are whole
-    """Describe a file of tensors that is missing or has other bytes; each rank reads its share of them."""
+    """Describe a file of tensors that is missing or has other bytes; each rank reads some of them."""
     parts = sorted(folder.glob("part-*.safetensors"))
     wanted = state.get("files", len(parts))
     if len(parts) != wanted:
@@ -208,7 +208,7 @@ def _other_bytes(file: Path, sums: dict) -> str | None:
     return None if same else f"{file.name} has other bytes than were written"
 
 def _damaged(folder: Path, reason) -> TrainError:
-    """Make the error that names the damage, and the checkpoint before it that is whole."""
+    """Make the error that names the damage, and the last whole checkpoint before it."""
     remove = ["it"]
     start = "the beginning"
     for earlier in reversed(checkpoints(folder.parent)):
@@ -320,7 +320,7 @@ def model_facts(
 
 def weights_hash(
     module: torch.nn.Module,
-    ranks: Ranks | None = None,  # those that hold it together, or each the same; all take part
+    ranks: Ranks | None = None,  # the ranks that hold it, in pieces or each the whole; all take part
 ) -> str:  # 16 hexadecimal digits
     """Hash every number of every weight, on the first rank. bfloat16 and the same numbers in float32 hash the same."""
     ranks = ranks or Ranks()
@@ -409,7 +409,7 @@ def finished(
     recipe: Recipe,
     about: dict,  # the caller's part of the identity
 ) -> bool:
-    """Does the folder hold the model of this very run? Raise TrainError for the model of another run."""
+    """Tell whether the folder holds the model of this very run; raise TrainError for the model of another run."""
     model = Path(out) / "model"
     if not (model / "config.json").exists():
         return False
@@ -476,7 +476,7 @@ def check_trackers(
             package = name.replace("_", "-")
             raise TrainError(f"The tracker {name} is not installed: pip install {package}, or train without it.")
 
-def _step_of(line: str) -> int:  # 0 if the line is torn
+def _step_of(line: str) -> int:  # 0 if the line is cut off
     try:
         figures = json.loads(line)
         return int(figures["step"]) if "loss" in figures else 0

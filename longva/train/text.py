@@ -185,7 +185,7 @@ def open_source(
     text: str = "text",  # field of the text in rows
     domain: str = "domain",  # field of the domain
 ):  # a TextFolder, or Rows
-    """Open whatever has the documents."""
+    """Open a source of documents."""
     if isinstance(source, (TextFolder, Rows)):
         return source
     if isinstance(source, (str, Path)):

@@ -44,7 +44,7 @@ def _engine_settings(recipe: Recipe, gpu: bool, half: bool) -> dict:
     return dict(engine="plain", b=2 if bf16 else 4, mixed=bf16, optimizer_bytes=8)
 
 def _parameters(model, config) -> dict:
-    """Count what is trained, and what there is beside the decoder; nothing is known of a bare configuration."""
+    """Count trained parameters, and those outside the decoder; give {} for a bare configuration."""
     if not isinstance(model, torch.nn.Module):
         return {}
     every = [(math.prod(shape_of(p)), p.requires_grad) for p in model.parameters()]
@@ -94,7 +94,7 @@ def check_memory(
     ranks: Ranks,
     whole: bool = False,  # as for `plan_step`
 ) -> None:
-    """Raise PlanError if start or step cannot fit in memory. Architectures that the planner doesn't know pass."""
+    """Raise PlanError if start-up or a step cannot fit in memory. Architectures that the planner doesn't know pass."""
     planned = plan_step(model, length, recipe, ranks, whole)
     if planned:
         check(planned)
@@ -133,7 +133,7 @@ def peak_flops(
     return 2 * n**3 / best
 
 def peak_memory(device: torch.device) -> int:  # bytes
-    """Give the most that this process has held so far: on the GPU, or in all without one."""
+    """Give the most memory that this process has held so far: on the GPU, or without one, on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -30,7 +30,7 @@ def embed_patches(
     ids: torch.Tensor,  # [B,L], a placeholder for each visual token
     patches: torch.Tensor,  # of all grids of images, then of all frames, before the pool [n,P*P,D]
     layouts: list,  # (columns, rows) of each image
-    config: LongVAConfig | None = None,  # whose pools and encoding count; by default the model's
+    config: LongVAConfig | None = None,  # its pools and encoding are used; by default the model's own
     copies: int = 1,  # times that each image and video stands in the batch, one copy of the batch after the other
 ) -> torch.Tensor:  # [B,L,D]
     """Embed text, and put patch features in place of the placeholders, pooled and in order."""
