@@ -355,6 +355,18 @@ def test_stop(page, rooms, long):
     hears(page, 1, "red rows")
 
 
+# Press Stop as soon as an answer has six words; `window.visible` says whether the button was there.
+STOP_SOON = """() => {
+    new MutationObserver(() => {
+        const bot = document.querySelector('#history [data-testid=bot]');
+        if (window.visible !== undefined || !bot || bot.innerText.trim().split(' ').length < 6) return;
+        const button = document.querySelector('#stop');
+        window.visible = button.offsetParent !== null;
+        button.click();
+    }).observe(document.querySelector('#history'), {childList: true, subtree: true, characterData: true});
+}"""
+
+
 def test_a_new_conversation_while_the_old_one_is_answered(visit, endless):
     "The answer streams, and nothing of it comes into the new conversation."
     page = visit(endless)
@@ -379,11 +391,10 @@ def test_a_new_conversation_while_the_old_one_is_answered(visit, endless):
     page.click("#fresh")  # before the page shows the question: it belongs to the old conversation
     page.wait_for_timeout(1500)
     assert page.locator("#history [data-testid=user]").count() == 0
+    page.evaluate(STOP_SOON)  # a slow page would press the button when the answer has ended by itself
     say(page, "find heart")
-    page.wait_for_function(
-        "document.querySelector('#history [data-testid=bot]')?.innerText.trim().split(' ').length > 5"
-    )
-    page.click("#stop")
+    page.wait_for_function("window.visible !== undefined")
+    assert page.evaluate("window.visible")
     page.wait_for_selector("#stop", state="hidden")
     said = page.inner_text("#history [data-testid=bot]")
     page.wait_for_timeout(300)

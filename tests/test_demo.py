@@ -179,6 +179,6 @@ def test_the_page_of_figure_4(finished, tmp_path, chromium, width, scheme):
         ink = tab.evaluate("getComputedStyle(document.body).color")
         assert (ink == "rgb(238, 238, 238)") == (scheme == "dark")
         tab.locator("td").first.focus()
-        assert "2 right, interval" in tab.inner_text("#cell") and "margin" in tab.inner_text("#cell")
+        assert "2 of 2 right, 95% interval" in tab.inner_text("#cell") and "margin" in tab.inner_text("#cell")
         assert "http" not in page.read_text()
         browser.close()
