@@ -193,7 +193,7 @@ def test_choices(here, tmp_path):
         trials = read_trials(f"{variant}/trials.jsonl")
         assert (
             done.exit_code == 0
-            and "a share of 0.25." in done.output
+            and "an accuracy of 0.25." in done.output
             and all(len(t.choices) == 4 and t.answer_ids in t.choices and t.argmax_ids in t.choices for t in trials)
         )
         assert low <= sum(t.correct for t in trials) / len(trials) <= high and all(
