@@ -528,12 +528,12 @@ def test_curve(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "wrong, sentence",
     [
-        (["--frames", "0"], "frames is 0, and must be whole numbers from 1, as 8,16,32."),
-        (["--frames=-4,8"], "frames is -4,8, and must be whole numbers from 1"),
+        (["--frames", "0"], "--frames must be whole numbers from 1, and not 0."),
+        (["--frames=-4,8"], "--frames must be whole numbers from 1, and not -4."),
         (["--frames", ""], "--frames takes whole numbers"),
-        (["--tasks", " "], "No task is named"),
-        (["--processes", "0"], "processes is 0, and must be a whole number from 1."),
-        (["--include-path", "nowhere"], "There is no folder nowhere with tasks"),
+        (["--tasks", " "], "--tasks is empty"),
+        (["--processes", "0"], "--processes"),
+        (["--include-path", "nowhere"], "There is no folder nowhere (--include-path)"),
         (["--out", "taken"], "taken"),
         (["--out", "taken/below"], "taken"),
     ],
