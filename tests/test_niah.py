@@ -701,8 +701,6 @@ def test_the_command(saved, book, tmp_path):
         (dict(distractors="0,9"), 1, "from 0 to 6"),
         (dict(distractors="some"), 2, "--distractors takes"),
         (dict(model="mini-longva"), 1, "are unknown to the tokenizer"),
-        (dict(numbers=0), 2, "--numbers"),
-        ({"train-length": -5}, 2, "--train-length"),
         (dict(lengths="1000000000000", repeat=True), 1, "more than 100000000"),
         (dict(lengths=""), 2, "--lengths takes"),
         (dict(lengths="1,60", perplexity=True), 2, "--perplexity"),
@@ -719,6 +717,14 @@ def test_one_sentence_and_nothing_written(saved, book, tmp_path, monkeypatch, ch
     printed = "Wording: the miniature's own, 2 digits of lima.\n" if mini else ""
     assert (done.exit_code, done.stdout) == (code, printed), (done.stdout, done.stderr, done.exception)
     assert words_of_error in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option, value", [("numbers", 0), ("train-length", -5)])
+def test_numbers_out_of_range(saved, book, tmp_path, monkeypatch, option, value):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, command(saved, book, "out", **{option: value}))
+    assert done.exit_code == 2 and not done.stdout and f"--{option}" in done.stderr.splitlines()[-1], done.stderr
     assert not list(tmp_path.iterdir())
 
 
