@@ -67,7 +67,7 @@ async def chat_user(page, number, rng, end, note):
     asked = 0
     while time.time() < end:
         answer = f"document.querySelectorAll('#history [data-testid=bot]')[{asked}]"
-        is_answered = f"/^[a-z]+ [a-z]+$/.test({answer}?.innerText.trim())"
+        is_answered = f"/^[a-z]+ [a-z]+(\\s|$)/.test({answer}?.innerText.trim())"  # a note may stand below
         if asked % 2 == 0:
             ask = page.click(f"#example-{asked // 2}")
         else:
