@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'mini_app', 'Version', 'JsonFile', 'Usage', 'MissingInput', 'echo_error', 'one_sentence', 'path',
            'check_exists', 'check_folders', 'numbers', 'given', 'grid', 'check_positive', 'check_fps', 'check_base',
-           'check_one_of', 'help_command', 'json_writer', 'show_rows', 'rows_as_json']
+           'check_one_of', 'help_command', 'json_writer', 'accuracy_rows', 'show_rows', 'rows_as_json']
 
 # %% ../../nbs/800_commands.base.ipynb #96e47d48
 import json
@@ -236,6 +236,22 @@ def json_writer(
         yield write
 
 # %% ../../nbs/800_commands.base.ipynb #f0327319
+def accuracy_rows(
+    trials: list,  # of Trial
+) -> list:  # of {"length", "right", "trials", "share", "interval", "clustered_interval"}
+    """Compute the accuracy of each length, with the interval of independent trials and the one by object or needle."""
+    from longva.needle.clusters import clustered_accuracy
+    from longva.needle.statistics import mean_of_cells
+    from longva.needle.trials import by_frames
+    rows = []
+    for length, (right, of) in by_frames(trials).items():
+        asked = [t for t in trials if t.frames == length]
+        share, low, high = mean_of_cells(asked)
+        _, wide_low, wide_high = clustered_accuracy(asked)
+        row = {"length": length, "right": right, "trials": of, "share": share}
+        rows.append(row | {"interval": [low, high], "clustered_interval": [wide_low, wide_high]})
+    return rows
+
 def show_rows(
     trials: list,  # of Trial
     out: Path,  # the results folder
@@ -243,20 +259,22 @@ def show_rows(
     counted: str = "right",  # heading of the counts
 ):
     """Print the accuracy by length, with intervals, and the names of the files."""
-    from longva.needle.clusters import cluster_label, clustered_accuracy
-    from longva.needle.statistics import mean_of_cells
-    from longva.needle.trials import by_frames, cells
+    from longva.needle.clusters import cluster_label
+    from longva.needle.trials import cells
     by = cluster_label(trials)
     typer.echo(f"\n{unit:>6}  {counted:>9}  share  95% interval  {by}")
-    for length, (right, of) in by_frames(trials).items():
-        asked = [t for t in trials if t.frames == length]
-        share, low, high = mean_of_cells(asked)
-        _, wide_low, wide_high = clustered_accuracy(asked)
+    for row in accuracy_rows(trials):
+        count = f"{row['right']}/{row['trials']}"
+        low, high = row["interval"]
+        wide_low, wide_high = row["clustered_interval"]
         typer.echo(
-            f"{length:>6}  {f'{right}/{of}':>9}  {share:>5.2f}  {low:.2f} to {high:.2f}  "
+            f"{row['length']:>6}  {count:>9}  {row['share']:>5.2f}  {low:.2f} to {high:.2f}  "
             f"{wide_low:.2f} to {wide_high:.2f}"
         )
-    typer.echo(f"95% interval: Wilson, trials as independent. {by.capitalize()}: trials of one {by[3:]} as alike.")
+    typer.echo(
+        f"95% interval: Wilson's, for trials that are independent. {by.capitalize()}: an interval that takes into "
+        f"account that trials of one {by[3:]} resemble each other."
+    )
     if len({of for _, of in cells(trials).values()}) > 1:
         typer.echo("Cells have different numbers of trials; in each accuracy all cells weigh the same.")
     html = out / "heatmap.html"
@@ -274,11 +292,8 @@ def rows_as_json(
 ) -> dict:
     """Give what `show_rows` prints, and the cells, for --json."""
     from longva.needle.statistics import mean_of_cells
-    from longva.needle.trials import by_frames, cells
-    rows = []
-    for length, (right, of) in by_frames(trials).items():
-        share, low, high = mean_of_cells([t for t in trials if t.frames == length])
-        rows.append({unit: length, "right": right, "trials": of, "share": share, "interval": [low, high]})
+    from longva.needle.trials import cells
+    rows = [{unit: row.pop("length")} | row for row in accuracy_rows(trials)]
     share, low, high = mean_of_cells(trials)
     counts = []
     for (length, depth), (right, of) in sorted(cells(trials).items()):

@@ -85,7 +85,7 @@ def study_command(
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     text_only: Annotated[bool, typer.Option("--text-only", help="Train and ask the language models only.")] = False,
 ):
-    """Train and ask arms that differ in base or length of text alone, or resume; some hours on two cores."""
+    """Train models that differ in RoPE base or text length alone, and test them, or resume; hours on two cores."""
     with one_sentence(out):
         from longva.mini.arms import ARMS
         from longva.study.length import study_length

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RIMS', 'WORDS', 'VOCABULARY', 'ID', 'FIND', 'DOT', 'NO_PICTURE', 'NO_TEXT', 'RIM', 'DRAWN', 'card_ids',
-           'question_ids', 'group', 'make_cards', 'draw_keys', 'repeats_document', 'facts_document', 'needles_document',
-           'text_batch', 'CardBank', 'needle_keys', 'needle_cards', 'video_cards']
+           'question_ids', 'group', 'make_cards', 'draw_keys', 'facts_document', 'needles_document', 'text_batch',
+           'CardBank', 'needle_keys', 'needle_cards', 'video_cards']
 
 # %% ../../nbs/622_mini.cards.ipynb #8ac5c812
 import numpy as np
@@ -75,23 +75,6 @@ def draw_keys(
     return rng.permutation(keys[group(keys) != but])
 
 # %% ../../nbs/622_mini.cards.ipynb #355d71cf
-def repeats_document(
-    length: int,  # L
-    rng: np.random.Generator,
-    but: int | None = None,  # has no meaning here
-) -> tuple[list[int], list[float]]:  # ids and weights, [L] each
-    """Repeat random words two or three times."""
-    ids = []
-    weights = []
-    first = len(W.SPECIAL) + len(W.FUNCTION_WORDS)
-    while len(ids) < length:
-        n = int(rng.integers(4, min(24, length // 3)))
-        segment = rng.integers(first, len(VOCABULARY), n).tolist()
-        rounds = int(rng.integers(2, 4))
-        ids += segment * rounds
-        weights += [0.0] * n + ([0.0] + [1.0] * (n - 1)) * (rounds - 1)
-    return ids[:length], weights[:length]
-
 def facts_document(
     length: int,  # L
     rng: np.random.Generator,
@@ -141,8 +124,13 @@ def text_batch(
 ) -> dict:  # input_ids and weights, [B,L] each
     """Make a batch of documents."""
     length, rows = size
-    kinds = (repeats_document, facts_document, needles_document)
-    documents = [kinds[k](length, rng, but) for k in rng.choice(3, rows, p=mix)]
+    documents = []
+    for kind in rng.choice(3, rows, p=mix):
+        if kind == 0:
+            documents.append(W.repeats_document(length, rng, len(VOCABULARY)))
+        else:
+            make = facts_document if kind == 1 else needles_document
+            documents.append(make(length, rng, but))
     return {
         "input_ids": torch.tensor([ids for ids, _ in documents]),
         "weights": torch.tensor([weights for _, weights in documents]),

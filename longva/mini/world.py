@@ -294,6 +294,7 @@ def _random_fact(thing, rng):
 def repeats_document(
     length: int,  # L
     rng: np.random.Generator,
+    words: int = len(VOCABULARY),  # size of the vocabulary
 ) -> tuple[list[int], list[float]]:  # ids and weights, [L] each
     """Repeat random words two or three times."""
     ids = []
@@ -301,7 +302,7 @@ def repeats_document(
     first = len(SPECIAL) + len(FUNCTION_WORDS)
     while len(ids) < length:
         n = int(rng.integers(4, min(24, length // 3)))
-        segment = rng.integers(first, len(VOCABULARY), n).tolist()
+        segment = rng.integers(first, words, n).tolist()
         rounds = int(rng.integers(2, 4))
         ids += segment * rounds
         weights += [0.0] * n + ([0.0] + [1.0] * (n - 1)) * (rounds - 1)
